@@ -1,0 +1,46 @@
+# Two commands do everything on a machine with Python 3.11+ and a C++ compiler: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: help demo test test-all check format clean
+help:
+	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
+	@echo "make test      the test suite;  make test-all: with the slow tests"
+	@echo "make check     ruff, mypy, clang-format"
+	@echo "make format    let ruff and clang-format rewrite the sources"
+
+$(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "illada-megatron needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/python examples/demo/run.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo illada_megatron/data/*.so

@@ -1,0 +1,36 @@
+"""The run's configuration: a typed schema, YAML presets and files, dotted overrides; one validated `RunConfig` out."""
+
+from illada_megatron.config.load import ConfigError, load_config, preset_names, save_config
+from illada_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DiffusionConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "load_config",
+    "preset_names",
+    "save_config",
+]

@@ -1,0 +1,110 @@
+"""Which layouts can work: the checks between model, parallel, data and training."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from illada_megatron.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the process groups of a run."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    virtual: int
+    data: int
+    num_microbatches: int
+    """Micro-batches of a step at the full global batch, a data-parallel rank."""
+
+
+def check_config(config: "RunConfig") -> None:
+    """The checks that do not need the world size. Raises ValueError with the fields, the numbers and the fix."""
+    model, parallel, training = config.model, config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp_text = f"parallel.tensor_model_parallel_size {tp}"
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "padded_vocab_size"):
+        value = getattr(model, name)
+        if value % tp:
+            fix = "make_vocab_size_divisible_by" if name == "padded_vocab_size" else name
+            raise ValueError(f"model.{name} {value} is not a multiple of {tp_text}: change model.{fix} or the layout")
+    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if model.num_layers % chunks:
+        raise ValueError(
+            f"model.num_layers {model.num_layers} is not a multiple of pipeline * virtual pipeline size {chunks}: "
+            "change model.num_layers, parallel.pipeline_model_parallel_size or virtual_pipeline_model_parallel_size"
+        )
+    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and pp == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size {parallel.virtual_pipeline_model_parallel_size} needs "
+            "parallel.pipeline_model_parallel_size > 1, found 1: raise it, or leave the interleaving out"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        raise ValueError(
+            "parallel.sequence_parallel true needs parallel.tensor_model_parallel_size > 1, found 1: "
+            "set sequence_parallel=false"
+        )
+    tokens = training.micro_batch_size * config.data.sequence_length
+    if parallel.sequence_parallel and tokens % tp:
+        raise ValueError(
+            f"training.micro_batch_size * data.sequence_length {tokens} is not a multiple of {tp_text}, which "
+            "parallel.sequence_parallel needs: change one of them"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ValueError(
+            "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
+            f"{parallel.use_distributed_optimizer} and {parallel.overlap_grad_reduce}"
+        )
+    if config.data.sequence_length > model.max_sequence_length:
+        raise ValueError(
+            f"data.sequence_length {config.data.sequence_length} is above model.max_sequence_length "
+            f"{model.max_sequence_length}: change one of them"
+        )
+    if config.schedule.min_lr > training.lr:
+        raise ValueError(f"schedule.min_lr {config.schedule.min_lr} is above training.lr {training.lr}: lower it")
+    if training.rampup_batch_size:
+        start, increment, _ = training.rampup_batch_size
+        if start > training.global_batch_size or (training.global_batch_size - start) % increment:
+            raise ValueError(
+                f"training.rampup_batch_size: from {start} in steps of {increment} never reaches "
+                f"training.global_batch_size {training.global_batch_size}"
+            )
+
+
+def resolve_layout(config: "RunConfig", world_size: int) -> Layout:
+    """The layout on `world_size` ranks. Raises ValueError with the fields, the numbers and the fix."""
+    parallel, training = config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"world size {world_size} is not a multiple of tensor * pipeline parallel size {tp} * {pp} = {tp * pp}: "
+            "start that many ranks or change parallel.tensor_model_parallel_size / pipeline_model_parallel_size"
+        )
+    dp = world_size // (tp * pp)
+    if parallel.data_parallel_size not in (None, dp):
+        raise ValueError(
+            f"world size {world_size} = TP {tp} * PP {pp} * DP {dp}, but parallel.data_parallel_size is "
+            f"{parallel.data_parallel_size}: start {tp * pp * (parallel.data_parallel_size or 1)} ranks or change it"
+        )
+    sizes = {"training.global_batch_size": training.global_batch_size}
+    if training.rampup_batch_size:
+        sizes["training.rampup_batch_size start"] = training.rampup_batch_size[0]
+        sizes["training.rampup_batch_size increment"] = training.rampup_batch_size[1]
+    for name, size in sizes.items():
+        if size % (training.micro_batch_size * dp):
+            raise ValueError(
+                f"{name} {size} is not a multiple of micro_batch_size * data parallel size "
+                f"{training.micro_batch_size} * {dp} = {training.micro_batch_size * dp}: change one of them"
+            )
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    num_microbatches = training.global_batch_size // (training.micro_batch_size * dp)
+    for name, size in sizes.items():
+        count = size // (training.micro_batch_size * dp)
+        if virtual > 1 and "increment" not in name and count % pp:
+            raise ValueError(
+                f"{name} {size} gives {count} micro-batches a rank, which the interleaved schedule needs to be a "
+                f"multiple of parallel.pipeline_model_parallel_size {pp}"
+            )
+    return Layout(world_size, tp, pp, virtual, dp, num_microbatches)

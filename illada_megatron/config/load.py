@@ -1,0 +1,114 @@
+"""YAML presets and files plus dotted overrides -> one validated RunConfig. OmegaConf reads and merges, pydantic checks."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from illada_megatron.config.schema import RunConfig
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the field, what was found and what to do."""
+
+
+def preset_names() -> list[str]:
+    """Names that `load_config` and `--config` take beside paths."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration.
+
+    config: a path of a YAML file or the name of a preset; None: the defaults. A file may name what it builds on with
+    a top-level `base:` (a preset or a path relative to the file).
+    overrides: `section.field=value`, values as in YAML, the last one wins.
+    Raises ConfigError.
+    """
+    try:
+        layers = [OmegaConf.create()] if config is None else _layers(config)
+        for text in overrides:
+            if "=" not in text:
+                raise ConfigError(f"override {text!r}: expected section.field=value, as training.lr=1e-3")
+            layers.append(OmegaConf.from_dotlist([text]))
+        values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{config or 'overrides'}: {error}") from error
+    return validate(values, source=str(config or "overrides"))
+
+
+def validate(values: Any, source: str) -> RunConfig:
+    """A plain nested dict -> RunConfig; ConfigError names each wrong field of `source`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected sections with fields, found {type(values).__name__}")
+    try:
+        return RunConfig.model_validate(_tuples(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "\n".join(map(_explain, error.errors()))) from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back equal; replaces `path` atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(to_yaml(config))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _layers(config: str | Path, seen: tuple[Path, ...] = ()) -> list[Any]:
+    """The file and, before it, what it builds on."""
+    path = Path(config)
+    if not path.is_file():
+        path = _PRESETS / f"{config}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{config}: neither a file nor a preset; the presets are {', '.join(preset_names())}")
+    if path in seen:
+        raise ConfigError(f"{path}: `base` leads back to this file")
+    layer = OmegaConf.load(path)
+    if not OmegaConf.is_dict(layer):
+        raise ConfigError(f"{path}: expected sections with fields, found a list")
+    base = layer.pop("base", None)
+    if base is None:
+        return [layer]
+    beside = path.parent / str(base)
+    return [*_layers(beside if beside.is_file() else str(base), (*seen, path)), layer]
+
+
+def _tuples(values: dict[Any, Any]) -> dict[Any, Any]:
+    """YAML has lists only; the one tuple of the schema is strict about it."""
+    training = values.get("training")
+    if isinstance(training, dict) and isinstance(training.get("rampup_batch_size"), list):
+        training = {**training, "rampup_batch_size": tuple(training["rampup_batch_size"])}
+        return {**values, "training": training}
+    return values
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("constrained", "literal")))
+    if error["type"] == "extra_forbidden":
+        parent: Any = RunConfig
+        for part in error["loc"][:-1]:
+            annotation = parent.model_fields[part].annotation
+            parent = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else parent
+        close = difflib.get_close_matches(str(error["loc"][-1]), parent.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(parent.model_fields)}"
+        return f"{where}: unknown field; {hint}"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
+    return f"{where}: {error['msg']}, found {error['input']!r}"

@@ -1,0 +1,232 @@
+"""The schema: one class a concern, field names as in Megatron and the papers. Checks that need more than one
+concern (layout against model, batch against layout) are in `layout.py`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator as validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["fp32", "bf16"]
+
+
+class _Section(BaseModel):
+    # strict: "8" is not 8 and 1.5 is not 1; an int is still accepted where a float is expected
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The mask predictor (ILLaDA: a Llama block without the causal mask, no biases, no dropout, no time input)."""
+
+    num_layers: PositiveInt = 4
+    hidden_size: PositiveInt = 256
+    ffn_hidden_size: PositiveInt = 704
+    num_attention_heads: PositiveInt = 8
+    num_query_groups: PositiveInt = 2
+    """KV heads. Equal to num_attention_heads: multi-head attention; fewer: grouped-query attention."""
+    kv_channels: PositiveInt | None = None
+    """Size of a head; None: hidden_size / num_attention_heads."""
+    vocab_size: PositiveInt = 8000
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The embedding has vocab_size rounded up to this multiple. The padded size does not depend on the layout,
+    padded rows never enter the loss."""
+    mask_token_id: NonNegativeInt = 5
+    max_sequence_length: PositiveInt = 8192
+    """Longest sequence the model is meant for (exported as max_position_embeddings)."""
+    tie_word_embeddings: bool = True
+    rotary_base: PositiveFloat = 500000.0
+    norm_epsilon: PositiveFloat = 1e-5
+    init_method_std: PositiveFloat = 0.02
+    """Linear weights N(0, std); o_proj and down_proj N(0, std / sqrt(2 * num_layers))."""
+    embedding_init_std: PositiveFloat | None = None
+    """None: sqrt(1 / (2 * hidden_size)), as in the released iLLaDA code."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model as built, padded vocabulary rows included."""
+        h, d = self.hidden_size, self.head_dim
+        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
+        embeddings = self.padded_vocab_size * h * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + h + embeddings
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
+                "change one of them, or give kv_channels"
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
+                f"{self.num_query_groups}: change one of them"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"the size of a head is {self.head_dim}; rotary embeddings need an even one: kv_channels")
+        if self.mask_token_id >= self.vocab_size:
+            raise ValueError(
+                f"mask_token_id {self.mask_token_id} is not below vocab_size {self.vocab_size}: "
+                "give the id that the tokenizer reserves for the mask"
+            )
+        return self
+
+
+class ParallelConfig(_Section):
+    """The layout. data_parallel_size is what is left of the world."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks on a pipeline rank (interleaved 1F1B); None or 1: not interleaved."""
+    data_parallel_size: PositiveInt | None = None
+    """None: world size / (TP * PP). A number is checked against the world."""
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class DiffusionConfig(_Section):
+    """The noising process (arXiv 2502.09992 section 2; 2606.25331 section 2)."""
+
+    eps: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-3
+    """p = (1 - eps) * t + eps. Only Bernoulli masks use it."""
+    t_sampling: Literal["uniform", "stratified", "antithetic"] = "stratified"
+    t_group_size: PositiveInt = 8
+    """Stratified: consecutive samples that share one partition of [0, 1)."""
+    mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
+    """exact_count: k = ceil(t * length) positions, p = k / length."""
+    boundary: Literal["split", "truncate", "none"] = "split"
+    split_probability: Probability = 0.3
+    """split: probability of cutting a sequence into two segments that do not attend to each other (iLLaDA)."""
+    truncate_probability: Probability = 0.01
+    """truncate: probability of shortening a sequence to a random length (LLaDA)."""
+
+
+class DataConfig(_Section):
+    """What is read."""
+
+    train_paths: list[str] = []
+    """Prefixes (`dir/name` for `dir/name.bin` + `dir/name.idx`) or globs of prefixes, in order."""
+    validation_paths: list[str] = []
+    tokenizer_path: str | None = None
+    """A SentencePiece `.model` or a Hugging Face `tokenizer.json`."""
+    sequence_length: PositiveInt = 512
+    shuffle: bool = True
+
+
+class OptimizerConfig(_Section):
+    """AdamW. Norm weights are not decayed (Megatron's habit)."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+class ScheduleConfig(_Section):
+    """Learning rate in units of training samples' steps: linear warm-up, constant, decay (warm-up -> stable -> decay).
+
+    iLLaDA decays only when the loss has flattened. `decay_start` says when: a step (int), a fraction of
+    training.train_steps (float), "never", "now" (the step at which the run is resumed, once) or "plateau"."""
+
+    warmup_steps: NonNegativeInt = 100
+    min_lr: NonNegativeFloat = 0.0
+    decay_style: Literal["cosine", "linear"] = "cosine"
+    decay_start: NonNegativeInt | Probability | Literal["never", "now", "plateau"] = 0.8
+    decay_steps: PositiveInt | None = None
+    """Length of the decay; None: until training.train_steps."""
+    plateau_window_steps: PositiveInt = 500
+    """plateau: the mean loss of the last window is compared with the one before it..."""
+    plateau_min_improvement: NonNegativeFloat = 0.002
+    """...and the decay starts when it fell by less than this fraction."""
+
+
+class TrainingConfig(_Section):
+    """The loop."""
+
+    lr: PositiveFloat = 2e-4
+    micro_batch_size: PositiveInt = 1
+    global_batch_size: PositiveInt = 8
+    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """(start, increment, samples): Megatron's ramp-up, from start to global_batch_size in steps of increment over
+    that many samples."""
+    train_steps: PositiveInt = 1000
+    exit_steps: PositiveInt | None = None
+    """Save and stop at this step although the schedule is made for train_steps."""
+    precision: Dtype = "bf16"
+    seed: NonNegativeInt = 1234
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: the attention core (selective) or whole layers (full)."""
+
+
+class ValidationConfig(_Section):
+    """The held-out bound: fixed samples, fixed masks, so that two runs' figures compare."""
+
+    interval_steps: PositiveInt | None = None
+    """None: no validation while training."""
+    num_samples: PositiveInt = 64
+    seed: NonNegativeInt = 4321
+    """Noise of the validation masks; apart from training.seed, so that runs of several seeds compare."""
+
+
+class CheckpointConfig(_Section):
+    save_dir: str | None = None
+    """None: nothing is saved."""
+    load_dir: str | None = None
+    """Where to continue from; None: save_dir, if it holds a checkpoint."""
+    interval_steps: PositiveInt | None = None
+    """None: only at the end and on SIGTERM/SIGINT."""
+
+
+class LoggingConfig(_Section):
+    tensorboard_dir: str | None = None
+    interval_steps: PositiveInt = 10
+    jsonl_path: str | None = None
+    """One JSON object a step (what TensorBoard gets, at full precision)."""
+
+
+class RuntimeConfig(_Section):
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    num_threads: PositiveInt | None = None
+    """CPU threads of a rank; None: cores / ranks on this machine."""
+    distributed_timeout_minutes: PositiveInt = 10
+    peak_tflops: PositiveFloat | None = None
+    """The device's dense peak in the run's precision, for MFU; None: known devices only."""
+
+
+class RunConfig(_Section):
+    """Everything a run depends on; saved beside it."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        from illada_megatron.config.layout import check_config
+
+        check_config(self)
+        return self

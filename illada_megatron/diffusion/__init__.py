@@ -1,0 +1,1 @@
+"""The masked-diffusion process: mask probabilities, counter-based noise, segments, and the batch that training consumes."""

@@ -1,0 +1,1 @@
+"""Text out of a mask predictor, through a `predict(tokens) -> logits` callable."""
