@@ -1,0 +1,71 @@
+"""Which modules make a layer: Transformer Engine's, or megatron-core's own with this package's norm and attention."""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.model.attention import SegmentAttention
+from illada_megatron.model.norm import RMSNorm
+from illada_megatron.runtime.device import Device, has_transformer_engine
+
+# Bidirectional: with packed segments no_mask means "every position of the segment".
+_BIDIRECTIONAL = {"attn_mask_type": AttnMaskType.no_mask}
+
+
+def choose_implementation(config: RunConfig, device: Device) -> str:
+    """ "transformer_engine" or "local" for `runtime.transformer_impl`; auto takes TE on a GPU where it is installed.
+
+    Raises ConfigError where TE is asked for and cannot be used.
+    """
+    wanted = config.runtime.transformer_impl
+    usable = device.is_cuda and has_transformer_engine()
+    if wanted == "transformer_engine" and not usable:
+        missing = "is not installed" if device.is_cuda else "needs a GPU, and this rank computes on a CPU"
+        raise ConfigError(f"runtime.transformer_impl: transformer_engine {missing}; use auto or local")
+    return "transformer_engine" if usable and wanted != "local" else "local"
+
+
+def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (chunk `vp_stage`) and the final norm."""
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer.submodules.self_attention.params = dict(_BIDIRECTIONAL)
+    else:
+        layer, norm = _local_layer(), RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+    )
+
+
+def _local_layer() -> ModuleSpec:
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=SegmentAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=SelfAttention, params=dict(_BIDIRECTIONAL), submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

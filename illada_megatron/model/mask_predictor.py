@@ -1,0 +1,162 @@
+"""The mask predictor as a pipeline stage: embedding, bidirectional layers, head; any subset of them."""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from illada_megatron.config import ModelConfig, RunConfig
+from illada_megatron.model.layer_specs import block_spec, choose_implementation
+from illada_megatron.model.transformer_config import transformer_config
+from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss, masked_linear_cross_entropy
+from illada_megatron.runtime.device import Device
+
+
+class MaskPredictor(LanguageModule):
+    """p(x0_i | x_t) for the masked positions i (arXiv 2502.09992, section 2.1), one stage of it.
+
+    Shapes: t tokens in one row (all sequences of the micro-batch, one after the other), h hidden size, v vocabulary.
+    All tensors have a batch dimension of 1, which megatron-core's packed sequences ask for.
+
+    The head multiplies **only masked positions** with the vocabulary: training needs no other logits.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        implementation: str,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.model = model
+        self.vp_stage = vp_stage
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model.tie_word_embeddings
+        self.layer_offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=model.padded_vocab_size,
+                max_sequence_length=model.max_sequence_length,
+                position_embedding_type="rope",
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=model.head_dim,
+            rotary_percent=1.0,
+            rotary_base=model.rotary_base,  # type: ignore[arg-type]
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(config, implementation, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                model.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and model.tie_word_embeddings,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
+        """The previous stage's hidden states; called by megatron-core's schedules."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def head_weight(self) -> Tensor:
+        """[v/tp, h], the embedding's own weight where they are tied."""
+        return self.shared_embedding_or_output_weight() if self.model.tie_word_embeddings else self.output_layer.weight
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        packed_seq_params: PackedSeqParams,
+        labels: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+    ) -> Tensor | MaskedLoss:
+        """A stage's work on one micro-batch.
+
+        tokens: [1, t] int64 (first stage), None elsewhere; labels [t] int64 and loss_weight [t] float32 (last stage).
+        Returns the masked loss where labels are given, else hidden states [t (/ tp with sequence parallelism), 1, h];
+        on the last stage these are the normalised ones that `logits` takes.
+        """
+        embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        # Frequencies as long as the longest segment, never the whole row: megatron-core takes a table as long as the
+        # row for absolute positions, and positions have to restart in each segment.
+        hidden = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True),
+            packed_seq_params=packed_seq_params,
+        )
+        if labels is None or not self.post_process:
+            return hidden
+        return masked_linear_cross_entropy(
+            hidden.squeeze(1),
+            self.head_weight(),
+            labels,
+            loss_weight,
+            vocab_size=self.model.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last stage's hidden states [t (/tp), 1, h] -> logits [t, vocab_size] of all positions, for generation."""
+        parallel_logits, _ = self.output_layer(hidden, weight=self.head_weight())
+        gathered = tensor_parallel.gather_from_tensor_model_parallel_region(parallel_logits, group=self.tp_group)
+        return gathered.squeeze(1)[:, : self.model.vocab_size]
+
+
+def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]:
+    """This rank's part of the model: one chunk, or `virtual_pipeline_model_parallel_size` of them.
+
+    The weights are not filled yet (`fill_initial_weights`, or a checkpoint).
+    """
+    from megatron.core import parallel_state
+
+    core = transformer_config(config, device)
+    implementation = choose_implementation(config, device)
+    virtual = core.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        chunks.append(
+            MaskPredictor(
+                core,
+                config.model,
+                implementation,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            ).to(device.torch_device)
+        )
+    return chunks
+
+
+def count_parameters(config: RunConfig) -> int:
+    """Parameters of the whole model, counted on the meta device (no memory); needs a runtime of one rank."""
+    core = transformer_config(config, Device(torch.device("cpu"), "meta", None))
+    core.use_cpu_initialization = True  # megatron-core then lets the default device decide
+    with torch.device("meta"):
+        model = MaskPredictor(core, config.model, "local")
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,25 @@
+"""Variable-length attention's view of a batch: all tokens in one row, cut into segments by cumulative offsets."""
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+def pack(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """Segments for megatron-core's attention.
+
+    cu_seqlens: [n + 1] int32, offsets of the n segments in the flattened tokens; max_seqlen: the longest (tokens),
+    given so that nobody has to ask the GPU for it.
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+def equal_segments(batch: int, length: int, device: torch.device | str) -> PackedSeqParams:
+    """`batch` whole sequences of `length` tokens, nothing split."""
+    return pack(torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device), length)

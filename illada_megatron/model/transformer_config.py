@@ -1,0 +1,60 @@
+"""The run's configuration in megatron-core's words."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from illada_megatron.config import RunConfig
+from illada_megatron.runtime.device import Device, has_apex, has_transformer_engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
+    """megatron-core's TransformerConfig for the model, layout, precision and the fusions that `device` has."""
+    model, parallel = config.model, config.parallel
+    dtype = DTYPES[config.training.precision]
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    recompute = config.training.recompute
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel.
+        init_method=_untouched,
+        output_layer_init_method=_untouched,
+        embedding_init_method=_untouched,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=device.is_cuda,  # gloo sends and receives one by one
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        # megatron-core's fusions go through torch.compile or TE; on a CPU they cost a compiler run in every process.
+        bias_activation_fusion=device.is_cuda,
+        bias_dropout_fusion=device.is_cuda,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=device.is_cuda and has_transformer_engine(),
+        gradient_accumulation_fusion=device.is_cuda and has_apex(),
+    )
+
+
+def _untouched(weight: Tensor) -> Tensor:
+    return weight

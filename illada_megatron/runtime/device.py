@@ -1,0 +1,110 @@
+"""The device of this process, what it can do at most, and what is installed."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from illada_megatron.config import ConfigError, RunConfig
+
+# Dense bf16 peaks in TFLOP/s (vendor data sheets), by a part of the device's name; the first match counts.
+_BF16_PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "A100": 312.0, "B200": 2250.0}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this rank computes."""
+
+    torch_device: torch.device
+    name: str
+    peak_tflops: float | None
+    """Dense peak in the run's precision; None: not known, MFU is not reported."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Capability:
+    """A part that speeds training up where it is installed."""
+
+    name: str
+    found: str | None
+    """Its version; None: missing."""
+    brings: str
+
+
+def select_device(config: RunConfig) -> Device:
+    """The device that `runtime.device` names; "auto": this rank's GPU if there is one. Raises ConfigError."""
+    wanted = config.runtime.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.device: cuda was asked for, but torch finds no GPU; use runtime.device=cpu or auto, or check the "
+            "driver and that torch is a CUDA build"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return Device(torch.device("cpu"), f"CPU, {config.runtime.num_threads or _threads()} threads a rank", None)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {index} has no GPU of its own: {torch.cuda.device_count()} are visible; start that many ranks "
+            "on this machine"
+        )
+    name = torch.cuda.get_device_name(index)
+    peak = config.runtime.peak_tflops
+    if peak is None and config.training.precision == "bf16":
+        peak = next((value for part, value in _BF16_PEAK_TFLOPS.items() if part in name), None)
+    return Device(torch.device("cuda", index), name, peak)
+
+
+def set_threads(config: RunConfig) -> None:
+    """Divide the cores among the ranks of this machine; oversubscribed ranks wait for each other."""
+    torch.set_num_threads(config.runtime.num_threads or _threads())
+
+
+def has_transformer_engine() -> bool:
+    """Installed and importable. megatron-core's own flag hides import errors, so ask the package itself."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex() -> bool:
+    """NVIDIA's Apex, which the package of that name on PyPI is not: only NVIDIA's has `multi_tensor_apply`."""
+    return (
+        importlib.util.find_spec("apex") is not None
+        and importlib.util.find_spec("apex.multi_tensor_apply") is not None  # imports apex itself
+    )
+
+
+def capabilities() -> list[Capability]:
+    """What was found and what is missing, with what each would bring."""
+    cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)" if torch.cuda.is_available() else None
+    return [
+        Capability("torch", torch.__version__, "tensors, gloo and NCCL"),
+        Capability("megatron-core", _version("megatron-core"), "tensor, pipeline and data parallelism"),
+        Capability("CUDA", cuda, "training on GPUs over NCCL, bf16 at full speed"),
+        Capability(
+            "Transformer Engine",
+            _version("transformer-engine") if has_transformer_engine() else None,
+            "fused norms and linears, flash and cuDNN attention, FP8 on H100",
+        ),
+        Capability(
+            "Apex (NVIDIA's)",
+            _version("apex") if has_apex() else None,
+            "fused AdamW and weight gradients accumulated in fp32 by the GEMM",
+        ),
+    ]
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

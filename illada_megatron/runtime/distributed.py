@@ -1,0 +1,101 @@
+"""Process groups: torch.distributed and megatron-core's model-parallel state, on gloo (CPU) or NCCL (CUDA)."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.config.layout import Layout, resolve_layout
+from illada_megatron.runtime import cpu_adaptor
+from illada_megatron.runtime.device import Device, select_device, set_threads
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This rank's place in the run."""
+
+    device: Device
+    layout: Layout
+    rank: int
+    data_parallel_rank: int
+    is_first_stage: bool
+    is_last_stage: bool
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that talks."""
+        return self.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+
+def world_size_from_environment() -> int:
+    """World size that torchrun or Slurm's launcher announced; 1 outside of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def runtime(config: RunConfig) -> Iterator[Runtime]:
+    """Join the run: device, process groups, megatron-core's state. Leaves them when the block ends.
+
+    Raises ConfigError where the layout does not fit the world.
+    """
+    try:
+        layout = resolve_layout(config, world_size_from_environment())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    device = select_device(config)
+    if device.is_cuda:
+        torch.cuda.set_device(device.torch_device)
+    else:
+        cpu_adaptor.install()
+        set_threads(config)
+    _init_torch_distributed(config, device)
+    try:
+        yield _init_megatron(config, layout, device)
+    finally:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _init_torch_distributed(config: RunConfig, device: Device) -> None:
+    backend = "nccl" if device.is_cuda else "gloo"
+    timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=device.torch_device if device.is_cuda else None
+        )
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _init_megatron(config: RunConfig, layout: Layout, device: Device) -> Runtime:
+    # Imported here: the CPU adaptor has to be in place before megatron-core binds names of torch.cuda.
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.runtime.distributed_timeout_minutes,
+    )
+    # No layer draws random numbers (no dropout, weights from `initial_weights`); megatron-core wants its states set.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    return Runtime(
+        device=device,
+        layout=layout,
+        rank=dist.get_rank(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        is_first_stage=parallel_state.get_pipeline_model_parallel_rank() == 0,
+        is_last_stage=parallel_state.get_pipeline_model_parallel_rank() == layout.pipeline - 1,
+    )

@@ -1,0 +1,79 @@
+"""Sums over a step's tokens, reduced once over all ranks, and what is reported of them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from illada_megatron.diffusion.batch import MaskedBatch
+from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
+
+T_BUCKETS = 10
+_SCALARS = ("weighted", "cross_entropy", "masked", "squared_lengths", "stop")
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over all tokens of a step, the same on every rank."""
+
+    weighted: float
+    """sum of CE / p over masked tokens (nats)."""
+    cross_entropy: float
+    """sum of CE over masked tokens (nats)."""
+    masked: int
+    squared_lengths: int
+    """sum over segments of length^2 (tokens^2)."""
+    stop: bool
+    """Some rank wants to stop."""
+    bucket_cross_entropy: list[float]
+    bucket_masked: list[float]
+
+    @property
+    def masked_cross_entropy(self) -> float:
+        """Mean CE of a masked token, unweighted (nats)."""
+        return self.cross_entropy / max(1, self.masked)
+
+    def cross_entropy_by_t(self) -> list[float | None]:
+        """Mean CE of the masked tokens of sequences with t in [k/10, (k+1)/10); None where there were none."""
+        pairs = zip(self.bucket_cross_entropy, self.bucket_masked, strict=True)
+        return [total / count if count else None for total, count in pairs]
+
+
+def microbatch_sums(loss: MaskedLoss, batch: MaskedBatch) -> Tensor:
+    """One micro-batch's sums as a float64 vector: the scalars of StepSums, then CE and counts by bucket of t."""
+    ce = loss.cross_entropy.double()
+    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
+    sums = torch.zeros(len(_SCALARS) + 2 * T_BUCKETS, dtype=torch.float64, device=ce.device)
+    sums[0] = loss.loss_sum.detach()
+    sums[1] = ce.sum()
+    sums[2] = ce.numel()
+    sums[3] = lengths.square().sum()
+    bucket = (batch.t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)[loss.rows // batch.tokens.shape[1]]
+    sums[len(_SCALARS) :][:T_BUCKETS].index_add_(0, bucket, ce)
+    sums[len(_SCALARS) + T_BUCKETS :].index_add_(0, bucket, torch.ones_like(ce))
+    return sums
+
+
+def reduce_sums(local: list[Tensor], counts: bool, stop: bool, device: torch.device) -> StepSums:
+    """Sum over micro-batches and all ranks: the one collective of a step that metrics cost.
+
+    local: the vectors of this rank's micro-batches (last stage), else empty; counts: whether this rank speaks for its
+    tensor-parallel group, whose ranks all hold the same sums; stop: whether this rank wants to stop.
+    """
+    total = torch.zeros(len(_SCALARS) + 2 * T_BUCKETS, dtype=torch.float64, device=device)
+    if counts and local:
+        total += torch.stack(local).sum(0)
+    total[4] = float(stop)
+    dist.all_reduce(total)
+    values = total.tolist()
+    buckets = values[len(_SCALARS) :]
+    return StepSums(
+        weighted=values[0],
+        cross_entropy=values[1],
+        masked=round(values[2]),
+        squared_lengths=round(values[3]),
+        stop=values[4] > 0,
+        bucket_cross_entropy=buckets[:T_BUCKETS],
+        bucket_masked=buckets[T_BUCKETS:],
+    )

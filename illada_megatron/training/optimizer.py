@@ -1,0 +1,112 @@
+"""AdamW through megatron-core's optimizers (plain, or sharded over the data-parallel ranks)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.optim.adamw import adamw
+
+from illada_megatron.config import RunConfig
+from illada_megatron.model.transformer_config import DTYPES
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) that counts its steps in the param group, as Apex's and TE's FusedAdam do.
+
+    megatron-core falls back to torch.optim.AdamW where neither is installed; that one keeps `step` with each parameter,
+    and a distributed optimizer's state could then not be loaded under another layout. The arithmetic is torch's own
+    fused kernel.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("AdamW decouples weight decay; adam_w_mode=False is not supported")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("AdamW takes no closure")
+        for group in self.param_groups:
+            # Counted on ranks that hold no parameter of the group too: the count is saved once for all ranks.
+            group["step"] += 1
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
+            for parameter in params:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+            adamw(
+                params,
+                [parameter.grad for parameter in params],
+                [self.state[parameter]["exp_avg"] for parameter in params],
+                [self.state[parameter]["exp_avg_sq"] for parameter in params],
+                [],
+                [torch.tensor(group["step"] - 1.0, device=parameter.device) for parameter in params],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def optimizer_name(config: RunConfig) -> str:
+    """For the start-up table."""
+    kind = "AdamW (torch fused kernel)" if _uses_own_adamw() else "FusedAdam (Transformer Engine or Apex)"
+    return f"{kind}, state sharded over data parallel" if config.parallel.use_distributed_optimizer else kind
+
+
+def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """megatron-core's optimizer over this rank's chunks; it clips, holds fp32 main weights, and reduces over ranks."""
+    if _uses_own_adamw():
+        # megatron-core offers no argument for the class of its inner optimizer, only these two names.
+        megatron_optimizer.Adam = AdamW
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    settings = config.optimizer
+    return megatron_optimizer.get_megatron_optimizer(
+        megatron_optimizer.OptimizerConfig(
+            optimizer="adam",
+            lr=config.training.lr,
+            min_lr=config.schedule.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.training.precision == "bf16",
+            params_dtype=DTYPES[config.training.precision],
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        list(chunks),
+        use_gloo_process_groups=False,
+    )
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """Before a step: the rate, and the decay of the groups that decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def _uses_own_adamw() -> bool:
+    return megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is AdamW
