@@ -1,0 +1,82 @@
+"""Which rows of the flattened tokens are masked, and how their hidden states travel over the tensor-parallel group.
+
+Only masked rows are moved: about half of a diffusion batch is never multiplied with the head, so it is not sent."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """The masked rows of `[n, h]` hidden states, replicated over the group or cut along n (sequence parallelism).
+
+    Every rank of the group holds the same `rows`, hence knows how many masked rows each slice has and issues the same
+    collectives. With no masked row no rank issues any.
+    """
+
+    rows: Tensor  # [m] int64, ascending positions in the flattened tokens
+    group: dist.ProcessGroup | None  # None: this process is the whole group
+    local_rows: Tensor  # [m_local] int64, positions in this rank's hidden
+    slots: Tensor | None  # [m] int64, where each row lies in the gathered [tp * m_slice, h]; None: hidden is whole
+    m_slice: int  # most masked rows in one slice: slices are padded to it
+
+    @classmethod
+    def locate(cls, loss_weight: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> "MaskedRows":
+        """Rows whose `loss_weight [n]` is not 0. `group` None or of one rank: nothing travels."""
+        rows = loss_weight.nonzero().flatten()
+        if group is None or not sequence_parallel:
+            return cls(rows, group, rows, None, 0)
+        tp, rank = group.size(), group.rank()
+        slice_tokens = loss_weight.numel() // tp
+        owner = rows // slice_tokens
+        counts = torch.bincount(owner, minlength=tp)
+        first = counts.cumsum(0) - counts  # [tp], index in rows of each slice's first masked row
+        m_slice = int(counts.max())
+        slots = owner * m_slice + torch.arange(rows.numel(), device=rows.device) - first[owner]
+        local_rows = rows[owner == rank] - rank * slice_tokens
+        return cls(rows, group, local_rows, slots, m_slice)
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """Masked rows of all tokens, `[m, h]`, from `hidden` `[n, h]` (sequence parallelism: `[n/tp, h]`)."""
+        mine = hidden.index_select(0, self.local_rows)
+        if self.slots is None or self.group is None or self.m_slice == 0:
+            return mine
+        sent = _padded(mine, self.m_slice)
+        gathered = sent.new_empty(self.group.size() * self.m_slice, sent.shape[1])
+        dist.all_gather_single(gathered, sent, group=self.group)
+        return gathered.index_select(0, self.slots)
+
+    def start_reduce(self, grad_rows: Tensor) -> tuple[Tensor, Pending | None]:
+        """Begin summing `grad_rows` `[m, h]` over the group (overwritten); `scatter` needs it waited for.
+
+        Returns this rank's masked rows of the sum, `[m_local, h]`, and what to wait for.
+        """
+        if self.group is None or self.rows.numel() == 0:
+            return grad_rows, None
+        if self.slots is None:
+            return grad_rows, dist.all_reduce(grad_rows, group=self.group, async_op=True)
+        sent = grad_rows.new_zeros(self.group.size() * self.m_slice, grad_rows.shape[1])
+        sent.index_copy_(0, self.slots, grad_rows)
+        received = sent.new_empty(self.m_slice, sent.shape[1])
+        work = dist.reduce_scatter_single(received, sent, group=self.group, async_op=True)
+        return received[: self.local_rows.numel()], work
+
+    def scatter(self, mine: Tensor, local_tokens: int) -> Tensor:
+        """`mine` `[m_local, h]` put back at its positions of `[local_tokens, h]`, zero elsewhere."""
+        return mine.new_zeros(local_tokens, mine.shape[1]).index_copy_(0, self.local_rows, mine)
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    padded = rows.new_zeros(length, rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    return padded
