@@ -35,8 +35,8 @@ def install() -> None:
 
 def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: _CPU
-    torch.cuda.set_device = _nothing
-    torch.cuda.empty_cache = _nothing
+    torch.cuda.set_device = _nothing()
+    torch.cuda.empty_cache = _nothing()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *_, **__: self
@@ -48,8 +48,8 @@ def _redirect_random_states() -> None:
     redirected = {
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
-        "manual_seed": lambda seed: torch.manual_seed(seed),
-        "manual_seed_all": lambda seed: torch.manual_seed(seed),
+        "manual_seed": torch.default_generator.manual_seed,  # torch.manual_seed calls this one in turn
+        "manual_seed_all": torch.default_generator.manual_seed,
         "initial_seed": torch.initial_seed,
     }
     for name, function in redirected.items():
@@ -63,13 +63,13 @@ def _redirect_random_states() -> None:
 
 
 def _redirect_streams() -> None:
-    torch.cuda.synchronize = _nothing
+    torch.cuda.synchronize = _nothing()
     torch.cuda.Stream = torch.cuda.Event = _Order
     torch.cuda.stream = _no_stream
     for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *_, **__: _Order())
     for name in ("range_push", "range_pop"):
-        setattr(torch.cuda.nvtx, name, _nothing)
+        setattr(torch.cuda.nvtx, name, _nothing())
 
 
 class _Order:
@@ -94,7 +94,7 @@ class _AnyDevice:
 
 def _replace_lazy_call(module: Any) -> None:
     module._lazy_call = lambda function, **_: function()
-    module._lazy_init = _nothing
+    module._lazy_init = _nothing()
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +120,9 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
+def _nothing() -> Callable[..., None]:
+    # A new function each time: torch.compile, which megatron-core imports, refuses one object under two names.
+    return lambda *_, **__: None
 
 
 @contextlib.contextmanager

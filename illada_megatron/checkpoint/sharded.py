@@ -1,0 +1,126 @@
+"""Saving and loading through megatron-core's dist_checkpointing: every tensor under its name in the whole model."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import nn
+
+from illada_megatron.checkpoint import store
+from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo
+from illada_megatron.config import RunConfig
+
+# The optimizer's state in the shape of the model's parameters: the only format that any TP, PP and DP can load.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_checkpoint(
+    save_dir: Path,
+    step: int,
+    config: RunConfig,
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer,
+    progress: Mapping[str, Any],
+) -> Path:
+    """Save model, optimizer and `progress` (plain values, the same on every rank) as the checkpoint of `step`.
+
+    Every rank calls it. The pointer to the latest moves after all files are complete and durable. Returns the path.
+    """
+    path = store.step_directory(save_dir, step)
+    if dist.get_rank() == 0:
+        if path.exists():  # left by an interrupted save, or by a run that went on from an older checkpoint
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(chunks, optimizer, is_loading=False)
+    state["progress"] = dict(progress)
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    dist_checkpointing.save(state, str(path), strategy)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        store.finish(path, step, config.model_dump(mode="json"))
+    dist.barrier()
+    return path
+
+
+def load_checkpoint(
+    info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None
+) -> dict[str, Any]:
+    """Load a complete checkpoint into this rank's chunks and optimizer, whatever layout it was saved under.
+
+    optimizer: None to load weights only. Returns the `progress` it was saved with. Raises CheckpointError where the
+    checkpoint is of another model.
+    """
+    _check_model(info, config)
+    store.check_metadata(info.path)
+    if optimizer is not None:
+        _check_optimizer(info, config)
+    state = _sharded_state(chunks, optimizer, is_loading=True)
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(info.path)),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    loaded = dist_checkpointing.load(state, str(info.path), strategy)
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return loaded["progress"]
+
+
+def _sharded_state(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, is_loading: bool
+) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        model = {key: state[key] for key in state}
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
+    return state
+
+
+def _check_model(info: CheckpointInfo, config: RunConfig) -> None:
+    """A tensor of another size would be an obscure error, one of another meaning none at all."""
+    saved, wanted = info.config["model"], config.model.model_dump(mode="json")
+    irrelevant = ("max_sequence_length", "init_method_std", "embedding_init_std")
+    different = [
+        f"model.{key} is {saved.get(key)} in the checkpoint, {value} in the configuration"
+        for key, value in wanted.items()
+        if saved.get(key) != value and key not in irrelevant
+    ]
+    if different:
+        raise CheckpointError(f"{info.path}: a checkpoint of another model:\n  " + "\n  ".join(different))
+
+
+def _check_optimizer(info: CheckpointInfo, config: RunConfig) -> None:
+    saved, wanted = info.config["parallel"]["use_distributed_optimizer"], config.parallel.use_distributed_optimizer
+    if saved != wanted:
+        raise CheckpointError(
+            f"{info.path}: saved with parallel.use_distributed_optimizer={saved}, the configuration has {wanted}; "
+            f"continue with {saved}"
+        )
+    precision, now = info.config["training"]["precision"], config.training.precision
+    if precision != now:
+        raise CheckpointError(
+            f"{info.path}: saved with training.precision={precision}, the configuration has {now}; the optimizer's "
+            f"main weights differ: continue with {precision}"
+        )

@@ -1,0 +1,133 @@
+"""Checkpoints as directories: which are complete, which is the newest, and the pointer to it. No tensors here.
+
+    save_dir/
+      latest                    name of the newest complete checkpoint; replaced atomically, after everything else
+      step_00000100/            megatron-core's torch_dist files, and
+        checkpoint.json         written last: step, configuration, and the size of every file
+
+A directory without a checkpoint.json that matches its files was interrupted, and is never loaded.
+"""
+
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECORD = "checkpoint.json"
+_POINTER = "latest"
+_VERSION = 1
+# What torch.distributed.checkpoint's and megatron-core's metadata consist of.
+_METADATA_MODULES = (
+    *("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"),
+    *("torch.serialization", "torch._utils", "collections", "pathlib", "pathlib._local"),
+    *("megatron.core.dist_checkpointing.mapping", "torch.distributed.checkpoint._extension"),
+)
+_METADATA_BUILTINS = ("set", "frozenset", "slice", "getattr")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used or written; the message names the path and what to do."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint."""
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    """The run's configuration when it was saved."""
+
+
+def step_directory(save_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return save_dir / f"step_{step:08d}"
+
+
+def finish(path: Path, step: int, config: dict[str, Any]) -> None:
+    """Make the files of `path` durable, record them, then move the pointer. One rank calls it, after all have written."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != RECORD)
+    for file in files:
+        _sync(file)
+    record = {
+        "version": _VERSION,
+        "step": step,
+        "config": config,
+        "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
+    }
+    _write_atomically(path / RECORD, json.dumps(record, indent=1))
+    _write_atomically(path.parent / _POINTER, path.name + "\n")
+
+
+def newest_complete(load_dir: Path) -> tuple[CheckpointInfo | None, list[str]]:
+    """The newest complete checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer ones were
+    refused. Raises CheckpointError where the directory does not exist or holds only refused ones."""
+    if not load_dir.is_dir():
+        raise CheckpointError(f"{load_dir}: no such directory; give checkpoint.load_dir of an earlier run")
+    if load_dir.name.startswith("step_"):
+        candidates = [load_dir]
+    else:
+        candidates = sorted(load_dir.glob("step_*"), reverse=True)
+    refused = []
+    for path in candidates:
+        try:
+            return _read(path), refused
+        except CheckpointError as error:
+            refused.append(str(error))
+    if refused:
+        raise CheckpointError(f"{load_dir}: no complete checkpoint:\n  " + "\n  ".join(refused))
+    return None, []
+
+
+def check_metadata(path: Path) -> None:
+    """Refuse a `.metadata` that is more than metadata: torch reads this file with pickle, which can run code."""
+    with (path / ".metadata").open("rb") as file:
+        try:
+            _MetadataUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise CheckpointError(f"{path / '.metadata'}: {error}; the file is damaged or not a checkpoint's") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _METADATA_MODULES or (module == "builtins" and name in _METADATA_BUILTINS):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _read(path: Path) -> CheckpointInfo:
+    try:
+        record = json.loads((path / RECORD).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: interrupted while it was written ({RECORD} is missing)") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path / RECORD}: not JSON: {error}") from error
+    if record.get("version") != _VERSION:
+        raise CheckpointError(f"{path / RECORD}: version {record.get('version')}, this program reads {_VERSION}")
+    for name, size in record["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{file}: {state}, expected {size} bytes")
+    return CheckpointInfo(path, record["step"], record["config"])
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

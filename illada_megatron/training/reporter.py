@@ -1,0 +1,150 @@
+"""What the user sees of a run: tables and lines in the terminal, scalars in TensorBoard, one JSON object a step."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from illada_megatron.config import RunConfig
+from illada_megatron.training.validation import HeldOut
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step, at full precision."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """nats/token: sum(CE / p) / tokens."""
+    masked_cross_entropy: float
+    """nats per masked token."""
+    cross_entropy_by_t: list[float | None]
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    tflops: float
+    """Achieved TFLOP/s of a device."""
+    mfu: float | None
+    consumed_samples: int
+    consumed_tokens: int
+    epoch: float
+    seconds: float
+    data_seconds: float = 0.0
+
+
+class Reporter:
+    """Only the main rank's says anything; the others are built with enabled=False."""
+
+    def __init__(self, config: RunConfig, enabled: bool, first_step: int, last_step: int) -> None:
+        self.config = config
+        self.enabled = enabled
+        self.last_step = last_step
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._seconds_per_step: float | None = None
+        self._writer: SummaryWriter | None = None
+        self._jsonl: TextIO | None = None
+        if not enabled:
+            return
+        if config.logging.tensorboard_dir:
+            # purge: what an interrupted run logged after the checkpoint that this one continues from
+            self._writer = SummaryWriter(config.logging.tensorboard_dir, purge_step=first_step + 1)
+        if config.logging.jsonl_path:
+            path = Path(config.logging.jsonl_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._jsonl = path.open("a")
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
+
+    def say(self, message: object) -> None:
+        """A line or a table in the terminal."""
+        if self.enabled:
+            self.console.print(message)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """A two-column table in the terminal."""
+        if self.enabled:
+            self.console.print(two_columns(title, rows))
+
+    def step(self, record: StepRecord) -> None:
+        """Log a step; the terminal gets every logging.interval_steps-th, the first and the last."""
+        if not self.enabled:
+            return
+        # an exponential mean: single steps are noisy, the first one warms everything up
+        previous = self._seconds_per_step
+        self._seconds_per_step = record.seconds if previous is None else 0.9 * previous + 0.1 * record.seconds
+        if self._jsonl is not None:
+            self._jsonl.write(json.dumps(asdict(record)) + "\n")
+            self._jsonl.flush()
+        if self._writer is not None:
+            for name, value in self._scalars(record).items():
+                self._writer.add_scalar(name, value, record.step)
+        if record.step % self.config.logging.interval_steps == 0 or record.step in (1, self.last_step):
+            self.console.print(self._line(record))
+
+    def held_out(self, step: int, figures: HeldOut) -> None:
+        """Log a validation."""
+        if not self.enabled:
+            return
+        if self._writer is not None:
+            self._writer.add_scalar("validation/bound_nats_per_token", figures.bound, step)
+            self._writer.add_scalar("validation/masked_cross_entropy_nats", figures.masked_cross_entropy, step)
+        self.console.print(
+            f"step {step:>7}  held-out bound {figures.bound:.4f} nats/token  "
+            f"masked CE {figures.masked_cross_entropy:.4f}  ({figures.num_tokens:,} tokens)"
+        )
+
+    def _line(self, record: StepRecord) -> str:
+        left = timedelta(seconds=round((self._seconds_per_step or 0.0) * (self.last_step - record.step)))
+        mfu = f"  MFU {record.mfu:.1%}" if record.mfu is not None else ""
+        return (
+            f"step {record.step:>7}/{self.last_step}  loss {record.loss:8.4f} nats/token  "
+            f"masked CE {record.masked_cross_entropy:7.4f}  {record.tokens_per_second:9,.0f} tokens/s{mfu}  "
+            f"grad norm {record.grad_norm:8.3f}  lr {record.lr:.3e}  ETA {left}"
+        )
+
+    @staticmethod
+    def _scalars(record: StepRecord) -> dict[str, float]:
+        scalars = {
+            "loss/nats_per_token": record.loss,
+            "loss/masked_cross_entropy_nats": record.masked_cross_entropy,
+            "optimizer/grad_norm": record.grad_norm,
+            "optimizer/learning_rate": record.lr,
+            "speed/tokens_per_second": record.tokens_per_second,
+            "speed/tflops_per_device": record.tflops,
+            "speed/step_seconds": record.seconds,
+            "progress/consumed_samples": record.consumed_samples,
+            "progress/consumed_tokens": record.consumed_tokens,
+            "progress/epoch": record.epoch,
+        }
+        if record.mfu is not None:
+            scalars["speed/mfu"] = record.mfu
+        width = 1.0 / len(record.cross_entropy_by_t)
+        for bucket, value in enumerate(record.cross_entropy_by_t):
+            if value is not None:
+                scalars[f"masked_cross_entropy_by_t_nats/{bucket * width:.1f}-{(bucket + 1) * width:.1f}"] = value
+        return scalars
+
+
+def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,145 @@
+"""Everything a run is made of, built in order: model, optimizer, corpora, and where it goes on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from illada_megatron.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, newest_complete
+from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.data.corpus import Corpus
+from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
+from illada_megatron.runtime import Runtime
+from illada_megatron.training.forward_step import BatchSource
+from illada_megatron.training.optimizer import build_optimizer
+from illada_megatron.training.schedule import LearningRate
+
+
+@dataclass
+class TrainingState:
+    """A run in the middle of it. What changes: the weights, the optimizer, the schedule and the two counters."""
+
+    config: RunConfig
+    runtime: Runtime
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    schedule: LearningRate
+    source: BatchSource
+    validation: BatchSource | None
+    step: int = 0
+    """Steps done."""
+    consumed_samples: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What setup has to tell the user."""
+
+    def progress(self) -> dict[str, Any]:
+        """The part of a checkpoint that is not tensors."""
+        return {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "schedule": self.schedule.state_dict(),
+        }
+
+
+def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
+    """Build the run and restore the checkpoint it continues from, if there is one.
+
+    Raises ConfigError, CheckpointError or the data package's error, naming what does not fit.
+    """
+    source = _training_source(config, runtime)
+    models = build_model_chunks(config, runtime.device)
+    if (checkpoint := _find_checkpoint(config)) is None:
+        fill_initial_weights(models, config.model, config.training.seed)
+    chunks = wrap_data_parallel(config, models)
+    state = TrainingState(
+        config=config,
+        runtime=runtime,
+        chunks=chunks,
+        optimizer=build_optimizer(config, chunks),
+        schedule=LearningRate(config),
+        source=source,
+        validation=validation_source(config, runtime) if config.validation.interval_steps else None,
+    )
+    if checkpoint is not None:
+        info, refused = checkpoint
+        progress = load_checkpoint(info, config, models, state.optimizer)
+        state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
+        state.schedule.load_state_dict(progress["schedule"])
+        state.notes += [f"refused {reason}" for reason in refused]
+        state.notes.append(f"continues from {info.path}: step {state.step}, {state.consumed_samples} samples consumed")
+    state.schedule.begin(state.step)
+    return state
+
+
+def validation_source(config: RunConfig, runtime: Runtime) -> BatchSource:
+    """Held-out samples in their order, with noise of their own seed."""
+    data = config.data
+    if not data.validation_paths:
+        raise ConfigError("data.validation_paths is empty, but validation was asked for: name the held-out shards")
+    corpus = Corpus(
+        data.validation_paths,
+        data.sequence_length,
+        seed=config.validation.seed,
+        shuffle=False,
+        vocab_size=config.model.vocab_size,
+    )
+    return BatchSource(corpus, config, runtime, config.validation.seed)
+
+
+def wrap_data_parallel(config: RunConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:
+    """megatron-core's DDP around each chunk, and the hooks its schedules look for in the model's configuration."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    core = models[0].config
+    chunks = [
+        DistributedDataParallel(core, ddp_config, model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+    core.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        core.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+    return chunks
+
+
+def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
+    """Parameters on this rank."""
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+
+
+def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
+    data = config.data
+    if not data.train_paths:
+        raise ConfigError("data.train_paths is empty: name the .bin/.idx prefixes to train on (illada preprocess)")
+    corpus = Corpus(
+        data.train_paths,
+        data.sequence_length,
+        seed=config.training.seed,
+        shuffle=data.shuffle,
+        vocab_size=config.model.vocab_size,
+    )
+    return BatchSource(corpus, config, runtime, config.training.seed)
+
+
+def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo, list[str]] | None:
+    """The checkpoint to continue from: load_dir's (which has to have one), else save_dir's if it has one."""
+    save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
+    if save_dir and Path(save_dir).is_dir():
+        info, refused = newest_complete(Path(save_dir))
+        if info is not None:
+            return info, refused
+    if load_dir is None:
+        return None
+    info, refused = newest_complete(Path(load_dir))
+    if info is None:
+        raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
+    return info, refused

@@ -1,0 +1,67 @@
+"""The table at start: what was chosen, and what the run is."""
+
+from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import Layout
+from illada_megatron.model.layer_specs import choose_implementation
+from illada_megatron.runtime import Device
+from illada_megatron.training.optimizer import optimizer_name
+from illada_megatron.training.setup import TrainingState, count_held_parameters
+
+_ATTENTION = {
+    "local": ("torch scaled_dot_product_attention, segment by segment", "RMSNorm (torch)"),
+    "transformer_engine": ("Transformer Engine, packed segments", "RMSNorm (Transformer Engine)"),
+}
+
+
+def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
+    """The layout, for a start or a dry run."""
+    training = config.training
+    interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
+    return [
+        ("world size", f"{layout.world_size}"),
+        (
+            "layout",
+            f"tensor {layout.tensor}{' + sequence' if config.parallel.sequence_parallel else ''}, "
+            f"pipeline {layout.pipeline}{interleaved}, data {layout.data}",
+        ),
+        (
+            "global batch",
+            f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
+            f"{training.global_batch_size * config.data.sequence_length:,} tokens; "
+            f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank",
+        ),
+        ("parameters", f"{config.model.num_parameters:,}"),
+    ]
+
+
+def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
+    """What was chosen on this device."""
+    implementation = choose_implementation(config, device)
+    attention, norm = _ATTENTION[implementation]
+    return [
+        ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
+        ("layers", implementation),
+        ("attention", attention),
+        ("norm", norm),
+        ("optimizer", optimizer_name(config)),
+        ("loss", "masked linear cross-entropy, reference (torch); head on masked positions only"),
+    ]
+
+
+def start_table(state: TrainingState) -> list[tuple[str, str]]:
+    """All rows of the start-up table."""
+    config, corpus = state.config, state.source.corpus
+    diffusion = config.diffusion
+    boundary = {
+        "split": f"split with probability {diffusion.split_probability}",
+        "truncate": f"truncated with probability {diffusion.truncate_probability}",
+        "none": "whole sequences",
+    }[diffusion.boundary]
+    return [
+        *choice_rows(config, state.runtime.device),
+        *layout_rows(config, state.runtime.layout),
+        ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
+        ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
+        ("corpus", f"{corpus.num_tokens:,} tokens, {corpus.num_windows:,} samples an epoch"),
+        ("checkpoints", config.checkpoint.save_dir or "none (checkpoint.save_dir is not set)"),
+    ]

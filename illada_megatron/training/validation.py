@@ -1,0 +1,77 @@
+"""The held-out bound: the training objective on samples and masks that never change."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from illada_megatron.config import RunConfig
+from illada_megatron.model import MaskPredictor
+from illada_megatron.runtime import Runtime
+from illada_megatron.training.forward_step import BatchSource, forward_step
+from illada_megatron.training.metrics import StepSums, reduce_sums
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out figures."""
+
+    bound: float
+    """Upper bound of the negative log-likelihood, nats/token."""
+    masked_cross_entropy: float
+    """Mean CE of a masked token, nats."""
+    num_tokens: int
+
+
+def run_schedule(
+    config: RunConfig,
+    runtime: Runtime,
+    chunks: list[torch.nn.Module],
+    source: BatchSource,
+    first_sample: int,
+    num_samples: int,
+    num_microbatches: int,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Run megatron-core's schedule over a global batch; returns the sums of this rank's micro-batches (last stage)."""
+    iterators = [source.microbatches(first_sample, num_samples, num_microbatches) for _ in chunks]
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=num_microbatches,
+        # A micro-batch travels as one packed row.
+        seq_length=config.training.micro_batch_size * config.data.sequence_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return [loss["sums"] for loss in losses] if runtime.is_last_stage else []
+
+
+def speaks_for_tensor_group() -> bool:
+    """Whether this rank's sums count: tensor-parallel ranks all hold the same."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def evaluate(
+    config: RunConfig, runtime: Runtime, chunks: list[torch.nn.Module] | list[MaskPredictor], source: BatchSource
+) -> HeldOut:
+    """The bound over the first validation.num_samples held-out samples; every rank gets the same figures."""
+    num_samples = config.validation.num_samples
+    per_microbatch = config.training.micro_batch_size * runtime.layout.data
+    num_microbatches = -(-num_samples // per_microbatch)
+    if runtime.layout.virtual > 1:  # the interleaved schedule takes multiples of the pipeline's depth
+        num_microbatches = -(-num_microbatches // runtime.layout.pipeline) * runtime.layout.pipeline
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        local = run_schedule(
+            config, runtime, list(chunks), source, 0, num_samples, num_microbatches, forward_only=True
+        )
+    for chunk in chunks:
+        chunk.train()
+    sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), False, runtime.device.torch_device)
+    num_tokens = num_samples * config.data.sequence_length
+    return HeldOut(sums.weighted / num_tokens, sums.masked_cross_entropy, num_tokens)

@@ -1,0 +1,89 @@
+"""What makes the model a mask predictor: sight in both directions, isolation of segments, sizes, initial weights."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from illada_megatron.config import RunConfig, load_config
+from illada_megatron.runtime import Runtime
+
+
+@pytest.fixture
+def logits_of(tiny_config: RunConfig, single_process: Runtime) -> Callable[[Tensor, list[int]], Tensor]:
+    from illada_megatron.model import build_model_chunks, fill_initial_weights, pack
+
+    (model,) = build_model_chunks(tiny_config, single_process.device)
+    fill_initial_weights([model], tiny_config.model, seed=3)
+
+    def logits(tokens: Tensor, cu_seqlens: list[int]) -> Tensor:
+        longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        with torch.no_grad():
+            return model.logits(model(tokens, pack(torch.tensor(cu_seqlens, dtype=torch.int32), longest)))
+
+    return logits
+
+
+def test_a_late_token_changes_an_early_position(logits_of: Callable[[Tensor, list[int]], Tensor]) -> None:
+    tokens = torch.arange(40).view(1, -1)
+    changed = tokens.clone()
+    changed[0, 39] = 200
+    difference = (logits_of(tokens, [0, 40]) - logits_of(changed, [0, 40])).abs().amax(dim=-1)
+    assert (difference > 0).all()
+
+
+def test_a_token_changes_nothing_in_another_segment(logits_of: Callable[[Tensor, list[int]], Tensor]) -> None:
+    tokens = torch.arange(40).view(1, -1)
+    changed = tokens.clone()
+    changed[0, 30] = 200
+    difference = (logits_of(tokens, [0, 25, 40]) - logits_of(changed, [0, 25, 40])).abs().amax(dim=-1)
+    assert (difference[:25] == 0).all()
+    assert (difference[25:] > 0).all()
+
+
+def test_positions_restart_in_each_segment(logits_of: Callable[[Tensor, list[int]], Tensor]) -> None:
+    first, second = torch.arange(25).view(1, -1), torch.arange(100, 115).view(1, -1)
+    packed = logits_of(torch.cat([first, second], dim=1), [0, 25, 40])
+    torch.testing.assert_close(packed[:25], logits_of(first, [0, 25]))
+    torch.testing.assert_close(packed[25:], logits_of(second, [0, 15]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("illada-8b", 7_615_025_152), ("llada-8b", 8_015_581_184), ("illada-70b", None)]
+)
+def test_presets_have_the_published_number_of_parameters(
+    preset: str, parameters: int | None, single_process: Runtime
+) -> None:
+    from illada_megatron.model.mask_predictor import count_parameters
+
+    single_rank = [f"parallel.{name}=1" for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")]
+    single_rank += ["parallel.virtual_pipeline_model_parallel_size=null", "parallel.sequence_parallel=false"]
+    config = load_config(preset, single_rank)
+    assert count_parameters(config) == config.model.num_parameters
+    if parameters is not None:
+        assert config.model.num_parameters == parameters
+
+
+def test_initial_weights_have_the_documented_spread(tiny_config: RunConfig, single_process: Runtime) -> None:
+    from illada_megatron.model import build_model_chunks, fill_initial_weights
+
+    (model,) = build_model_chunks(tiny_config, single_process.device)
+    fill_initial_weights([model], tiny_config.model, seed=3)
+    weights = dict(model.named_parameters())
+    std, hidden, layers = 0.02, tiny_config.model.hidden_size, tiny_config.model.num_layers
+    expected = {
+        "embedding.word_embeddings.weight": math.sqrt(1 / (2 * hidden)),
+        "decoder.layers.0.self_attention.linear_qkv.weight": std,
+        "decoder.layers.1.mlp.linear_fc1.weight": std,
+        "decoder.layers.0.self_attention.linear_proj.weight": std / math.sqrt(2 * layers),
+        "decoder.layers.1.mlp.linear_fc2.weight": std / math.sqrt(2 * layers),
+    }
+    for name, spread in expected.items():
+        values = weights[name][: tiny_config.model.vocab_size] if "embedding" in name else weights[name]
+        assert values.std().item() == pytest.approx(spread, rel=0.05), name
+        assert abs(values.mean().item()) < 5 * spread / math.sqrt(values.numel()), name
+    assert (weights["embedding.word_embeddings.weight"][tiny_config.model.vocab_size :] == 0).all()
+    first, second = (weights[f"decoder.layers.{layer}.mlp.linear_fc1.weight"] for layer in (0, 1))
+    assert not torch.equal(first, second)
