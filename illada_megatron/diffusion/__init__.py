@@ -1,1 +1,20 @@
-"""The masked-diffusion process: mask probabilities, counter-based noise, segments, and the batch that training consumes."""
+"""The noising process: t, masks, segments and loss weights, all pure functions of (seed, purpose, sample index)."""
+
+from illada_megatron.diffusion.batch import Corpus, MaskedBatch, make_masked_batch
+from illada_megatron.diffusion.noise import philox, uniforms, words
+from illada_megatron.diffusion.schedule import mask_probability, sample_t
+from illada_megatron.diffusion.segments import Boundary, make_segments, sample_boundary
+
+__all__ = [
+    "Boundary",
+    "Corpus",
+    "MaskedBatch",
+    "make_masked_batch",
+    "make_segments",
+    "mask_probability",
+    "philox",
+    "sample_boundary",
+    "sample_t",
+    "uniforms",
+    "words",
+]

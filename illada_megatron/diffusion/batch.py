@@ -1,0 +1,113 @@
+"""From clean sequences to what a training step consumes."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada_megatron.config.schema import DiffusionConfig
+from illada_megatron.diffusion.masking import sample_mask
+from illada_megatron.diffusion.schedule import sample_t
+from illada_megatron.diffusion.segments import Boundary, cumulate_segments, sample_boundary
+
+
+class Corpus(Protocol):
+    """Clean sequences of one length by sample index."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    def __getitem__(self, sample_index: int, /) -> NDArray[np.int64]:
+        """`[s]` token ids."""
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """Labels are not shifted: position i of `tokens` predicts `labels[i]`.
+
+    The loss of a batch is `sum(loss_weight * CE) / (b * s)` nats per token.
+    """
+
+    tokens: Tensor  # [b, s] int64, noisy: mask_token_id at masked positions
+    labels: Tensor  # [b, s] int64, clean
+    loss_weight: Tensor  # [b, s] float32, 1/p at masked positions, 0 elsewhere
+    cu_seqlens: Tensor  # [n+1] int32, offsets of the segments in the flattened b*s tokens
+    max_seqlen: int  # length of the longest segment
+    t: Tensor  # [b] float32, diffusion time
+    sample_index: Tensor  # [b] int64
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch on `device`."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def make_masked_batch(
+    corpus: Corpus, sample_indices: Sequence[int], config: DiffusionConfig, mask_token_id: int, seed: int
+) -> MaskedBatch:
+    """Read, cut and mask the samples of one micro-batch.
+
+    A sample's noise depends on (seed, sample index) alone: not on the batch it is in, the rank or what was drawn
+    before. Both segments of a split sequence share one t: LLaDA draws t per sequence.
+
+    Args:
+        corpus: read once for each index.
+        sample_indices: `b` global sample indices, in any order.
+        config: the noising process.
+        mask_token_id: written at masked positions.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: no index; a sequence of another shape; a clean sequence that already contains the mask token (the
+            model could not tell it from noise, and its label would teach it to predict masks).
+    """
+    if len(sample_indices) == 0:
+        raise ValueError("a batch needs at least one sample index, found none")
+    b, s = len(sample_indices), corpus.sequence_length
+    labels = np.empty((b, s), np.int64)
+    loss_weight = np.zeros((b, s), np.float32)
+    times = np.empty(b, np.float32)
+    boundaries: list[Boundary] = []
+    for row, index in enumerate(sample_indices):
+        _read(corpus, index, mask_token_id, labels[row])
+        boundary = sample_boundary(index, s, config, seed)
+        t = sample_t(index, config, seed)
+        masked, weight = sample_mask(index, boundary.noised_tokens, t, config, seed)
+        # s / noised_tokens is 1 unless truncated: the sequence then counts as the mean over its own tokens
+        loss_weight[row, : boundary.noised_tokens][masked] = weight * (s / boundary.noised_tokens)
+        times[row] = t
+        boundaries.append(boundary)
+    tokens = np.where(loss_weight > 0, mask_token_id, labels)
+    cu_seqlens, max_seqlen = cumulate_segments(boundaries)
+    return MaskedBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_weight=torch.from_numpy(loss_weight),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        t=torch.from_numpy(times),
+        sample_index=torch.tensor([int(index) for index in sample_indices], dtype=torch.int64),
+    )
+
+
+def _read(corpus: Corpus, index: int, mask_token_id: int, row: NDArray[np.int64]) -> None:
+    """Copy a clean sequence into `row` `[s]`."""
+    clean = corpus[index]
+    if clean.shape != row.shape:
+        raise ValueError(f"sample {index} has shape {list(clean.shape)}, the corpus promises {list(row.shape)}")
+    row[:] = clean
+    clashes = np.flatnonzero(row == mask_token_id)
+    if clashes.size:
+        raise ValueError(
+            f"sample {index} contains the mask token {mask_token_id} at position {clashes[0]} "
+            f"({clashes.size} in all): the tokenizer must not produce it, or mask_token_id names the wrong token"
+        )

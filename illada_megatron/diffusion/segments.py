@@ -1,0 +1,60 @@
+"""Where a sequence is cut into segments that do not attend to each other. Drawn without reading a token."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from illada_megatron.config.schema import DiffusionConfig
+from illada_megatron.diffusion.noise import uniforms
+
+
+class Boundary(NamedTuple):
+    """A sequence's segments. Tokens from `noised_tokens` on are neither masked nor counted in the loss."""
+
+    segment_tokens: tuple[int, ...]  # lengths of the segments; they sum to the sequence length
+    noised_tokens: int
+
+
+def sample_boundary(sample_index: int, sequence_length: int, config: DiffusionConfig, seed: int) -> Boundary:
+    """The segments of a sample.
+
+    - split (arXiv 2606.25331): with `split_probability` two segments, the cut uniform on 1..s-1;
+    - truncate (arXiv 2502.09992): with `truncate_probability` only the first l tokens count, l uniform on 1..s. Shapes
+      stay fixed, so the tail remains as a segment of its own that nothing in the head sees;
+    - none: one segment.
+    """
+    s = sequence_length
+    whole = Boundary((s,), s)
+    if config.boundary == "none":
+        return whole
+    happens, where = uniforms(seed, "diffusion.boundary", sample_index, 2)
+    if config.boundary == "split":
+        if s < 2 or happens >= config.split_probability:
+            return whole
+        cut = 1 + int(where * (s - 1))
+        return Boundary((cut, s - cut), s)
+    head = 1 + int(where * s)
+    if head == s or happens >= config.truncate_probability:
+        return whole
+    return Boundary((head, s - head), head)
+
+
+def make_segments(
+    sample_indices: Sequence[int], sequence_length: int, config: DiffusionConfig, seed: int
+) -> tuple[Tensor, int]:
+    """`cu_seqlens` `[n+1]` int32 over the flattened `b*s` tokens and the longest segment, as in `make_masked_batch`.
+
+    It is all that a pipeline stage without embedding and head needs of a batch; the corpus is not touched.
+    """
+    boundaries = [sample_boundary(index, sequence_length, config, seed) for index in sample_indices]
+    return cumulate_segments(boundaries)
+
+
+def cumulate_segments(boundaries: Sequence[Boundary]) -> tuple[Tensor, int]:
+    """Cumulative offsets `[n+1]` int32 of all segments in order, and the length of the longest."""
+    lengths = [tokens for boundary in boundaries for tokens in boundary.segment_tokens]
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(lengths), 0, dtype=torch.int32, out=offsets[1:])
+    return offsets, max(lengths)
