@@ -1,6 +1,7 @@
 """The corpus as training sees it: an endless list of samples, any of which can be computed from its index alone."""
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ def resolve_prefixes(paths: Sequence[str | Path]) -> list[str]:
             "(data.validation_paths for validation)"
         )
     prefixes = [prefix for path in paths for prefix in _expand(str(path))]
-    duplicates = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
-    if duplicates:
-        raise DataError(f"{duplicates[0]}: this shard is listed more than once in {[str(path) for path in paths]}")
+    prefix, occurrences = Counter(prefixes).most_common(1)[0]
+    if occurrences > 1:
+        raise DataError(
+            f"{prefix}: this shard is listed {occurrences} times in {[str(path) for path in paths]}, expected once: "
+            "two entries of data.train_paths (or validation_paths) overlap"
+        )
     return prefixes
 
 
@@ -66,7 +70,7 @@ class Corpus:
     Raises DataError for unusable shards or fewer tokens than one window."""
 
     def __init__(
-        self, paths: Sequence[str | Path], sequence_length: int, seed: int, vocab_size: int, shuffle: bool = True
+        self, paths: Sequence[str | Path], sequence_length: int, seed: int, shuffle: bool, vocab_size: int
     ) -> None:
         if sequence_length < 1:
             raise DataError(f"sequence_length is {sequence_length}, expected at least 1: change data.sequence_length")
