@@ -1,0 +1,99 @@
+// Writes a shard of tokens in Megatron's MMIDIDX format, version 1.
+//
+//   PREFIX.bin   the tokens of all documents, one after another; uint16 or int32, little endian, no header
+//   PREFIX.idx   char[9] "MMIDIDX\0\0" | u64 version = 1 | u8 dtype code | u64 sequences n | u64 document bounds n + 1
+//                | i32[n] sequence lengths in tokens | i64[n] byte offsets in .bin | i64[n + 1] document bounds 0..n
+//
+// A document is one sequence here. Independent of Python and of torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <system_error>
+#include <vector>
+
+namespace illada {
+
+// A failed system call on `path`.
+class DiskError : public std::system_error {
+ public:
+  DiskError(int error_number, std::string path)
+      : std::system_error(error_number, std::generic_category(), path), path_(std::move(path)) {}
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+// A file descriptor that writes whole blocks and closes itself.
+class OutputFile {
+ public:
+  OutputFile() = default;
+  ~OutputFile() { Close(); }
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+
+  // Creates or empties `path`. Takes an advisory lock, so that two writers of the same shard never interleave: the
+  // second one gets a DiskError (EWOULDBLOCK). What a killed writer left behind is overwritten.
+  void Open(const std::string& path);
+  void Append(const void* bytes, size_t count);
+  // Flushes to the device.
+  void Sync();
+  void Close() noexcept;
+
+ private:
+  void Flush();
+
+  std::string path_;
+  std::vector<char> buffer_;
+  int descriptor_ = -1;
+};
+
+// Collects documents into PREFIX.bin.tmp; Finalize() makes PREFIX.bin and PREFIX.idx of it, Abort() (or the
+// destructor) leaves nothing. Not thread-safe.
+class IndexedDatasetBuilder {
+ public:
+  // Ids must lie in [0, vocab_size); they are stored as uint16 where vocab_size <= 65536, else as int32.
+  IndexedDatasetBuilder(std::string prefix, int64_t vocab_size);
+  ~IndexedDatasetBuilder();
+  IndexedDatasetBuilder(const IndexedDatasetBuilder&) = delete;
+  IndexedDatasetBuilder& operator=(const IndexedDatasetBuilder&) = delete;
+
+  // Appends `num_documents` documents whose tokens lie one after another in tokens[0, num_tokens).
+  // All or nothing: a batch with a bad id or lengths that do not add up throws std::invalid_argument, writes nothing.
+  template <typename Token>
+  void Add(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents);
+
+  // Writes the index, flushes both files to the device and gives them their names: .bin first, .idx last, so that an
+  // .idx always stands beside its complete .bin. Replaces a shard of the same name.
+  void Finalize();
+  void Abort() noexcept;
+
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_documents() const { return static_cast<int64_t>(lengths_.size()); }
+  bool wide() const { return wide_; }
+
+ private:
+  enum class State { kOpen, kFinished, kAborted };
+
+  void RequireOpen() const;
+  template <typename Token>
+  void CheckBatch(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents) const;
+  template <typename Stored, typename Token>
+  void AppendTokens(const Token* tokens, int64_t num_tokens);
+  void WriteIndex();
+  void Publish();
+
+  std::string prefix_;
+  int64_t vocab_size_;
+  bool wide_;
+  State state_ = State::kOpen;
+  int owner_process_;
+  int64_t num_tokens_ = 0;
+  std::vector<int32_t> lengths_;  // tokens of each document
+  OutputFile bin_;
+  OutputFile idx_;
+};
+
+}  // namespace illada

@@ -1,0 +1,180 @@
+"""Tokenizers behind one small interface: a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+
+Text is only ever text: a document that contains the characters of a special token ("</s>", "<|mdm_mask|>") is
+encoded as those characters, so the mask and the end of a document cannot be forged by the corpus."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from illada_megatron.data.errors import DataError
+
+MASK_NAMES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
+BOS_NAMES = ("<s>", "<|startoftext|>", "[BOS]", "<bos>", "<|begin_of_text|>")
+EOS_NAMES = ("</s>", "<|endoftext|>", "[EOS]", "<eos>", "<|end_of_text|>")
+
+# SentencePiece writes a space as this character and reads it back as a space
+_SPACE_SIGN = "\u2581"
+
+
+class Tokenizer(Protocol):
+    """Text to ids in [0, vocab_size) and back. No id is added that the text does not hold (no BOS, no EOS)."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    mask_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+    """SHA-256 of the tokenizer's file, hexadecimal: two shards with the same one were made by the same tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """encode() of each text, on the library's own threads."""
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text; special tokens by their names ("<mask>") if skip_special_tokens is False.
+        Raises IndexError for an id outside [0, vocab_size)."""
+
+    def piece(self, token_id: int) -> str:
+        """One token for a reader: its text, the name of a special token, "<0x0A>" for a lone byte."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in `path`, by its suffix: `.model` SentencePiece, `.json` Hugging Face.
+
+    Raises DataError when there is no such file, the suffix is another or the library cannot read the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file, expected a tokenizer: correct data.tokenizer_path")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    raise DataError(
+        f"{path}: the name ends in {path.suffix!r}, expected `.model` (SentencePiece) or `.json` (a Hugging Face "
+        "tokenizer.json): correct data.tokenizer_path"
+    )
+
+
+def _fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """`ids` (numpy and torch integers too) as a list of Python's."""
+    checked = [int(token_id) for token_id in ids]
+    for position, token_id in enumerate(checked):
+        if not 0 <= token_id < vocab_size:
+            raise IndexError(f"token id is {token_id} at position {position}, expected 0 to {vocab_size - 1}")
+    return checked
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (https://github.com/google/sentencepiece)."""
+
+    def __init__(self, path: str | Path) -> None:
+        import sentencepiece
+
+        path = Path(path)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path}: expected a SentencePiece model, the library says: {error}") from error
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.fingerprint = _fingerprint(path)
+        self.bos_id = self._declared(self._processor.bos_id(), BOS_NAMES)
+        self.eos_id = self._declared(self._processor.eos_id(), EOS_NAMES)
+        self.mask_id = self._find(MASK_NAMES)
+        sign_bytes = [self._find((f"<0x{byte:02X}>",)) for byte in _SPACE_SIGN.encode()]
+        # the ids that stand for a literal space sign, where the model has byte pieces
+        self._space_sign_ids: list[int] = [byte for byte in sign_bytes if byte is not None]
+
+    def _declared(self, token_id: int, names: Sequence[str]) -> int | None:
+        """The id that the model file itself declares (-1: none), else the piece with one of the usual names."""
+        return token_id if token_id >= 0 else self._find(names)
+
+    def _find(self, names: Sequence[str]) -> int | None:
+        for name in names:
+            token_id: int = self._processor.piece_to_id(name)
+            # an unknown name is answered with the id of <unk>
+            if self._processor.id_to_piece(token_id) == name:
+                return token_id
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if len(self._space_sign_ids) != 3:
+            return self._processor.encode(texts)
+        # a literal space sign would come back as a space; spelled in bytes it comes back as itself
+        parts = [text.split(_SPACE_SIGN) for text in texts]
+        encoded = iter(self._processor.encode([part for text_parts in parts for part in text_parts]))
+        batch = []
+        for text_parts in parts:
+            ids: list[int] = next(encoded)
+            for _ in text_parts[1:]:
+                ids = ids + self._space_sign_ids + next(encoded)
+            batch.append(ids)
+        return batch
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        ids = _checked(ids, self.vocab_size)
+        if skip_special_tokens:
+            return self._processor.decode(ids)
+        text, start = "", 0
+        for position, token_id in enumerate(ids):
+            if self._processor.is_control(token_id):
+                text += self._processor.decode(ids[start:position]) + self._processor.id_to_piece(token_id)
+                start = position + 1
+        return text + self._processor.decode(ids[start:])
+
+    def piece(self, token_id: int) -> str:
+        (token_id,) = _checked([token_id], self.vocab_size)
+        return self._processor.id_to_piece(token_id).replace(_SPACE_SIGN, " ")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, read by the `tokenizers` library."""
+
+    def __init__(self, path: str | Path) -> None:
+        import tokenizers
+
+        path = Path(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: expected a Hugging Face tokenizer.json, the library says: {error}") from error
+        # a tokenizer.json may have been saved with a length limit: it would cut documents without a word
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = _fingerprint(path)
+        added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.bos_id = self._find(BOS_NAMES)
+        self.eos_id = self._find(EOS_NAMES)
+        self.mask_id = self._find(MASK_NAMES)
+
+    def _find(self, names: Sequence[str]) -> int | None:
+        ids = {name: token_id for token_id, name in self._special.items()}
+        return next((ids[name] for name in names if name in ids), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special_tokens)
+
+    def piece(self, token_id: int) -> str:
+        (token_id,) = _checked([token_id], self.vocab_size)
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        # part of a character has no text of its own: show the vocabulary's name for it; a hole in the vocabulary, ""
+        return self._tokenizer.id_to_token(token_id) or "" if "\ufffd" in text or not text else text

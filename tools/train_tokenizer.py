@@ -1,0 +1,27 @@
+"""Trains a SentencePiece tokenizer on JSON Lines; see illada_megatron.data.train_tokenizer."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from illada_megatron.data import DataError, train_sentencepiece
+
+
+def main(
+    input: Annotated[list[Path], typer.Option(help="JSON Lines file; repeat the option for several")],
+    output: Annotated[Path, typer.Option(help="the model to write, ending in .model")],
+    vocab_size: Annotated[int, typer.Option(help="pieces, special tokens and 256 bytes included")] = 8000,
+    json_keys: Annotated[str, typer.Option(help="key of the text")] = "text",
+) -> None:
+    """Train a tokenizer that gives source code back exactly; the mask token has id 5."""
+    try:
+        path = train_sentencepiece(input, output, vocab_size=vocab_size, text_key=json_keys)
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{path}: {vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    typer.run(main)
