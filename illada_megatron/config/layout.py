@@ -108,3 +108,24 @@ def resolve_layout(config: "RunConfig", world_size: int) -> Layout:
                 f"multiple of parallel.pipeline_model_parallel_size {pp}"
             )
     return Layout(world_size, tp, pp, virtual, dp, num_microbatches)
+
+
+def layout_rows(config: "RunConfig", layout: Layout) -> list[tuple[str, str]]:
+    """The layout as rows of a table."""
+    training = config.training
+    interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
+    return [
+        ("world size", f"{layout.world_size}"),
+        (
+            "layout",
+            f"tensor {layout.tensor}{' + sequence' if config.parallel.sequence_parallel else ''}, "
+            f"pipeline {layout.pipeline}{interleaved}, data {layout.data}",
+        ),
+        (
+            "global batch",
+            f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
+            f"{training.global_batch_size * config.data.sequence_length:,} tokens; "
+            f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank",
+        ),
+        ("parameters", f"{config.model.num_parameters:,}"),
+    ]

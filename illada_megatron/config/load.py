@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +25,31 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
-def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    config: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = (), source: str | None = None
+) -> RunConfig:
     """Read a configuration.
 
-    config: a path of a YAML file or the name of a preset; None: the defaults. A file may name what it builds on with
-    a top-level `base:` (a preset or a path relative to the file).
+    config: a path of a YAML file, the name of a preset, or the values themselves; None: the defaults. A file may name
+    what it builds on with a top-level `base:` (a preset or a path relative to the file).
     overrides: `section.field=value`, values as in YAML, the last one wins.
+    source: what an error calls the configuration; None: its path.
     Raises ConfigError.
     """
+    source = source or (str(config) if isinstance(config, str | Path) else "overrides")
     try:
-        layers = [OmegaConf.create()] if config is None else _layers(config)
+        layers = _layers(config) if isinstance(config, str | Path) else [OmegaConf.create(dict(config or {}))]
         for text in overrides:
             if "=" not in text:
                 raise ConfigError(f"override {text!r}: expected section.field=value, as training.lr=1e-3")
             layers.append(OmegaConf.from_dotlist([text]))
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{config or 'overrides'}: {error}") from error
-    return validate(values, source=str(config or "overrides"))
+        raise ConfigError(f"{source}: {error}") from error
+    return _validate(values, source)
 
 
-def validate(values: Any, source: str) -> RunConfig:
-    """A plain nested dict -> RunConfig; ConfigError names each wrong field of `source`."""
+def _validate(values: Any, source: str) -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected sections with fields, found {type(values).__name__}")
     try:

@@ -41,6 +41,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_rank() -> bool:
+    """Whether a launcher started this process as one rank of a run."""
+    return "RANK" in os.environ
+
+
 @contextmanager
 def runtime(config: RunConfig) -> Iterator[Runtime]:
     """Join the run: device, process groups, megatron-core's state. Leaves them when the block ends.
@@ -70,7 +75,7 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
 def _init_torch_distributed(config: RunConfig, device: Device) -> None:
     backend = "nccl" if device.is_cuda else "gloo"
     timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
-    if "RANK" in os.environ:
+    if is_rank():
         dist.init_process_group(
             backend, timeout=timeout, device_id=device.torch_device if device.is_cuda else None
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from illada_megatron.config import RunConfig
 from illada_megatron.data.corpus import Corpus
-from illada_megatron.diffusion.batch import MaskedBatch, make_masked_batch, make_segments
+from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime import Runtime

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from illada_megatron.diffusion.batch import MaskedBatch
+from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 
 T_BUCKETS = 10

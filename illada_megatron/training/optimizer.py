@@ -77,8 +77,8 @@ def optimizer_name(config: RunConfig) -> str:
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer over this rank's chunks; it clips, holds fp32 main weights, and reduces over ranks."""
     if _uses_own_adamw():
-        # megatron-core offers no argument for the class of its inner optimizer, only these two names.
-        megatron_optimizer.Adam = AdamW
+        # megatron-core offers no argument for the class of its inner optimizer, only these names.
+        megatron_optimizer.Adam = megatron_optimizer.distrib_optimizer.Adam = AdamW
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     settings = config.optimizer
     return megatron_optimizer.get_megatron_optimizer(

@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from illada_megatron.config import RunConfig
+from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.validation import HeldOut
 
 
@@ -138,13 +138,3 @@ class Reporter:
             if value is not None:
                 scalars[f"masked_cross_entropy_by_t_nats/{bucket * width:.1f}-{(bucket + 1) * width:.1f}"] = value
         return scalars
-
-
-def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
-    """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -1,7 +1,7 @@
 """The table at start: what was chosen, and what the run is."""
 
 from illada_megatron.config import RunConfig
-from illada_megatron.config.layout import Layout
+from illada_megatron.config.layout import layout_rows
 from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.runtime import Device
 from illada_megatron.training.optimizer import optimizer_name
@@ -11,27 +11,6 @@ _ATTENTION = {
     "local": ("torch scaled_dot_product_attention, segment by segment", "RMSNorm (torch)"),
     "transformer_engine": ("Transformer Engine, packed segments", "RMSNorm (Transformer Engine)"),
 }
-
-
-def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
-    """The layout, for a start or a dry run."""
-    training = config.training
-    interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
-    return [
-        ("world size", f"{layout.world_size}"),
-        (
-            "layout",
-            f"tensor {layout.tensor}{' + sequence' if config.parallel.sequence_parallel else ''}, "
-            f"pipeline {layout.pipeline}{interleaved}, data {layout.data}",
-        ),
-        (
-            "global batch",
-            f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
-            f"{training.global_batch_size * config.data.sequence_length:,} tokens; "
-            f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank",
-        ),
-        ("parameters", f"{config.model.num_parameters:,}"),
-    ]
 
 
 def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:

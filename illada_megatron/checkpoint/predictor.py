@@ -1,0 +1,68 @@
+"""A checkpoint as a function from tokens to logits, for generation and scoring."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from illada_megatron.checkpoint.sharded import load_checkpoint
+from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
+from illada_megatron.config import RunConfig, load_config
+from illada_megatron.runtime import runtime, world_size_from_environment
+
+_ONE_STAGE = (
+    *("parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"),
+    *("parallel.data_parallel_size=null", "parallel.sequence_parallel=false"),
+    *("training.micro_batch_size=1", "training.rampup_batch_size=null"),
+)
+
+Predict = Callable[[Tensor], Tensor]
+
+
+def saved_config(info: CheckpointInfo, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a checkpoint was saved with, `section.field=value` overrides on top. Raises ConfigError."""
+    return load_config(info.config, overrides, source=str(info.path))
+
+
+def find_checkpoint(path: Path) -> CheckpointInfo:
+    """The newest complete checkpoint below `path`; says on stderr which newer ones were refused. Raises
+    CheckpointError where there is none."""
+    info, refused = newest_complete(path)
+    if info is None:
+        raise CheckpointError(f"{path}: holds no checkpoint")
+    for reason in refused:
+        print(f"refused {reason}", file=sys.stderr)
+    return info
+
+
+@contextmanager
+def open_predictor(path: Path, device: str = "auto") -> Iterator[tuple[Predict, RunConfig]]:
+    """Yield (predict, configuration) for the newest complete checkpoint below `path`, whatever layout saved it.
+
+    predict: tokens [b, s] int64 on the CPU -> logits [b, s, vocab_size] on the model's device. All ranks of the world
+    share each layer (tensor parallel) and call it together.
+    """
+    info = find_checkpoint(path)
+    config = saved_config(info, [
+        *_ONE_STAGE,
+        f"parallel.tensor_model_parallel_size={world_size_from_environment()}",
+        f"runtime.device={device}",
+    ])
+    with runtime(config) as run:
+        from illada_megatron.model import build_model_chunks, equal_segments
+
+        (model,) = build_model_chunks(config, run.device)
+        load_checkpoint(info, config, [model], optimizer=None)
+        model.eval()
+
+        @torch.no_grad()
+        def predict(tokens: Tensor) -> Tensor:
+            batch, length = tokens.shape
+            on_device = tokens.to(run.device.torch_device)
+            hidden = model(on_device.view(1, -1), equal_segments(batch, length, run.device.torch_device))
+            return model.logits(hidden).view(batch, length, -1)
+
+        yield predict, config

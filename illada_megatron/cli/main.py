@@ -1,0 +1,46 @@
+"""`illada`: train, evaluate, generate, preprocess, doctor."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from illada_megatron.checkpoint.store import CheckpointError
+from illada_megatron.cli import preprocess_command, run_commands
+from illada_megatron.config import ConfigError
+from illada_megatron.data.errors import DataError
+
+# What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
+_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError)
+
+app = typer.Typer(
+    help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
+    "in tensor, pipeline and data parallel.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command()(run_commands.train)
+app.command()(run_commands.evaluate)
+# app.command()(generate_command.generate)
+app.command()(preprocess_command.preprocess)
+app.command()(run_commands.doctor)
+
+
+def main() -> None:
+    """Entry point; exits with 2 on what the user can mend."""
+    # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    try:
+        app()
+    except _USER_ERRORS as error:
+        rank = os.environ.get("RANK")
+        if rank in (None, "0") or not isinstance(error, ConfigError):  # a wrong configuration is wrong on every rank
+            where = f" (rank {rank})" if rank is not None else ""
+            print(f"illada: error{where}: {error}", file=sys.stderr)
+        sys.exit(2)

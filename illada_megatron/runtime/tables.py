@@ -1,0 +1,13 @@
+"""How this program shows names and values in a terminal."""
+
+from rich.table import Table
+
+
+def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
