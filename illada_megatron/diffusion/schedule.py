@@ -31,5 +31,5 @@ def sample_t(sample_index: int, config: DiffusionConfig, seed: int) -> float:
 
 
 def mask_probability(t: float, eps: float) -> float:
-    """p = (1 - eps) t + eps: at least eps, so that the weight 1/p stays bounded (LLaDA's GUIDELINES.md, forward_process)."""
+    """p = (1 - eps) t + eps: at least eps, so that the weight 1/p stays bounded (as in LLaDA's code)."""
     return (1.0 - eps) * t + eps
