@@ -46,11 +46,14 @@ def open_predictor(path: Path, device: str = "auto") -> Iterator[tuple[Predict, 
     share each layer (tensor parallel) and call it together.
     """
     info = find_checkpoint(path)
-    config = saved_config(info, [
-        *_ONE_STAGE,
-        f"parallel.tensor_model_parallel_size={world_size_from_environment()}",
-        f"runtime.device={device}",
-    ])
+    config = saved_config(
+        info,
+        [
+            *_ONE_STAGE,
+            f"parallel.tensor_model_parallel_size={world_size_from_environment()}",
+            f"runtime.device={device}",
+        ],
+    )
     with runtime(config) as run:
         from illada_megatron.model import build_model_chunks, equal_segments
 

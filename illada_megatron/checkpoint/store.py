@@ -87,7 +87,9 @@ def check_metadata(path: Path) -> None:
         try:
             _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise CheckpointError(f"{path / '.metadata'}: {error}; the file is damaged or not a checkpoint's") from error
+            raise CheckpointError(
+                f"{path / '.metadata'}: {error}; the file is damaged or not a checkpoint's"
+            ) from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -76,9 +76,7 @@ def _init_torch_distributed(config: RunConfig, device: Device) -> None:
     backend = "nccl" if device.is_cuda else "gloo"
     timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
     if is_rank():
-        dist.init_process_group(
-            backend, timeout=timeout, device_id=device.torch_device if device.is_cuda else None
-        )
+        dist.init_process_group(backend, timeout=timeout, device_id=device.torch_device if device.is_cuda else None)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 

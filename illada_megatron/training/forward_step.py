@@ -52,9 +52,7 @@ class BatchSource:
         device = self.runtime.device.torch_device
         config = self.config
         if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
-            cu_seqlens, longest = make_segments(
-                indices, config.data.sequence_length, config.diffusion, self.noise_seed
-            )
+            cu_seqlens, longest = make_segments(indices, config.data.sequence_length, config.diffusion, self.noise_seed)
             return Microbatch(pack(cu_seqlens.to(device), longest), None)
         batch = make_masked_batch(self.corpus, indices, config.diffusion, config.model.mask_token_id, self.noise_seed)
         if not all(counted):

@@ -67,9 +67,7 @@ def evaluate(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        local = run_schedule(
-            config, runtime, list(chunks), source, 0, num_samples, num_microbatches, forward_only=True
-        )
+        local = run_schedule(config, runtime, list(chunks), source, 0, num_samples, num_microbatches, forward_only=True)
     for chunk in chunks:
         chunk.train()
     sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), False, runtime.device.torch_device)
