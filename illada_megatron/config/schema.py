@@ -187,7 +187,7 @@ class CheckpointConfig(_Section):
     save_dir: str | None = None
     """None: nothing is saved."""
     load_dir: str | None = None
-    """Where to continue from; None: save_dir, if it holds a checkpoint."""
+    """Where to start from the first time. A checkpoint in save_dir goes first: a restarted run continues itself."""
     interval_steps: PositiveInt | None = None
     """None: only at the end and on SIGTERM/SIGINT."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
@@ -77,9 +78,7 @@ def optimizer_name(config: RunConfig) -> str:
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer over this rank's chunks; it clips, holds fp32 main weights, and reduces over ranks."""
     if _uses_own_adamw():
-        # megatron-core offers no argument for the class of its inner optimizer, only these names.
-        megatron_optimizer.Adam = megatron_optimizer.distrib_optimizer.Adam = AdamW
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        _stand_in_for_fused_adam()
     settings = config.optimizer
     return megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(
@@ -110,3 +109,11 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: flo
 
 def _uses_own_adamw() -> bool:
     return megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is AdamW
+
+
+def _stand_in_for_fused_adam() -> None:
+    """Make `AdamW` what Apex's FusedAdam would be. megatron-core offers no argument for the class of its inner
+    optimizer, only these names, found at import."""
+    megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -52,7 +52,8 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     """
     source = _training_source(config, runtime)
     models = build_model_chunks(config, runtime.device)
-    if (checkpoint := _find_checkpoint(config)) is None:
+    checkpoint, refused = _find_checkpoint(config)
+    if checkpoint is None:
         fill_initial_weights(models, config.model, config.training.seed)
     chunks = wrap_data_parallel(config, models)
     state = TrainingState(
@@ -64,13 +65,12 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         source=source,
         validation=validation_source(config, runtime) if config.validation.interval_steps else None,
     )
+    state.notes += [f"refused {reason}" for reason in refused]
     if checkpoint is not None:
-        info, refused = checkpoint
-        progress = load_checkpoint(info, config, models, state.optimizer)
+        progress = load_checkpoint(checkpoint, config, models, state.optimizer)
         state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
         state.schedule.load_state_dict(progress["schedule"])
-        state.notes += [f"refused {reason}" for reason in refused]
-        state.notes.append(f"continues from {info.path}: step {state.step}, {state.consumed_samples} samples consumed")
+        state.notes.append(f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed")
     state.schedule.begin(state.step)
     return state
 
@@ -130,16 +130,18 @@ def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
     return BatchSource(corpus, config, runtime, config.training.seed)
 
 
-def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo, list[str]] | None:
-    """The checkpoint to continue from: load_dir's (which has to have one), else save_dir's if it has one."""
+def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str]]:
+    """The checkpoint to continue from (save_dir's if it has one, else load_dir's, which has to have one), and why
+    others were refused."""
     save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
+    refused: list[str] = []
     if save_dir and Path(save_dir).is_dir():
         info, refused = newest_complete(Path(save_dir))
         if info is not None:
             return info, refused
     if load_dir is None:
-        return None
-    info, refused = newest_complete(Path(load_dir))
+        return None, refused
+    info, more = newest_complete(Path(load_dir))
     if info is None:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
-    return info, refused
+    return info, refused + more
