@@ -1,6 +1,7 @@
 """The C++ writer: what it refuses, and that no failure leaves something a reader would take for a shard."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -240,11 +241,23 @@ def _can_trace() -> bool:
 
 
 @pytest.mark.skipif(not _can_trace(), reason="needs strace")
-def test_bin_is_on_the_device_before_its_index_has_a_name(tmp_path: Path) -> None:
-    """The order of system calls that a power failure needs: both files flushed, .bin renamed, directory flushed, then
-    .idx renamed and the directory flushed again."""
+def test_system_calls_come_in_the_order_that_a_power_failure_needs(write_shard, tmp_path: Path) -> None:
+    """Both files flushed; the older index gone for good before its .bin changes; .bin named before .idx; the
+    directory flushed after each step."""
+    prefix = write_shard("shard", [[1, 2, 3]])
     trace = tmp_path / "trace"
-    calls = ["strace", "-f", "-o", str(trace), "-e", "trace=fsync,rename"]
-    subprocess.run([*calls, sys.executable, "-c", PUBLISH, str(tmp_path / "shard")], check=True)
-    order = [line.split(None, 1)[1].split("(")[0] for line in trace.read_text().splitlines() if "(" in line]
-    assert order == ["fsync", "fsync", "fsync", "rename", "fsync", "rename", "fsync"]
+    calls = ["strace", "-f", "-o", str(trace), "-e", "trace=/^(fsync|rename|unlink)"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([*calls, sys.executable, "-c", PUBLISH, str(prefix)], check=True, env=environment)
+    found = re.findall(r"^\d+ +(fsync|rename|unlink)(?:.*/shard(\.[a-z.]+)\")?", trace.read_text(), flags=re.MULTILINE)
+    assert found == [
+        ("fsync", ""),
+        ("fsync", ""),
+        ("unlink", ".idx"),
+        ("fsync", ""),
+        ("rename", ".bin"),
+        ("fsync", ""),
+        ("rename", ".idx"),
+        ("fsync", ""),
+    ]
+    assert IndexedDataset(prefix).num_tokens == 1000
