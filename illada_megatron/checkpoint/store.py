@@ -11,6 +11,7 @@ A directory without a checkpoint.json that matches its files was interrupted, an
 import json
 import os
 import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ _POINTER = "latest"
 _VERSION = 1
 # What torch.distributed.checkpoint's and megatron-core's metadata consist of.
 _METADATA_MODULES = (
-    *("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"),
-    *("torch.distributed.checkpoint.planner", "pathlib", "pathlib._local"),
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
 )
 _METADATA_NAMES = (
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")),
@@ -53,7 +55,7 @@ def step_directory(save_dir: Path, step: int) -> Path:
 
 
 def finish(path: Path, step: int, config: dict[str, Any]) -> None:
-    """Make the files of `path` durable, record them, then move the pointer. One rank calls it, after all have written."""
+    """Make the files of `path` durable, record them, then move the pointer. One rank calls it, when all have written."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != RECORD)
     for file in files:
         _sync(file)
@@ -76,10 +78,7 @@ def newest_complete(load_dir: Path) -> tuple[CheckpointInfo | None, list[str]]:
     """
     if not load_dir.is_dir():
         raise CheckpointError(f"{load_dir}: no such directory; give checkpoint.load_dir of an earlier run")
-    if load_dir.name.startswith("step_"):
-        candidates = [load_dir]
-    else:
-        candidates = sorted(load_dir.glob("step_*"), reverse=True)
+    candidates = [load_dir] if load_dir.name.startswith("step_") else sorted(load_dir.glob("step_*"), reverse=True)
     refused: list[str] = []
     damaged = False
     for path in candidates:
@@ -111,9 +110,12 @@ def check_metadata(path: Path) -> None:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # a dotted name would walk from an allowed module to anything it imports
-        if (module in _METADATA_MODULES and name in sys.modules[module].__dict__) or (module, name) in _METADATA_NAMES:
+        if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
+        # The modules' own dataclasses and enums; not what they import, nor a dotted walk through it.
+        found = getattr(sys.modules.get(module), name, None) if module in _METADATA_MODULES else None
+        if isinstance(found, type) and found.__module__ == module:
+            return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 

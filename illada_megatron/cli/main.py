@@ -3,18 +3,16 @@
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from illada_megatron.checkpoint.store import CheckpointError
-from illada_megatron.cli import preprocess_command, run_commands
+from illada_megatron.cli import generate_command, preprocess_command, run_commands
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
 
 # What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError)
+_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
 
 app = typer.Typer(
     help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
@@ -26,7 +24,7 @@ app = typer.Typer(
 )
 app.command()(run_commands.train)
 app.command()(run_commands.evaluate)
-# app.command()(generate_command.generate)
+app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
 app.command()(run_commands.doctor)
 

@@ -1,4 +1,4 @@
-"""YAML presets and files plus dotted overrides -> one validated RunConfig. OmegaConf reads and merges, pydantic checks."""
+"""YAML presets and files plus dotted overrides -> one validated RunConfig: OmegaConf merges, pydantic checks."""
 
 import difflib
 import os

@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from illada_megatron.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, newest_complete
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.tokenizer import load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.forward_step import BatchSource
@@ -70,7 +71,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         progress = load_checkpoint(checkpoint, config, models, state.optimizer)
         state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
         state.schedule.load_state_dict(progress["schedule"])
-        state.notes.append(f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed")
+        state.notes.append(
+            f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
+        )
     state.schedule.begin(state.step)
     return state
 
@@ -116,8 +119,26 @@ def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
+def _check_tokenizer(config: RunConfig) -> None:
+    """A model that masks with a word, or lacks ids, would train without complaint."""
+    if config.data.tokenizer_path is None:
+        return
+    tokenizer, model = load_tokenizer(config.data.tokenizer_path), config.model
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{config.data.tokenizer_path} has {tokenizer.vocab_size} tokens, model.vocab_size is {model.vocab_size}: "
+            "raise model.vocab_size"
+        )
+    if tokenizer.mask_id is not None and tokenizer.mask_id != model.mask_token_id:
+        raise ConfigError(
+            f"{config.data.tokenizer_path} reserves id {tokenizer.mask_id} for the mask, model.mask_token_id is "
+            f"{model.mask_token_id}: set model.mask_token_id={tokenizer.mask_id}"
+        )
+
+
 def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
     data = config.data
+    _check_tokenizer(config)
     if not data.train_paths:
         raise ConfigError("data.train_paths is empty: name the .bin/.idx prefixes to train on (illada preprocess)")
     corpus = Corpus(
