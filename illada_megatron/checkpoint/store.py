@@ -55,7 +55,7 @@ def step_directory(save_dir: Path, step: int) -> Path:
 
 
 def finish(path: Path, step: int, config: dict[str, Any]) -> None:
-    """Make the files of `path` durable, record them, then move the pointer. One rank calls it, when all have written."""
+    """Make the files of `path` durable, record them, move the pointer. One rank calls it, when all have written."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != RECORD)
     for file in files:
         _sync(file)

@@ -9,10 +9,9 @@ import torch
 import typer
 from rich.console import Console
 
-from illada_megatron.checkpoint.predictor import Predict, open_predictor
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.generation.denoise import DenoiseConfig, Denoised, infill
+from illada_megatron.generation.denoise import DenoiseConfig, Denoised, Predict, infill
 from illada_megatron.generation.denoise import generate as continue_text
 from illada_megatron.generation.render import render
 
@@ -47,6 +46,8 @@ def generate(
         settings = DenoiseConfig(steps, block_length, gen_length, temperature, remasking, seed)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    from illada_megatron.checkpoint.predictor import open_predictor
+
     with open_predictor(checkpoint, device) as (predict, config):
         words = load_tokenizer(tokenizer or config.data.tokenizer_path or "")
         tokens = _tokens(text, words, config)

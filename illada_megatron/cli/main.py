@@ -31,9 +31,10 @@ app.command()(run_commands.doctor)
 
 def main() -> None:
     """Entry point; exits with 2 on what the user can mend."""
-    # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank.
+    # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank. Commands
+    # import it only when they run, so that this comes first.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         app()
     except _USER_ERRORS as error:

@@ -48,7 +48,7 @@ class SegmentAttention(torch.nn.Module):
         """query [t, np, d], key and value [t, ng, d] of this rank's heads -> [t, np * d]. attention_mask: None."""
         if attention_mask is not None:
             raise ValueError("SegmentAttention isolates segments by cu_seqlens; attention_mask has to be None")
-        _, heads, dim = query.shape
+        heads, dim = query.shape[1:]
         outputs = []
         for start, count, length in _runs(packed_seq_params.cu_seqlens_q):
             span = slice(start, start + count * length)

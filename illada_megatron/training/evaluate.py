@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from illada_megatron.checkpoint import load_checkpoint
 from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
+from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.config import load_config
 from illada_megatron.runtime import runtime
 from illada_megatron.training.setup import validation_source

@@ -9,7 +9,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from illada_megatron.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, newest_complete
+from illada_megatron.checkpoint.sharded import load_checkpoint
+from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.corpus import Corpus
 from illada_megatron.data.tokenizer import load_tokenizer

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from illada_megatron.checkpoint import save_checkpoint
+from illada_megatron.checkpoint.sharded import save_checkpoint
 from illada_megatron.config import RunConfig, save_config
 from illada_megatron.runtime import runtime
 from illada_megatron.training.flops import training_flops
