@@ -30,9 +30,13 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("AdamW decouples weight decay; adam_w_mode=False is not supported")
+        if not adam_w_mode or capturable:
+            raise ValueError(
+                f"AdamW decouples weight decay and runs outside CUDA graphs; found adam_w_mode={adam_w_mode}, "
+                f"capturable={capturable}"
+            )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
 
     @torch.no_grad()
