@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from illada_megatron.config.schema import RunConfig
+from illada_megatron.config.layout import RunConfig
 
 _PRESETS = Path(__file__).parent / "presets"
 
