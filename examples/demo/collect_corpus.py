@@ -5,11 +5,10 @@
 writes `train.jsonl` and `heldout.jsonl`, one {"text": ..., "path": ...} a line. Nothing is downloaded."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -39,17 +38,26 @@ class CorpusSummary:
     packages: tuple[str, ...]
 
 
-def collect(output_dir: str | Path, minimum_bytes: int = MINIMUM_BYTES) -> CorpusSummary:
+def collect(
+    output_dir: str | Path,
+    minimum_bytes: int = MINIMUM_BYTES,
+    library: Path | None = None,
+    further_packages: Sequence[str] = FURTHER_PACKAGES,
+) -> CorpusSummary:
     """Write train.jsonl and heldout.jsonl under `output_dir` (made if missing).
 
     Whole files are held out, chosen by a hash of their path inside the library, so the split does not change from
     run to run. Files that are empty, not UTF-8 or copies of one already taken are left out.
 
+    library: root of the standard library; None: this Python's.
+    further_packages: installed packages whose sources are added, one package after another, while the text is short.
+
     Raises RuntimeError when everything found is less than `minimum_bytes` of text."""
     output_dir = Path(output_dir)
     collector = _Collector()
-    collector.add_tree(Path(sysconfig.get_path("stdlib")), "stdlib")
-    for package in FURTHER_PACKAGES:
+    library = library or Path(sysconfig.get_path("stdlib"))
+    collector.add_tree(library, "stdlib")
+    for package in further_packages:
         if collector.total_bytes >= minimum_bytes:
             break
         for directory in _package_directories(package):
@@ -57,8 +65,8 @@ def collect(output_dir: str | Path, minimum_bytes: int = MINIMUM_BYTES) -> Corpu
     if collector.total_bytes < minimum_bytes:
         raise RuntimeError(
             f"found {collector.total_bytes} bytes of Python source in {', '.join(collector.packages)}, expected at "
-            f"least {minimum_bytes}: install the standard library's sources "
-            f"({sysconfig.get_path('stdlib')} has too few .py files) or pip into this environment"
+            f"least {minimum_bytes}: install the standard library's sources ({library} has too few .py files) or "
+            "pip into this environment"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = {split: output_dir / f"{split}.jsonl" for split in ("train", "heldout")}
@@ -119,8 +127,9 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _package_directories(package: str) -> list[Path]:
-    spec = importlib.util.find_spec(package)
-    return [Path(place) for place in spec.submodule_search_locations or []] if spec else []
+    """Where this environment has the package; not through the import system, which may run code to answer."""
+    places = dict.fromkeys(Path(sysconfig.get_path(kind), package) for kind in ("purelib", "platlib"))
+    return [place for place in places if place.is_dir()]
 
 
 def _is_held_out(label: str) -> bool:

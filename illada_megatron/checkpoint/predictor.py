@@ -23,7 +23,7 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def saved_config(info: CheckpointInfo, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a checkpoint was saved with, `section.field=value` overrides on top. Raises ConfigError."""
+    """The configuration a checkpoint was saved with, `section.field=value` overrides on top. Raises ConfigError."""
     return load_config(info.config, overrides, source=str(info.path))
 
 

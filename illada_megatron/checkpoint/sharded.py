@@ -28,6 +28,9 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
+# megatron-core's layers keep FP8 statistics there, nothing in fp32 and bf16. They are byte objects, which torch would
+# read with pickle.
+_EXTRA_STATE = "_extra_state"
 
 
 def save_checkpoint(
@@ -80,7 +83,9 @@ def load_checkpoint(
     )
     loaded = dist_checkpointing.load(state, str(info.path), strategy)
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        if unexpected or (missing := [key for key in missing if not key.endswith(_EXTRA_STATE)]):
+            raise CheckpointError(f"{info.path}: keys that do not match the model: {missing}, {unexpected}")
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     return loaded["progress"]
@@ -89,13 +94,14 @@ def load_checkpoint(
 def _sharded_state(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, is_loading: bool
 ) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(chunks)
-    }
-    if optimizer is not None:
-        model = {key: state[key] for key in state}
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
-    return state
+    models: dict[str, Any] = {}
+    for index, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
+        models[f"model{index}"] = {key: entry for key, entry in entries.items() if not key.endswith(_EXTRA_STATE)}
+    if optimizer is None:
+        return models
+    metadata = dict(_METADATA)
+    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)}
 
 
 def _check_model(info: CheckpointInfo, config: RunConfig) -> None:

@@ -11,6 +11,7 @@ A directory without a checkpoint.json that matches its files was interrupted, an
 import json
 import os
 import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,22 @@ _POINTER = "latest"
 _VERSION = 1
 # What torch.distributed.checkpoint's and megatron-core's metadata consist of.
 _METADATA_MODULES = (
-    *("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"),
-    *("torch.serialization", "torch._utils", "collections", "pathlib", "pathlib._local"),
-    *("megatron.core.dist_checkpointing.mapping", "torch.distributed.checkpoint._extension"),
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
 )
-_METADATA_BUILTINS = ("set", "frozenset", "slice", "getattr")
+_METADATA_NAMES = (
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")),
+    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool")),
+)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used or written; the message names the path and what to do."""
+
+
+class _InterruptedError(CheckpointError):
+    """The directory never became a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def step_directory(save_dir: Path, step: int) -> Path:
 
 
 def finish(path: Path, step: int, config: dict[str, Any]) -> None:
-    """Make the files of `path` durable, record them, then move the pointer. One rank calls it, after all have written."""
+    """Make the files of `path` durable, record them, move the pointer. One rank calls it, when all have written."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != RECORD)
     for file in files:
         _sync(file)
@@ -63,22 +71,30 @@ def finish(path: Path, step: int, config: dict[str, Any]) -> None:
 
 def newest_complete(load_dir: Path) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest complete checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer ones were
-    refused. Raises CheckpointError where the directory does not exist or holds only refused ones."""
+    refused. None where there is none, or only interrupted ones: nothing was ever complete, so nothing is lost.
+
+    Raises CheckpointError where the directory does not exist, or where checkpoints that were complete are damaged
+    and no good one is left.
+    """
     if not load_dir.is_dir():
         raise CheckpointError(f"{load_dir}: no such directory; give checkpoint.load_dir of an earlier run")
-    if load_dir.name.startswith("step_"):
-        candidates = [load_dir]
-    else:
-        candidates = sorted(load_dir.glob("step_*"), reverse=True)
-    refused = []
+    candidates = [load_dir] if load_dir.name.startswith("step_") else sorted(load_dir.glob("step_*"), reverse=True)
+    refused: list[str] = []
+    damaged = False
     for path in candidates:
         try:
             return _read(path), refused
-        except CheckpointError as error:
+        except _InterruptedError as error:
             refused.append(str(error))
-    if refused:
-        raise CheckpointError(f"{load_dir}: no complete checkpoint:\n  " + "\n  ".join(refused))
-    return None, []
+        except CheckpointError as error:
+            damaged = True
+            refused.append(str(error))
+    if damaged:
+        raise CheckpointError(
+            f"{load_dir}: no intact checkpoint; repair one, or give an empty checkpoint.save_dir to start anew:\n  "
+            + "\n  ".join(refused)
+        )
+    return None, refused
 
 
 def check_metadata(path: Path) -> None:
@@ -94,8 +110,12 @@ def check_metadata(path: Path) -> None:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module in _METADATA_MODULES or (module == "builtins" and name in _METADATA_BUILTINS):
+        if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
+        # The modules' own dataclasses and enums; not what they import, nor a dotted walk through it.
+        found = getattr(sys.modules.get(module), name, None) if module in _METADATA_MODULES else None
+        if isinstance(found, type) and found.__module__ == module:
+            return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
@@ -103,7 +123,7 @@ def _read(path: Path) -> CheckpointInfo:
     try:
         record = json.loads((path / RECORD).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: interrupted while it was written ({RECORD} is missing)") from None
+        raise _InterruptedError(f"{path}: interrupted while it was written ({RECORD} is missing)") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path / RECORD}: not JSON: {error}") from error
     if record.get("version") != _VERSION:

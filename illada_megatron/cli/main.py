@@ -3,18 +3,16 @@
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from illada_megatron.checkpoint.store import CheckpointError
-from illada_megatron.cli import preprocess_command, run_commands
+from illada_megatron.cli import generate_command, preprocess_command, run_commands
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
 
 # What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError)
+_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
 
 app = typer.Typer(
     help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
@@ -26,16 +24,17 @@ app = typer.Typer(
 )
 app.command()(run_commands.train)
 app.command()(run_commands.evaluate)
-# app.command()(generate_command.generate)
+app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
 app.command()(run_commands.doctor)
 
 
 def main() -> None:
     """Entry point; exits with 2 on what the user can mend."""
-    # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank.
+    # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank. Commands
+    # import it only when they run, so that this comes first.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         app()
     except _USER_ERRORS as error:

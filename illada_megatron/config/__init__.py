@@ -1,5 +1,6 @@
 """The run's configuration: a typed schema, YAML presets and files, dotted overrides; one validated `RunConfig` out."""
 
+from illada_megatron.config.layout import RunConfig
 from illada_megatron.config.load import ConfigError, load_config, preset_names, save_config
 from illada_megatron.config.schema import (
     CheckpointConfig,
@@ -9,7 +10,6 @@ from illada_megatron.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RunConfig,
     RuntimeConfig,
     ScheduleConfig,
     TrainingConfig,

@@ -1,10 +1,45 @@
-"""Which layouts can work: the checks between model, parallel, data and training."""
+"""The whole configuration, and which layouts can work: the checks between model, parallel, data and training."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
-if TYPE_CHECKING:
-    from illada_megatron.config.schema import RunConfig
+from pydantic import model_validator as validator
+
+from illada_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    Section,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+
+class RunConfig(Section):
+    """Everything a run depends on; saved beside it."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        check_config(self)
+        return self
 
 
 @dataclass(frozen=True)
@@ -20,7 +55,7 @@ class Layout:
     """Micro-batches of a step at the full global batch, a data-parallel rank."""
 
 
-def check_config(config: "RunConfig") -> None:
+def check_config(config: RunConfig) -> None:
     """The checks that do not need the world size. Raises ValueError with the fields, the numbers and the fix."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -73,7 +108,7 @@ def check_config(config: "RunConfig") -> None:
             )
 
 
-def resolve_layout(config: "RunConfig", world_size: int) -> Layout:
+def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     """The layout on `world_size` ranks. Raises ValueError with the fields, the numbers and the fix."""
     parallel, training = config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -110,7 +145,7 @@ def resolve_layout(config: "RunConfig", world_size: int) -> Layout:
     return Layout(world_size, tp, pp, virtual, dp, num_microbatches)
 
 
-def layout_rows(config: "RunConfig", layout: Layout) -> list[tuple[str, str]]:
+def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     """The layout as rows of a table."""
     training = config.training
     interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""

@@ -1,4 +1,4 @@
-"""YAML presets and files plus dotted overrides -> one validated RunConfig. OmegaConf reads and merges, pydantic checks."""
+"""YAML presets and files plus dotted overrides -> one validated RunConfig: OmegaConf merges, pydantic checks."""
 
 import difflib
 import os
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from illada_megatron.config.schema import RunConfig
+from illada_megatron.config.layout import RunConfig
 
 _PRESETS = Path(__file__).parent / "presets"
 

@@ -1,5 +1,5 @@
-"""The schema: one class a concern, field names as in Megatron and the papers. Checks that need more than one
-concern (layout against model, batch against layout) are in `layout.py`."""
+"""The schema: one class a concern, field names as in Megatron and the papers. Together they make the `RunConfig` of
+`layout.py`, which also checks them against each other."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,12 +10,12 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["fp32", "bf16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     # strict: "8" is not 8 and 1.5 is not 1; an int is still accepted where a float is expected
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The mask predictor (ILLaDA: a Llama block without the causal mask, no biases, no dropout, no time input)."""
 
     num_layers: PositiveInt = 4
@@ -81,7 +81,7 @@ class ModelConfig(_Section):
         return self
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """The layout. data_parallel_size is what is left of the world."""
 
     tensor_model_parallel_size: PositiveInt = 1
@@ -97,7 +97,7 @@ class ParallelConfig(_Section):
     overlap_param_gather: bool = False
 
 
-class DiffusionConfig(_Section):
+class DiffusionConfig(Section):
     """The noising process (arXiv 2502.09992 section 2; 2606.25331 section 2)."""
 
     eps: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-3
@@ -114,7 +114,7 @@ class DiffusionConfig(_Section):
     """truncate: probability of shortening a sequence to a random length (LLaDA)."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is read."""
 
     train_paths: list[str] = []
@@ -126,7 +126,7 @@ class DataConfig(_Section):
     shuffle: bool = True
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW. Norm weights are not decayed (Megatron's habit)."""
 
     weight_decay: NonNegativeFloat = 0.1
@@ -137,7 +137,7 @@ class OptimizerConfig(_Section):
     """Largest global gradient norm; 0: no clipping."""
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Learning rate in units of training samples' steps: linear warm-up, constant, decay (warm-up -> stable -> decay).
 
     iLLaDA decays only when the loss has flattened. `decay_start` says when: a step (int), a fraction of
@@ -155,7 +155,7 @@ class ScheduleConfig(_Section):
     """...and the decay starts when it fell by less than this fraction."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The loop."""
 
     lr: PositiveFloat = 2e-4
@@ -173,7 +173,7 @@ class TrainingConfig(_Section):
     """Activation recomputation: the attention core (selective) or whole layers (full)."""
 
 
-class ValidationConfig(_Section):
+class ValidationConfig(Section):
     """The held-out bound: fixed samples, fixed masks, so that two runs' figures compare."""
 
     interval_steps: PositiveInt | None = None
@@ -183,23 +183,23 @@ class ValidationConfig(_Section):
     """Noise of the validation masks; apart from training.seed, so that runs of several seeds compare."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     save_dir: str | None = None
     """None: nothing is saved."""
     load_dir: str | None = None
-    """Where to continue from; None: save_dir, if it holds a checkpoint."""
+    """Where to start from the first time. A checkpoint in save_dir goes first: a restarted run continues itself."""
     interval_steps: PositiveInt | None = None
     """None: only at the end and on SIGTERM/SIGINT."""
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     tensorboard_dir: str | None = None
     interval_steps: PositiveInt = 10
     jsonl_path: str | None = None
     """One JSON object a step (what TensorBoard gets, at full precision)."""
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     num_threads: PositiveInt | None = None
@@ -207,26 +207,3 @@ class RuntimeConfig(_Section):
     distributed_timeout_minutes: PositiveInt = 10
     peak_tflops: PositiveFloat | None = None
     """The device's dense peak in the run's precision, for MFU; None: known devices only."""
-
-
-class RunConfig(_Section):
-    """Everything a run depends on; saved beside it."""
-
-    model: ModelConfig = ModelConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    training: TrainingConfig = TrainingConfig()
-    validation: ValidationConfig = ValidationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
-
-    @validator(mode="after")
-    def _check(self) -> Self:
-        from illada_megatron.config.layout import check_config
-
-        check_config(self)
-        return self

@@ -1,6 +1,7 @@
 """Trains a SentencePiece tokenizer that gives source code back exactly, with the mask token at iLLaDA's id."""
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -43,10 +44,13 @@ def train_sentencepiece(
     if output_path.suffix != ".model":
         raise DataError(f"{output_path}: a SentencePiece model is expected to end in .model; choose such a name")
     passages = _passages(read_texts(jsonl_paths, text_key))
+    first = next(passages, None)
+    if first is None:
+        raise DataError(f"{', '.join(map(str, jsonl_paths))}: no text to train on, expected a line with text in it")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=passages,
+            sentence_iterator=itertools.chain([first], passages),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -99,8 +103,8 @@ def _write_model(model: bytes, output_path: Path) -> Path:
         tokenizer = load_tokenizer(temporary)
         if tokenizer.mask_id != MASK_ID:
             raise DataError(
-                f"{output_path}: SentencePiece gave the mask token the id {tokenizer.mask_id}, expected {MASK_ID}; this "
-                "release of sentencepiece orders control symbols differently: install another one"
+                f"{output_path}: SentencePiece gave the mask token the id {tokenizer.mask_id}, expected {MASK_ID}; "
+                "this release of sentencepiece orders control symbols differently: install another one"
             )
         temporary.replace(output_path)
     finally:

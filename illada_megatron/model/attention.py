@@ -1,5 +1,6 @@
 """The attention core of the local layer spec: bidirectional, one segment at a time, through torch's fused kernels."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class SegmentAttention(torch.nn.Module):
         """query [t, np, d], key and value [t, ng, d] of this rank's heads -> [t, np * d]. attention_mask: None."""
         if attention_mask is not None:
             raise ValueError("SegmentAttention isolates segments by cu_seqlens; attention_mask has to be None")
-        tokens, heads, dim = query.shape
+        heads, dim = query.shape[1:]
         outputs = []
         for start, count, length in _runs(packed_seq_params.cu_seqlens_q):
             span = slice(start, start + count * length)
@@ -61,7 +62,7 @@ def _runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
     """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run."""
     offsets = cu_seqlens.tolist()
     runs: list[tuple[int, int, int]] = []
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in pairwise(offsets):
         if runs and runs[-1][2] == end - start:
             first, count, length = runs[-1]
             runs[-1] = (first, count + 1, length)

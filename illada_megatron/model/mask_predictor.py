@@ -55,7 +55,7 @@ class MaskPredictor(LanguageModule):
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=model.head_dim,
             rotary_percent=1.0,
-            rotary_base=model.rotary_base,  # type: ignore[arg-type]
+            rotary_base=model.rotary_base,
             use_cpu_initialization=config.use_cpu_initialization,
         )
         self.decoder = TransformerBlock(
@@ -108,7 +108,7 @@ class MaskPredictor(LanguageModule):
             rotary_pos_emb=self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True),
             packed_seq_params=packed_seq_params,
         )
-        if labels is None or not self.post_process:
+        if labels is None or loss_weight is None or not self.post_process:
             return hidden
         return masked_linear_cross_entropy(
             hidden.squeeze(1),

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from illada_megatron.checkpoint import load_checkpoint
 from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
+from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.config import load_config
 from illada_megatron.runtime import runtime
 from illada_megatron.training.setup import validation_source
@@ -23,10 +23,7 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
     from illada_megatron.model import build_model_chunks, fill_initial_weights
 
     info = find_checkpoint(checkpoint) if checkpoint is not None else None
-    if info is None:
-        resolved = load_config(config, overrides)
-    else:
-        resolved = saved_config(info, [_THIS_WORLD, *overrides])
+    resolved = load_config(config, overrides) if info is None else saved_config(info, [_THIS_WORLD, *overrides])
     with runtime(resolved) as run:
         source = validation_source(resolved, run)
         models = build_model_chunks(resolved, run.device)

@@ -6,6 +6,7 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
@@ -29,9 +30,13 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("AdamW decouples weight decay; adam_w_mode=False is not supported")
+        if not adam_w_mode or capturable:
+            raise ValueError(
+                f"AdamW decouples weight decay and runs outside CUDA graphs; found adam_w_mode={adam_w_mode}, "
+                f"capturable={capturable}"
+            )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
 
     @torch.no_grad()
@@ -77,9 +82,7 @@ def optimizer_name(config: RunConfig) -> str:
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer over this rank's chunks; it clips, holds fp32 main weights, and reduces over ranks."""
     if _uses_own_adamw():
-        # megatron-core offers no argument for the class of its inner optimizer, only these names.
-        megatron_optimizer.Adam = megatron_optimizer.distrib_optimizer.Adam = AdamW
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        _stand_in_for_fused_adam()
     settings = config.optimizer
     return megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(
@@ -110,3 +113,11 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: flo
 
 def _uses_own_adamw() -> bool:
     return megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is AdamW
+
+
+def _stand_in_for_fused_adam() -> None:
+    """Make `AdamW` what Apex's FusedAdam would be. megatron-core offers no argument for the class of its inner
+    optimizer, only these names, found at import."""
+    megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

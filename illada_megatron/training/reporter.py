@@ -57,9 +57,7 @@ class Reporter:
             # purge: what an interrupted run logged after the checkpoint that this one continues from
             self._writer = SummaryWriter(config.logging.tensorboard_dir, purge_step=first_step + 1)
         if config.logging.jsonl_path:
-            path = Path(config.logging.jsonl_path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._jsonl = path.open("a")
+            self._jsonl = _continue_log(Path(config.logging.jsonl_path), first_step)
 
     def __enter__(self) -> "Reporter":
         return self
@@ -140,3 +138,19 @@ class Reporter:
             if value is not None:
                 scalars[f"masked_cross_entropy_by_t_nats/{bucket * width:.1f}-{(bucket + 1) * width:.1f}"] = value
         return scalars
+
+
+def _continue_log(path: Path, first_step: int) -> TextIO:
+    """Open a JSONL log for appending, without what an interrupted run wrote after step `first_step`: those steps will
+    come again. A last line that was cut short goes too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > first_step:
+                break
+            kept.append(line)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+    return path.open("a")

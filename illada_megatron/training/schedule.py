@@ -8,7 +8,7 @@ from illada_megatron.config import RunConfig
 
 
 def global_batch_size(config: RunConfig, consumed_samples: int) -> int:
-    """Samples of the step that starts at `consumed_samples` (Megatron's ramp-up: equal numbers of samples at each size)."""
+    """Samples of the step that starts at `consumed_samples` (Megatron's ramp-up: as many samples at each size)."""
     training = config.training
     if training.rampup_batch_size is None:
         return training.global_batch_size

@@ -9,9 +9,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from illada_megatron.checkpoint import CheckpointError, CheckpointInfo, load_checkpoint, newest_complete
+from illada_megatron.checkpoint.sharded import load_checkpoint
+from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.tokenizer import load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.forward_step import BatchSource
@@ -52,7 +54,8 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     """
     source = _training_source(config, runtime)
     models = build_model_chunks(config, runtime.device)
-    if (checkpoint := _find_checkpoint(config)) is None:
+    checkpoint, refused = _find_checkpoint(config)
+    if checkpoint is None:
         fill_initial_weights(models, config.model, config.training.seed)
     chunks = wrap_data_parallel(config, models)
     state = TrainingState(
@@ -64,13 +67,14 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         source=source,
         validation=validation_source(config, runtime) if config.validation.interval_steps else None,
     )
+    state.notes += [f"refused {reason}" for reason in refused]
     if checkpoint is not None:
-        info, refused = checkpoint
-        progress = load_checkpoint(info, config, models, state.optimizer)
+        progress = load_checkpoint(checkpoint, config, models, state.optimizer)
         state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
         state.schedule.load_state_dict(progress["schedule"])
-        state.notes += [f"refused {reason}" for reason in refused]
-        state.notes.append(f"continues from {info.path}: step {state.step}, {state.consumed_samples} samples consumed")
+        state.notes.append(
+            f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
+        )
     state.schedule.begin(state.step)
     return state
 
@@ -116,8 +120,26 @@ def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
+def _check_tokenizer(config: RunConfig) -> None:
+    """A model that masks with a word, or lacks ids, would train without complaint."""
+    if config.data.tokenizer_path is None:
+        return
+    tokenizer, model = load_tokenizer(config.data.tokenizer_path), config.model
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{config.data.tokenizer_path} has {tokenizer.vocab_size} tokens, model.vocab_size is {model.vocab_size}: "
+            "raise model.vocab_size"
+        )
+    if tokenizer.mask_id is not None and tokenizer.mask_id != model.mask_token_id:
+        raise ConfigError(
+            f"{config.data.tokenizer_path} reserves id {tokenizer.mask_id} for the mask, model.mask_token_id is "
+            f"{model.mask_token_id}: set model.mask_token_id={tokenizer.mask_id}"
+        )
+
+
 def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
     data = config.data
+    _check_tokenizer(config)
     if not data.train_paths:
         raise ConfigError("data.train_paths is empty: name the .bin/.idx prefixes to train on (illada preprocess)")
     corpus = Corpus(
@@ -130,16 +152,18 @@ def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
     return BatchSource(corpus, config, runtime, config.training.seed)
 
 
-def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo, list[str]] | None:
-    """The checkpoint to continue from: load_dir's (which has to have one), else save_dir's if it has one."""
+def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str]]:
+    """The checkpoint to continue from (save_dir's if it has one, else load_dir's, which has to have one), and why
+    others were refused."""
     save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
+    refused: list[str] = []
     if save_dir and Path(save_dir).is_dir():
         info, refused = newest_complete(Path(save_dir))
         if info is not None:
             return info, refused
     if load_dir is None:
-        return None
-    info, refused = newest_complete(Path(load_dir))
+        return None, refused
+    info, more = newest_complete(Path(load_dir))
     if info is None:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
-    return info, refused
+    return info, refused + more

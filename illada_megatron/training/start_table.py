@@ -3,7 +3,7 @@
 from illada_megatron.config import RunConfig
 from illada_megatron.config.layout import layout_rows
 from illada_megatron.model.layer_specs import choose_implementation
-from illada_megatron.runtime import Device
+from illada_megatron.runtime import Device, capabilities
 from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.setup import TrainingState, count_held_parameters
 
@@ -24,6 +24,7 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
         ("norm", norm),
         ("optimizer", optimizer_name(config)),
         ("loss", "masked linear cross-entropy, reference (torch); head on masked positions only"),
+        ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
     ]
 
 

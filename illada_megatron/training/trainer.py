@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from illada_megatron.checkpoint import save_checkpoint
+from illada_megatron.checkpoint.sharded import save_checkpoint
 from illada_megatron.config import RunConfig, save_config
-from illada_megatron.runtime import Runtime, runtime
+from illada_megatron.runtime import runtime
 from illada_megatron.training.flops import training_flops
 from illada_megatron.training.metrics import StepSums, reduce_sums
 from illada_megatron.training.optimizer import set_learning_rate

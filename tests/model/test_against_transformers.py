@@ -1,5 +1,7 @@
 """The model is transformers' Llama without the causal mask: hidden states, logits and every gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ def _to_ours(config: RunConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _bidirectional_inputs(cu_seqlens: list[int]) -> tuple[Tensor, Tensor]:
     """A mask that lets positions of a segment see each other (both ways), and positions that restart in each."""
-    lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
     visible = torch.block_diag(*[torch.ones(length, length) for length in lengths]).bool()
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
     return mask, torch.cat([torch.arange(length) for length in lengths])[None]
@@ -78,7 +80,7 @@ def test_hidden_states_logits_and_gradients_equal_llama(
     tokens = torch.randint(0, tiny_config.model.vocab_size, (1, cu_seqlens[-1]))
     labels = torch.randint(0, tiny_config.model.vocab_size, tokens.shape)
     weight = torch.rand(tokens.shape[1]) * (torch.rand(tokens.shape[1]) < 0.5)
-    longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    longest = max(end - start for start, end in pairwise(cu_seqlens))
     packed = pack(torch.tensor(cu_seqlens, dtype=torch.int32), longest)
     mask, positions = _bidirectional_inputs(cu_seqlens)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def logits_of(tiny_config: RunConfig, single_process: Runtime) -> Callable[[Tens
     fill_initial_weights([model], tiny_config.model, seed=3)
 
     def logits(tokens: Tensor, cu_seqlens: list[int]) -> Tensor:
-        longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        longest = max(end - start for start, end in pairwise(cu_seqlens))
         with torch.no_grad():
             return model.logits(model(tokens, pack(torch.tensor(cu_seqlens, dtype=torch.int32), longest)))
 

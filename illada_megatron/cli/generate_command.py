@@ -1,0 +1,90 @@
+"""`illada generate`."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.generation.denoise import DenoiseConfig, Denoised, Predict, infill
+from illada_megatron.generation.denoise import generate as continue_text
+from illada_megatron.generation.render import render
+
+_GAP = re.compile(r"<mask:(\d+)>")
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; `<mask:N>` in it: N tokens to fill in.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="The same, from a file.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's data.tokenizer_path.")] = None,
+    gen_length: Annotated[int, typer.Option(help="Most tokens to append.")] = 128,
+    block_length: Annotated[int, typer.Option(help="Masks denoised together.")] = 32,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a block.")] = 32,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    remasking: Annotated[str, typer.Option(help="low_confidence or random.")] = "low_confidence",
+    seed: Annotated[int, typer.Option(help="Of the samples, where there are any.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    plain: Annotated[bool, typer.Option("--plain", help="Only the text, without colours and film.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Also save what is shown as a picture.")] = None,
+) -> None:
+    """Continue a text, or fill its gaps, and show in which order the tokens came.
+
+    `illada generate --checkpoint runs/tiny/checkpoints --prompt "def main("`
+
+    `illada generate --checkpoint runs/tiny/checkpoints --prompt "for <mask:4> in range(10):"`
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ConfigError("give one of --prompt and --prompt-file")
+    text = prompt if prompt is not None else Path(prompt_file or "").read_text()
+    try:
+        settings = DenoiseConfig(steps, block_length, gen_length, temperature, remasking, seed)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    from illada_megatron.checkpoint.predictor import open_predictor
+
+    with open_predictor(checkpoint, device) as (predict, config):
+        words = load_tokenizer(tokenizer or config.data.tokenizer_path or "")
+        tokens = _tokens(text, words, config)
+        if (tokens == config.model.mask_token_id).any():
+            result = infill(_on_cpu(predict), tokens, settings, config.model.mask_token_id)
+        else:
+            _check_length(len(tokens) + gen_length, config)
+            result = continue_text(_on_cpu(predict), tokens, settings, config.model.mask_token_id, words.eos_id)
+    _show(result, words, plain, svg)
+
+
+def _tokens(text: str, words: Tokenizer, config: RunConfig) -> torch.Tensor:
+    """Token ids with N masks for each `<mask:N>`."""
+    ids: list[int] = []
+    for index, part in enumerate(_GAP.split(text)):
+        ids += [config.model.mask_token_id] * int(part) if index % 2 else words.encode(part)
+    _check_length(len(ids), config)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _check_length(tokens: int, config: RunConfig) -> None:
+    if tokens > config.model.max_sequence_length:
+        raise ConfigError(
+            f"prompt and generation take {tokens} tokens, model.max_sequence_length is "
+            f"{config.model.max_sequence_length}: shorten the prompt or --gen-length"
+        )
+
+
+def _on_cpu(predict: Predict) -> Predict:
+    return lambda tokens: predict(tokens).cpu()
+
+
+def _show(result: Denoised, words: Tokenizer, plain: bool, svg: Path | None) -> None:
+    if plain:
+        sys.stdout.write(words.decode(result.tokens.tolist()) + "\n")
+        return
+    console = Console(record=svg is not None, highlight=False)
+    console.print(render(result, words.piece))
+    if svg is not None:
+        console.save_svg(str(svg), title="illada generate")
