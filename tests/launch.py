@@ -40,6 +40,18 @@ class Run:
         return f"{self.process.stdout}\n{self.process.stderr}"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the command line did in this process."""
+
+    code: int
+    out: str
+    err: str
+
+
+Illada = Callable[..., Outcome]
+"""illada(*arguments): see conftest.py."""
+
 TrainOnce = Callable[..., Run]
 """train_once(nproc, *overrides): see training/conftest.py."""
 

@@ -99,7 +99,7 @@ def test_impossible_whatever_the_world(case: str) -> None:
 @pytest.mark.parametrize("case", IMPOSSIBLE_WORLDS)
 def test_impossible_on_so_many_ranks(case: str) -> None:
     overrides, world_size, parts = IMPOSSIBLE_WORLDS[case]
-    with pytest.raises(ValueError, match="multiple|data_parallel_size") as error:
+    with pytest.raises(ValueError, match=r"multiple|data_parallel_size") as error:
         resolve_layout(load_config(None, overrides), world_size)
     for part in parts:
         assert part in str(error.value)
@@ -108,7 +108,7 @@ def test_impossible_on_so_many_ranks(case: str) -> None:
 def test_interleaved_ramp_up_sizes_between_start_and_end() -> None:
     """Every size that the ramp-up passes through has to suit the interleaved schedule, not only the first and last."""
     config = load_config(None, [f"{PP}=2", f"{VP}=2", "training.rampup_batch_size=[2,3,100]"])
-    with pytest.raises(ValueError, match="multiple of parallel.pipeline_model_parallel_size 2"):
+    with pytest.raises(ValueError, match=r"multiple of parallel\.pipeline_model_parallel_size 2"):
         resolve_layout(config, 2)
 
 
