@@ -85,8 +85,8 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         # a finite loss with such a gradient has just ruined the weights
         raise FloatingPointError(
             f"step {state.step}: the loss is {record.loss}, the gradient norm {record.grad_norm} (samples "
-            f"{state.consumed_samples - batch_size} to {state.consumed_samples - 1}); the last checkpoint is untouched: continue from it, with a lower "
-            "training.lr if it happens again"
+            f"{state.consumed_samples - batch_size} to {state.consumed_samples - 1}); the last checkpoint is "
+            "untouched: continue from it, with a lower training.lr if it happens again"
         )
     state.schedule.observe(state.step - 1, record.loss)
     return record, sums.stop
