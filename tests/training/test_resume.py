@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launch import TrainOnce, launch, rank_processes, wait_for_step
+from launch import Illada, TrainOnce, launch, rank_processes, read_steps, wait_for_step
 from test_layouts import INTERLEAVED, PLAIN, PP2, RAMP_UP, RELATIVE, SEQUENCE, TP2, assert_same_training
 
 # What a run computes; the rest of a record is time.
@@ -166,10 +166,19 @@ def test_killed_in_the_middle_of_a_step(small: tuple[str, ...], train_once: Trai
     assert _computed(again) == _computed(reference[again[0]["step"] - 1 :])
 
 
-def test_decay_begins_where_the_run_goes_on(half: Callable, resume: Callable) -> None:
-    """decay_start=now given at the restart: from step 11 on the rate falls; until then it was constant ("never")."""
-    never = half(1, "schedule.decay_start=never")
-    rates = [step["lr"] for step in resume(never, 1, "schedule.decay_start=now", "schedule.min_lr=1e-4")]
-    assert rates[0] < 5e-3
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(1e-4)
+def test_decay_begins_where_the_run_goes_on(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
+    """decay_start=now given when going on from step 2: the rate falls from step 3, also through another restart."""
+    rates: dict[str, list[float]] = {}
+    for name, stops in (("straight", (6,)), ("stopped again", (4, 6))):
+        jsonl = tmp_path / f"{name}.jsonl"
+        arguments = [*tiny_run, f"checkpoint.save_dir={tmp_path / name}", f"logging.jsonl_path={jsonl}"]
+        arguments += ["training.lr=1e-3", "schedule.warmup_steps=0", "training.train_steps=6", "schedule.min_lr=1e-4"]
+        for stop, start in ((2, "never"), *((stop, "now") for stop in stops)):
+            outcome = illada("train", *arguments, f"training.exit_steps={stop}", f"schedule.decay_start={start}")
+            assert outcome.code == 0, outcome.err
+        rates[name] = [step["lr"] for step in read_steps(jsonl)]
+    straight = rates["straight"]
+    assert straight[:2] == [1e-3, 1e-3]
+    assert straight[1:] == sorted(set(straight[1:]), reverse=True)
+    assert straight[5] == pytest.approx(1e-4)
+    assert rates["stopped again"] == straight
