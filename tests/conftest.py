@@ -1,11 +1,33 @@
 """Shared fixtures."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from corpus import write_corpus
+from launch import Illada, Outcome
 
+from illada_megatron.cli.main import main
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import Runtime, runtime
+
+
+@pytest.fixture
+def illada(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Illada:
+    """illada(*arguments) -> what `illada ARGUMENTS` does, in this process: an error that is not shown as a message
+    fails the test with its traceback."""
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["illada", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capfd.readouterr()
+        return Outcome(exit_.value.code or 0, out, err)
+
+    return run
+
 
 TINY = (
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
@@ -25,3 +47,27 @@ def single_process(tiny_config: RunConfig) -> Iterator[Runtime]:
     """A run of one rank in this process."""
     with runtime(tiny_config) as run:
         yield run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Arguments of `train`: a model of two layers on this package's sources, three steps of four samples."""
+    shard = write_corpus(tmp_path_factory.mktemp("corpus") / "shard")
+    return (
+        *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4"),
+        *("model.num_query_groups=2", "model.vocab_size=250", "data.sequence_length=32"),
+        *("model.max_sequence_length=64", "training.precision=fp32", "training.micro_batch_size=2"),
+        *("training.global_batch_size=4", "training.train_steps=3", "runtime.device=cpu", "runtime.num_threads=1"),
+        *(f"data.train_paths=[{shard}]", f"data.validation_paths=[{shard}]", "validation.num_samples=5"),
+    )
+
+
+@pytest.fixture(scope="session")
+def two_steps(tiny_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A save_dir with the checkpoints of steps 1 and 2 of `tiny_run`; tests that change it work on a copy."""
+    from illada_megatron.training import train
+
+    save_dir = tmp_path_factory.mktemp("two_steps") / "checkpoints"
+    stop = ["training.exit_steps=2", "checkpoint.interval_steps=1", f"checkpoint.save_dir={save_dir}"]
+    train(load_config(None, [*tiny_run, *stop]))
+    return save_dir

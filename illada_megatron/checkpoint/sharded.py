@@ -1,10 +1,12 @@
 """Saving and loading through megatron-core's dist_checkpointing: every tensor under its name in the whole model."""
 
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import (
@@ -17,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo
@@ -74,6 +77,7 @@ def load_checkpoint(
     """
     _check_model(info, config)
     store.check_metadata(info.path)
+    _check_common(info.path / "common.pt")
     if optimizer is not None:
         _check_optimizer(info, config)
     state = _sharded_state(chunks, optimizer, is_loading=True)
@@ -81,7 +85,10 @@ def load_checkpoint(
         get_default_load_sharded_strategy(str(info.path)),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
-    loaded = dist_checkpointing.load(state, str(info.path), strategy)
+    try:
+        loaded = dist_checkpointing.load(state, str(info.path), strategy)
+    except CheckpointException as error:
+        raise CheckpointError(f"{info.path}: its files are damaged: {error}") from error
     for index, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
         if unexpected or (missing := [key for key in missing if not key.endswith(_EXTRA_STATE)]):
@@ -115,6 +122,16 @@ def _check_model(info: CheckpointInfo, config: RunConfig) -> None:
     ]
     if different:
         raise CheckpointError(f"{info.path}: a checkpoint of another model:\n  " + "\n  ".join(different))
+
+
+def _check_common(file: Path) -> None:
+    """megatron-core reads it with torch's unpickler for plain values, whose refusal does not name the file."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{file}: the file is damaged, or holds more than plain values and is not a checkpoint's"
+        ) from error
 
 
 def _check_optimizer(info: CheckpointInfo, config: RunConfig) -> None:

@@ -78,7 +78,7 @@ def newest_complete(load_dir: Path) -> tuple[CheckpointInfo | None, list[str]]:
     """
     if not load_dir.is_dir():
         raise CheckpointError(f"{load_dir}: no such directory; give checkpoint.load_dir of an earlier run")
-    candidates = [load_dir] if load_dir.name.startswith("step_") else sorted(load_dir.glob("step_*"), reverse=True)
+    candidates = [load_dir] if load_dir.name.startswith("step_") else _newest_first(load_dir)
     refused: list[str] = []
     damaged = False
     for path in candidates:
@@ -98,14 +98,20 @@ def newest_complete(load_dir: Path) -> tuple[CheckpointInfo | None, list[str]]:
 
 
 def check_metadata(path: Path) -> None:
-    """Refuse a `.metadata` that is more than metadata: torch reads this file with pickle, which can run code."""
-    with (path / ".metadata").open("rb") as file:
-        try:
-            _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"{path / '.metadata'}: {error}; the file is damaged or not a checkpoint's"
-            ) from error
+    """Refuse a `.metadata` that is more than metadata, or that says of anything but tensors where it lies: torch reads
+    this file and all other values with pickle, which can run code."""
+    try:
+        with (path / ".metadata").open("rb") as file:
+            entries = _MetadataUnpickler(file).load().state_dict_metadata
+        objects = [name for name, entry in entries.items() if type(entry).__name__ != "TensorStorageMetadata"]
+    except OSError:
+        raise
+    except Exception as error:  # pickle raises whatever the bytes lead it to
+        raise CheckpointError(f"{path / '.metadata'}: {error}; the file is damaged or not a checkpoint's") from error
+    if objects:
+        raise CheckpointError(
+            f"{path / '.metadata'}: {objects[0]} is no tensor; this is not a checkpoint of this program"
+        )
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -117,6 +123,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         if isinstance(found, type) and found.__module__ == module:
             return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _newest_first(load_dir: Path) -> list[Path]:
+    steps = [path for path in load_dir.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def _read(path: Path) -> CheckpointInfo:

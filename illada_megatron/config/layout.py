@@ -137,7 +137,7 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     num_microbatches = training.global_batch_size // (training.micro_batch_size * dp)
     for name, size in sizes.items():
         count = size // (training.micro_batch_size * dp)
-        if virtual > 1 and "increment" not in name and count % pp:
+        if virtual > 1 and count % pp:
             raise ValueError(
                 f"{name} {size} gives {count} micro-batches a rank, which the interleaved schedule needs to be a "
                 f"multiple of parallel.pipeline_model_parallel_size {pp}"

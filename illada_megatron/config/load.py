@@ -81,7 +81,7 @@ def _layers(config: str | Path, seen: tuple[Path, ...] = ()) -> list[Any]:
         path = _PRESETS / f"{config}.yaml"
         if not path.is_file():
             raise ConfigError(f"{config}: neither a file nor a preset; the presets are {', '.join(preset_names())}")
-    if path in seen:
+    if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to this file")
     layer = OmegaConf.load(path)
     if not OmegaConf.is_dict(layer):
@@ -90,7 +90,7 @@ def _layers(config: str | Path, seen: tuple[Path, ...] = ()) -> list[Any]:
     if base is None:
         return [layer]
     beside = path.parent / str(base)
-    return [*_layers(beside if beside.is_file() else str(base), (*seen, path)), layer]
+    return [*_layers(beside if beside.is_file() else str(base), (*seen, path.resolve())), layer]
 
 
 def _tuples(values: dict[Any, Any]) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from illada_megatron.config.schema import DiffusionConfig
+from illada_megatron.data.errors import DataError
 from illada_megatron.diffusion.masking import sample_mask
 from illada_megatron.diffusion.schedule import sample_t
 from illada_megatron.diffusion.segments import Boundary, cumulate_segments, sample_boundary
@@ -67,8 +68,9 @@ def make_masked_batch(
         seed: the run's seed.
 
     Raises:
-        ValueError: no index; a sequence of another shape; a clean sequence that already contains the mask token (the
-            model could not tell it from noise, and its label would teach it to predict masks).
+        ValueError: no index; a sequence of another shape.
+        DataError: a clean sequence that already contains the mask token (the model could not tell it from noise, and
+            its label would teach it to predict masks).
     """
     if len(sample_indices) == 0:
         raise ValueError("a batch needs at least one sample index, found none")
@@ -107,7 +109,7 @@ def _read(corpus: Corpus, index: int, mask_token_id: int, row: NDArray[np.int64]
     row[:] = clean
     clashes = np.flatnonzero(row == mask_token_id)
     if clashes.size:
-        raise ValueError(
+        raise DataError(
             f"sample {index} contains the mask token {mask_token_id} at position {clashes[0]} "
             f"({clashes.size} in all): the tokenizer must not produce it, or mask_token_id names the wrong token"
         )

@@ -37,6 +37,8 @@ def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.set_device = _nothing()
     torch.cuda.empty_cache = _nothing()
+    with torch.device("meta"):
+        torch.empty(0)  # torch now lists the factories that obey a device context; wrapped ones it would not know
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *_, **__: self

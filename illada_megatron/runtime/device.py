@@ -46,7 +46,8 @@ def select_device(config: RunConfig) -> Device:
             "driver and that torch is a CUDA build"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
-        return Device(torch.device("cpu"), f"CPU, {config.runtime.num_threads or _threads()} threads a rank", None)
+        name = f"CPU, {config.runtime.num_threads or _threads()} threads a rank"
+        return Device(torch.device("cpu"), name, config.runtime.peak_tflops)
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
         raise ConfigError(

@@ -1,5 +1,7 @@
 """Start the ranks of one machine, through torch's own elastic launcher."""
 
+import contextlib
+import os
 import signal
 import sys
 import uuid
@@ -34,10 +36,19 @@ def launch_ranks(nproc: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "illada_megatron", *arguments)
     except ChildFailedError as error:
+        _end_orphans([failure.pid for failure in error.failures.values()])
         # The rank has said why; the launcher's traceback would only bury it.
         rank, failure = error.get_first_failure()
         print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+
+
+def _end_orphans(ranks: Sequence[int]) -> None:
+    """megatron-core's checkpoint writers outlive a rank that was killed, and keep the terminal's pipe open. torch gives
+    each rank a process group of its own."""
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _hand_on(number: int, _: FrameType | None) -> None:

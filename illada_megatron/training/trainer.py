@@ -81,11 +81,12 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     state.step += 1
     state.consumed_samples += batch_size
     record = _record(state, sums, batch_size, float(grad_norm or 0.0), lr, time.perf_counter() - start)
-    if not math.isfinite(record.loss):
+    if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+        # a finite loss with such a gradient has just ruined the weights
         raise FloatingPointError(
-            f"step {state.step}: the loss is {record.loss} (samples {state.consumed_samples - batch_size} to "
-            f"{state.consumed_samples - 1}); the last checkpoint is untouched: continue from it, with a lower "
-            "training.lr if it happens again"
+            f"step {state.step}: the loss is {record.loss}, the gradient norm {record.grad_norm} (samples "
+            f"{state.consumed_samples - batch_size} to {state.consumed_samples - 1}); the last checkpoint is "
+            "untouched: continue from it, with a lower training.lr if it happens again"
         )
     state.schedule.observe(state.step - 1, record.loss)
     return record, sums.stop

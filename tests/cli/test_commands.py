@@ -1,0 +1,206 @@
+"""Every command as a user types it: what it prints, what it leaves behind."""
+
+import json
+import re
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from launch import Illada, launch
+
+from illada_megatron.config import load_config
+from illada_megatron.data import IndexedDataset, load_tokenizer, train_sentencepiece
+
+COMMANDS = ("train", "evaluate", "generate", "preprocess", "doctor")
+
+
+@pytest.fixture(scope="module")
+def corpus_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some modules of the standard library, one document each."""
+    sources = sorted((Path(sysconfig.get_path("stdlib")) / "json").glob("*.py"))
+    path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in sources))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(corpus_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model with bytes for what it has not seen."""
+    return train_sentencepiece([corpus_jsonl], tmp_path_factory.mktemp("tokenizer") / "t.model", vocab_size=400)
+
+
+def test_help_lists_every_command(illada: Illada) -> None:
+    outcome = illada("--help")
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert re.search(rf"^\W*{command}\s+\w", outcome.out, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess"])
+def test_help_of_a_command_shows_an_example(command: str, illada: Illada) -> None:
+    outcome = illada(command, "--help")
+    assert outcome.code == 0
+    assert f"illada {command} " in re.sub(r"\s+", " ", outcome.out)
+
+
+def test_unknown_command_and_option(illada: Illada) -> None:
+    assert illada("trian").code == 2
+    assert "--nprocs" in illada("train", "--nprocs", "2").err
+
+
+def test_dry_run_prints_what_a_run_would_read_and_starts_nothing(
+    tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    save_dir = tmp_path / "checkpoints"
+    arguments = [*tiny_run, f"checkpoint.save_dir={save_dir}", "parallel.tensor_model_parallel_size=2"]
+    outcome = illada("train", "--dry-run", "--nproc", 4, "--config", "tiny", *arguments)
+    assert outcome.code == 0
+    text, table = re.split(r"^layout\s*$", outcome.out, maxsplit=1, flags=re.MULTILINE)
+    assert load_config(yaml.safe_load(text)) == load_config("tiny", arguments)
+    assert "tensor 2, pipeline 1, data 2" in table
+    assert "4 sequences of 32 tokens = 128 tokens; 1 micro-batches of 2 a rank" in re.sub(r"[\s│]+", " ", table)
+    assert not save_dir.exists()
+
+
+def test_dry_run_refuses_a_layout(tiny_run: tuple[str, ...], illada: Illada) -> None:
+    outcome = illada("train", "--dry-run", "--nproc", 3, *tiny_run)
+    assert outcome.code == 2
+    assert "training.global_batch_size 4 is not a multiple of" in outcome.err
+
+
+def test_doctor_shows_what_is_there_and_what_is_missing(illada: Illada) -> None:
+    outcome = illada("doctor")
+    assert outcome.code == 0
+    flat = re.sub(r"[\s│]+", " ", outcome.out)
+    for part in ("torch", "megatron-core", "CUDA", "Transformer Engine", "Apex"):
+        assert part in flat
+    import torch
+
+    assert torch.__version__ in flat
+    if not torch.cuda.is_available():
+        assert "CUDA missing: would bring" in flat
+        assert "gloo" in flat
+
+
+def _bound(output: str) -> tuple[float, float, int]:
+    found = re.search(r"held-out bound (\S+) nats/token, masked CE (\S+) nats, over (\S+) tokens", output)
+    assert found, output
+    return float(found[1]), float(found[2]), int(found[3].replace(",", ""))
+
+
+def test_evaluate_gives_the_same_figures_in_every_layout(two_steps: Path, illada: Illada) -> None:
+    """The checkpoint's bound belongs to the checkpoint: one rank, TP2 and PP2 read the same number."""
+    alone = _bound(illada("evaluate", "--checkpoint", two_steps).out)
+    assert alone[2] == 5 * 32
+    for layout in ("tensor", "pipeline"):
+        run = launch("evaluate", ["--checkpoint", two_steps, f"parallel.{layout}_model_parallel_size=2"], nproc=2)
+        assert run.process.returncode == 0, run.output
+        assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
+
+
+def test_evaluate_distinguishes_checkpoints_and_initial_weights(
+    two_steps: Path, tiny_run: tuple[str, ...], illada: Illada
+) -> None:
+    """Training shows: initial weights are worst, two steps better than one; a single step's directory can be named."""
+    initial = illada("evaluate", "--config", "tiny", *tiny_run)
+    assert "initial weights: held-out bound" in initial.out
+    one, two = (
+        illada("evaluate", "--checkpoint", two_steps / "step_00000001"),
+        illada("evaluate", "--checkpoint", two_steps),
+    )
+    assert _bound(initial.out)[1] > _bound(one.out)[1] > _bound(two.out)[1]
+    more = illada("evaluate", "--checkpoint", two_steps, "validation.num_samples=9")
+    assert _bound(more.out)[2] == 9 * 32
+
+
+def test_evaluate_wants_one_of_two(illada: Illada, two_steps: Path) -> None:
+    for arguments in ([], ["--config", "tiny", "--checkpoint", two_steps]):
+        outcome = illada("evaluate", *arguments)
+        assert outcome.code == 2
+        assert "give one of --checkpoint" in outcome.err
+
+
+def test_preprocess_train_generate(
+    corpus_jsonl: Path, tokenizer_path: Path, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """The whole path of a newcomer: text, shard, training, a continued text, a filled gap."""
+    outcome = illada("preprocess", corpus_jsonl, "--output-prefix", tmp_path / "shard", "--tokenizer", tokenizer_path)
+    assert outcome.code == 0, outcome.err
+    documents = len(corpus_jsonl.read_text().splitlines())
+    assert f"{documents} documents" in outcome.out
+    assert "skipped 0 bad lines" in outcome.out
+    assert IndexedDataset(tmp_path / "shard").num_documents == documents
+
+    tokenizer, checkpoint = load_tokenizer(tokenizer_path), tmp_path / "checkpoints"
+    vocabulary = [f"model.vocab_size={tokenizer.vocab_size}", f"model.mask_token_id={tokenizer.mask_id}"]
+    data = [f"data.train_paths=[{tmp_path / 'shard'}]", f"data.tokenizer_path={tokenizer_path}"]
+    trained = illada("train", *tiny_run, *vocabulary, *data, f"checkpoint.save_dir={checkpoint}")
+    assert trained.code == 0, trained.err
+
+    common = ["generate", "--checkpoint", checkpoint, "--plain", "--block-length", 4, "--steps", 2]
+    prompt = "def loads("
+    continued = illada(*common, "--prompt", prompt, "--gen-length", 8)
+    assert continued.code == 0, continued.err
+    assert continued.out.startswith(prompt)
+    assert illada(*common, "--prompt", prompt, "--gen-length", 8).out == continued.out
+
+    (tmp_path / "prompt.txt").write_text("def <mask:3>(self):")
+    filled = illada(*common, "--prompt-file", tmp_path / "prompt.txt")
+    assert filled.code == 0, filled.err
+    assert filled.out.startswith("def ")
+    assert filled.out.endswith("(self):\n")
+    assert "<mask" not in filled.out
+
+    shown = illada(
+        *common[:3],
+        "--prompt",
+        prompt,
+        "--gen-length",
+        4,
+        "--block-length",
+        4,
+        "--steps",
+        2,
+        "--svg",
+        tmp_path / "a.svg",
+    )
+    assert shown.code == 0, shown.err
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+
+
+def test_preprocess_counts_the_lines_it_skips(
+    corpus_jsonl: Path, tokenizer_path: Path, tmp_path: Path, illada: Illada
+) -> None:
+    good = corpus_jsonl.read_text().splitlines()[:2]
+    (tmp_path / "in.jsonl").write_text("\n".join([good[0], "{broken", '{"txt": "x"}', good[1]]))
+    arguments = ["preprocess", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "s", "--tokenizer", tokenizer_path]
+    refused = illada(*arguments)
+    assert refused.code == 2
+    assert "in.jsonl:2" in refused.err
+    assert not (tmp_path / "s.bin").exists()
+    skipped = illada(*arguments, "--skip-bad-lines")
+    assert skipped.code == 0, skipped.err
+    assert "2 documents" in skipped.out
+    assert "skipped 2 bad lines" in skipped.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --prompt and --prompt-file"),
+        (["--prompt", "x", "--steps", "0"], "steps"),
+        (["--prompt", "x", "--remasking", "highest"], "remasking"),
+        (["--prompt", "x"], "tokenizer"),
+        (["--prompt", "x <mask:99999>", "--tokenizer", "TOKENIZER"], "model.max_sequence_length is 64"),
+        (["--prompt", "x", "--tokenizer", "TOKENIZER"], "take"),  # 128 tokens to append by default, 64 at most
+        (["--prompt-file", "nowhere.txt", "--tokenizer", "TOKENIZER"], "nowhere.txt"),
+    ],
+)
+def test_generate_refuses(
+    arguments: list[str], message: str, two_steps: Path, tokenizer_path: Path, illada: Illada
+) -> None:
+    filled = [str(tokenizer_path) if argument == "TOKENIZER" else argument for argument in arguments]
+    outcome = illada("generate", "--checkpoint", two_steps, *filled)
+    assert outcome.code == 2
+    assert message in outcome.err

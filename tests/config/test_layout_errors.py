@@ -1,0 +1,126 @@
+"""A layout that cannot work is refused before anything starts: the field, the numbers, and what to change."""
+
+import pytest
+
+from illada_megatron.config import ConfigError, RunConfig, load_config
+from illada_megatron.config.layout import layout_rows, resolve_layout
+
+TP = "parallel.tensor_model_parallel_size"
+PP = "parallel.pipeline_model_parallel_size"
+VP = "parallel.virtual_pipeline_model_parallel_size"
+
+# overrides of the defaults (4 layers, 8 heads, 2 groups, ffn 704, vocabulary 8000 -> 8064) -> parts of the message
+IMPOSSIBLE = {
+    "feed-forward": (
+        [f"{TP}=3", "model.num_query_groups=3", "model.num_attention_heads=9", "model.hidden_size=288"],
+        ["model.ffn_hidden_size 704 is not a multiple of", f"{TP} 3", "change model.ffn_hidden_size or the layout"],
+    ),
+    "query groups": ([f"{TP}=4"], ["model.num_query_groups 2", f"{TP} 4", "change model.num_query_groups"]),
+    "attention heads": (
+        [f"{TP}=4", "model.num_attention_heads=2", "model.num_query_groups=1"],
+        ["model.num_attention_heads 2", f"{TP} 4", "change model.num_attention_heads"],
+    ),
+    "vocabulary": (
+        [f"{TP}=2", "model.vocab_size=7999", "model.make_vocab_size_divisible_by=1"],
+        ["model.padded_vocab_size 7999", f"{TP} 2", "change model.make_vocab_size_divisible_by"],
+    ),
+    "layers": ([f"{PP}=3"], ["model.num_layers 4", "virtual pipeline size 3", f"change model.num_layers, {PP}"]),
+    "layers of chunks": ([f"{PP}=2", f"{VP}=4"], ["model.num_layers 4", "virtual pipeline size 8"]),
+    "chunks without pipeline": ([f"{VP}=2"], [f"{VP} 2 needs {PP} > 1, found 1", "leave the interleaving out"]),
+    "sequence parallel alone": (
+        ["parallel.sequence_parallel=true"],
+        ["sequence_parallel true needs", f"{TP} > 1, found 1", "set sequence_parallel=false"],
+    ),
+    "odd tokens": (
+        ["parallel.sequence_parallel=true", f"{TP}=2", "data.sequence_length=511"],
+        ["training.micro_batch_size * data.sequence_length 511", f"{TP} 2", "change one of them"],
+    ),
+    "gather without shards": (
+        ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
+        ["overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce", "False and False"],
+    ),
+    "too long": (
+        ["data.sequence_length=9000"],
+        ["data.sequence_length 9000", "model.max_sequence_length 8192", "change one of them"],
+    ),
+    "rates": (["schedule.min_lr=1.0", "training.lr=0.5"], ["schedule.min_lr 1.0", "training.lr 0.5", "lower it"]),
+    "ramp-up steps": (
+        ["training.rampup_batch_size=[2,4,100]"],
+        ["training.rampup_batch_size: from 2 in steps of 4", "training.global_batch_size 8"],
+    ),
+    "ramp-up start": (["training.rampup_batch_size=[16,4,100]"], ["from 16", "training.global_batch_size 8"]),
+    "head size": (["model.hidden_size=100"], ["hidden_size 100", "num_attention_heads 8", "give kv_channels"]),
+    "odd head": (["model.kv_channels=33"], ["the size of a head is 33", "kv_channels"]),
+    "groups of heads": (["model.num_query_groups=3"], ["num_attention_heads 8", "num_query_groups 3"]),
+    "mask": (["model.mask_token_id=8000"], ["mask_token_id 8000", "vocab_size 8000", "tokenizer reserves"]),
+}
+
+# overrides, world size -> parts of the message
+IMPOSSIBLE_WORLDS = {
+    "ranks": ([f"{TP}=2", f"{PP}=2"], 6, ["world size 6", "2 * 2 = 4", f"change {TP} / pipeline_model_parallel_size"]),
+    "data parallel": (
+        ["parallel.data_parallel_size=4"],
+        2,
+        ["world size 2 = TP 1 * PP 1 * DP 2", "parallel.data_parallel_size is 4", "start 4 ranks or change it"],
+    ),
+    "batch": ([], 3, ["training.global_batch_size 8", "1 * 3 = 3", "change one of them"]),
+    "ramp-up start": (
+        ["training.rampup_batch_size=[1,1,100]"],
+        2,
+        ["training.rampup_batch_size start 1 is not a multiple", "1 * 2 = 2"],
+    ),
+    "ramp-up increment": (
+        ["training.rampup_batch_size=[2,1,100]"],
+        2,
+        ["training.rampup_batch_size increment 1 is not a multiple", "1 * 2 = 2"],
+    ),
+    "interleaved micro-batches": (
+        [f"{PP}=2", f"{VP}=2", "training.global_batch_size=9"],
+        2,
+        ["training.global_batch_size 9 gives 9 micro-batches a rank", f"{PP} 2"],
+    ),
+    "interleaved ramp-up": (
+        [f"{PP}=2", f"{VP}=2", "training.rampup_batch_size=[3,5,100]"],
+        2,
+        ["training.rampup_batch_size start 3 gives 3 micro-batches a rank", f"{PP} 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_whatever_the_world(case: str) -> None:
+    overrides, parts = IMPOSSIBLE[case]
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE_WORLDS)
+def test_impossible_on_so_many_ranks(case: str) -> None:
+    overrides, world_size, parts = IMPOSSIBLE_WORLDS[case]
+    with pytest.raises(ValueError, match=r"multiple|data_parallel_size") as error:
+        resolve_layout(load_config(None, overrides), world_size)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_interleaved_ramp_up_sizes_between_start_and_end() -> None:
+    """Every size that the ramp-up passes through has to suit the interleaved schedule, not only the first and last."""
+    config = load_config(None, [f"{PP}=2", f"{VP}=2", "training.rampup_batch_size=[2,3,100]"])
+    with pytest.raises(ValueError, match=r"multiple of parallel\.pipeline_model_parallel_size 2"):
+        resolve_layout(config, 2)
+
+
+def test_what_is_left_of_the_world_is_data_parallel() -> None:
+    config = load_config(None, [f"{TP}=2", f"{PP}=2", f"{VP}=2", "parallel.data_parallel_size=2"])
+    layout = resolve_layout(config, 8)
+    assert (layout.tensor, layout.pipeline, layout.virtual, layout.data) == (2, 2, 2, 2)
+    assert layout.num_microbatches == 4
+    rows = dict(layout_rows(config, layout))
+    assert rows["layout"] == "tensor 2, pipeline 2 x 2 chunks, data 2"
+    assert rows["global batch"].startswith("8 sequences of 512 tokens = 4,096 tokens; 4 micro-batches of 1")
+
+
+def test_defaults_are_a_layout() -> None:
+    assert resolve_layout(RunConfig(), 1).data == 1

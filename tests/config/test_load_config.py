@@ -1,0 +1,158 @@
+"""Text to configuration: typos and wrong types are named, files build on files, what is saved reads back equal."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from illada_megatron.config import ConfigError, RunConfig, load_config, preset_names, save_config
+from illada_megatron.config.load import to_yaml
+
+# override -> parts of the message
+MISTAKES = {
+    "typo": ("training.leraning_rate=1", ["training.leraning_rate: unknown field"]),
+    "near miss": ("training.global_batchsize=4", ["global_batchsize: unknown field; did you mean global_batch_size?"]),
+    "section": ("trainig.lr=1e-3", ["trainig: unknown field; did you mean training?"]),
+    "nothing near": ("logging.zzz=1", ["logging.zzz: unknown field; known: tensorboard_dir, interval_steps"]),
+    "text for a number": ("training.lr=fast", ["training.lr", "found 'fast'"]),
+    "quoted number": ("training.train_steps='8'", ["training.train_steps", "found '8'"]),
+    "fraction of a step": ("training.train_steps=1.5", ["training.train_steps", "found 1.5"]),
+    "zero": ("training.micro_batch_size=0", ["training.micro_batch_size", "greater than 0", "found 0"]),
+    "negative": ("optimizer.weight_decay=-0.1", ["optimizer.weight_decay", "found -0.1"]),
+    "probability": ("diffusion.split_probability=1.1", ["diffusion.split_probability", "found 1.1"]),
+    "choice": ("training.precision=fp16", ["training.precision", "'fp32' or 'bf16'", "found 'fp16'"]),
+    "path for a list": ("data.train_paths=corpus", ["data.train_paths", "list", "found 'corpus'"]),
+    "yes for a bool": ("parallel.sequence_parallel=1", ["parallel.sequence_parallel", "found 1"]),
+    "decay start": ("schedule.decay_start=soon", ["schedule.decay_start", "found 'soon'"]),
+    "decay fraction": ("schedule.decay_start=1.5", ["schedule.decay_start", "found 1.5"]),
+    "ramp-up of two": ("training.rampup_batch_size=[2,2]", ["training.rampup_batch_size"]),
+    "section as value": ("training=5", ["training", "found 5"]),
+    "no equals sign": ("training.lr", ["override 'training.lr': expected section.field=value"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_named(case: str) -> None:
+    override, parts = MISTAKES[case]
+    with pytest.raises(ConfigError) as error:
+        load_config("tiny", [override])
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_all_mistakes_are_named_at_once_with_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {lr: no, train_step: 5}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert "training.lr" in str(error.value)
+    assert "training.train_step: unknown field; did you mean train_steps?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {lr: 1", "line 1"),
+        ("- a\n- b\n", "expected sections with fields, found a list"),
+        ("training: {lr: '${training.nothing}'}", "training.nothing"),
+        ("base: [a]\n", "neither a file nor a preset"),
+    ],
+)
+def test_file_that_is_no_configuration(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert message in str(error.value)
+
+
+def test_unknown_name_lists_the_presets() -> None:
+    with pytest.raises(
+        ConfigError, match="ilada-8b: neither a file nor a preset; the presets are illada-70b, illada-8b"
+    ):
+        load_config("ilada-8b")
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == RunConfig() == load_config()
+
+
+def test_files_build_on_files_and_overrides_go_last(tmp_path: Path) -> None:
+    """Nearest wins: last override, earlier override, the file, its base, the base's base, the defaults."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "leaf.yaml").write_text("base: ../middle.yaml\ntraining: {lr: 3.0e-3}\n")
+    (tmp_path / "middle.yaml").write_text("base: tiny\ntraining: {lr: 2.0e-3, seed: 2, train_steps: 22}\n")
+    overrides = ["training.seed=3", "training.seed=4"]
+    training = load_config(tmp_path / "deep" / "leaf.yaml", overrides).training
+    assert (training.lr, training.seed, training.train_steps) == (3e-3, 4, 22)
+    assert training.global_batch_size == 16  # of the preset
+    assert training.exit_steps is None
+
+
+def test_base_prefers_a_file_beside_it_to_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "tiny").write_text("training: {seed: 77}\n")
+    (tmp_path / "leaf.yaml").write_text("base: tiny\n")
+    assert load_config(tmp_path / "leaf.yaml").training.seed == 77
+
+
+def test_base_that_leads_back_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("base: two.yaml\n")
+    (tmp_path / "two.yaml").write_text("base: sub/../one.yaml\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "self.yaml").write_text("base: self.yaml\n")
+    for name in ("one.yaml", "self.yaml"):
+        with pytest.raises(ConfigError, match="leads back to this file"):
+            load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_saved_preset_reads_back_equal(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset)
+    save_config(config, tmp_path / "new" / "config.yaml")
+    assert load_config(tmp_path / "new" / "config.yaml") == config
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.rampup_batch_size=[2,2,100]",
+        "schedule.decay_start=100",
+        "schedule.decay_start=0.25",
+        "schedule.decay_start=plateau",
+        "schedule.decay_start=0",
+        "schedule.decay_start=1.0",
+        "data.train_paths=[a,'b*','with space']",
+        "checkpoint.save_dir=null",
+        "logging.jsonl_path='null'",
+        "training.lr=1e-5",
+        "training.lr=1",
+        "schedule.min_lr=0",
+    ],
+)
+def test_tricky_value_reads_back_with_its_type(override: str) -> None:
+    """A tuple stays one, 100 (a step) and 1.0 (a fraction) stay apart, 1e-5 is a number."""
+    config = load_config(None, [override])
+    again = load_config(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
+    assert again == config
+    section, field = override.split("=")[0].split(".")
+    one, two = (getattr(getattr(c, section), field) for c in (config, again))
+    assert type(one) is type(two)
+
+
+def test_exponent_without_a_point_is_a_number() -> None:
+    """YAML 1.1 reads 1e-3 as text; users write it."""
+    assert load_config("tiny", ["training.lr=1e-3"]).training.lr == 1e-3
+
+
+def test_exponent_without_a_point_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("training:\n  lr: 1e-3\n")
+    assert load_config(tmp_path / "run.yaml").training.lr == 1e-3
+
+
+def test_decay_start_keeps_steps_and_fractions_apart() -> None:
+    assert load_config(None, ["schedule.decay_start=1"]).schedule.decay_start == 1
+    assert isinstance(load_config(None, ["schedule.decay_start=1"]).schedule.decay_start, int)
+    assert isinstance(load_config(None, ["schedule.decay_start=1.0"]).schedule.decay_start, float)

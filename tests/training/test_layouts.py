@@ -1,0 +1,133 @@
+"""The result does not depend on the layout: losses, gradient norms and held-out figures of 20 steps, real ranks."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+from launch import Run, TrainOnce
+
+RELATIVE = 1e-4
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+PP4 = "parallel.pipeline_model_parallel_size=4"
+INTERLEAVED = "parallel.virtual_pipeline_model_parallel_size=2"
+SEQUENCE = "parallel.sequence_parallel=true"
+PLAIN = "parallel.use_distributed_optimizer=false"
+OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
+UNTIED = "model.tie_word_embeddings=false"
+RAMP_UP = "training.rampup_batch_size=[4,2,24]"
+BF16 = "training.precision=bf16"
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "DP1, plain optimizer": (1, (PLAIN,)),
+    "DP1, micro-batches of 4": (1, ("training.micro_batch_size=4",)),
+    "DP2": (2, ()),
+    "DP2, plain optimizer": (2, (PLAIN,)),
+    "DP2, overlapped": (2, OVERLAP),
+    "TP2": (2, (TP2,)),
+    "TP2, sequence parallel": (2, (TP2, SEQUENCE)),
+    "PP2": (2, (PP2,)),
+    "PP2, interleaved, recomputed": (2, (PP2, INTERLEAVED, FULL)),
+    "PP4": (4, (PP4,)),
+    "TP2 PP2 DP2": (8, (TP2, PP2)),
+}
+MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "PP2, interleaved": (2, (PP2, INTERLEAVED)),
+    "TP2, selective recomputation": (2, (TP2, SELECTIVE)),
+    "TP2, sequence parallel, recomputed": (2, (TP2, SEQUENCE, FULL)),
+    "TP2 PP2 DP2, plain optimizer": (8, (TP2, PP2, PLAIN)),
+    "TP2 PP2 DP2, everything on": (8, (TP2, PP2, INTERLEAVED, SEQUENCE, SELECTIVE, *OVERLAP)),
+}
+
+
+def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, Any]], relative: float) -> None:
+    """Every number of every step that a layout could change."""
+    assert [step["step"] for step in found] == [step["step"] for step in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "masked_cross_entropy", "grad_norm", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=relative), (ours["step"], name)
+        assert ours["cross_entropy_by_t"] == [
+            None if value is None else pytest.approx(value, rel=relative) for value in theirs["cross_entropy_by_t"]
+        ], ours["step"]
+        for name in ("consumed_samples", "consumed_tokens", "epoch"):
+            assert ours[name] == theirs[name], (ours["step"], name)
+
+
+def held_out(run: Run) -> list[tuple[float, float]]:
+    """(bound, masked CE) of each validation, at the four decimals of the terminal."""
+    pattern = r"held-out bound (\S+) nats/token  masked CE (\S+)  \(160 tokens\)"
+    return [(float(bound), float(ce)) for bound, ce in re.findall(pattern, run.process.stdout)]
+
+
+def assert_same_held_out(found: Run, expected: Run) -> None:
+    assert len(held_out(expected)) == 2
+    for ours, theirs in zip(held_out(found), held_out(expected), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)  # the last decimal may round either way
+
+
+def test_the_compared_numbers_move(train_once: TrainOnce) -> None:
+    """The comparisons below mean something: the run learns, it clips, no two steps and no two seeds are alike."""
+    run, other = train_once(1), train_once(1, "training.seed=7")
+    ce = [step["masked_cross_entropy"] for step in run.steps]
+    assert len(ce) == 20
+    assert sum(ce[-5:]) / 5 < ce[0] - 1.0
+    assert ce[0] == pytest.approx(math.log(250), rel=0.2)  # untrained: nearly uniform over the unpadded vocabulary
+    assert all(step["grad_norm"] > 0.5 for step in run.steps)  # optimizer.clip_grad
+    for name in ("loss", "masked_cross_entropy", "grad_norm"):
+        values = [step[name] for step in run.steps]
+        others = [step[name] for step in other.steps]
+        assert len({round(value, 4) for value in values}) == 20, name
+        assert all(abs(ours / theirs - 1.0) > 10 * RELATIVE for ours, theirs in zip(values, others, strict=True)), name
+    buckets = [bucket for step in run.steps for bucket in step["cross_entropy_by_t"] if bucket is not None]
+    assert len(buckets) > 80
+    (bound, held_out_ce), (later_bound, later_held_out_ce) = held_out(run)
+    assert later_bound < bound
+    assert later_held_out_ce < held_out_ce
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_losses_in_every_layout(layout: str, train_once: TrainOnce) -> None:
+    """A gradient reduced twice or not at all, a shard initialised otherwise, data or noise that depend on the rank, a
+    stage that skips a micro-batch: each shows within 20 clipped steps."""
+    run, reference = train_once(LAYOUTS[layout][0], *LAYOUTS[layout][1]), train_once(1)
+    assert_same_training(run.steps, reference.steps, RELATIVE)
+    assert_same_held_out(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+def test_same_losses_in_more_layouts(layout: str, train_once: TrainOnce) -> None:
+    """Combinations whose parts the test above covers one by one."""
+    run, reference = train_once(MORE_LAYOUTS[layout][0], *MORE_LAYOUTS[layout][1]), train_once(1)
+    assert_same_training(run.steps, reference.steps, RELATIVE)
+    assert_same_held_out(run, reference)
+
+
+def test_untied_head(train_once: TrainOnce) -> None:
+    """A head of its own: no embedding gradient to exchange between the first and the last stage."""
+    reference = train_once(1, UNTIED)
+    assert_same_training(train_once(2, PP2, UNTIED).steps, reference.steps, RELATIVE)
+    tied = train_once(1).steps
+    assert all(abs(a["loss"] / b["loss"] - 1) > RELATIVE for a, b in zip(reference.steps, tied, strict=True))
+
+
+def test_batch_ramp_up(train_once: TrainOnce) -> None:
+    """Batches of 4, 6, then 8 samples: the same samples in the same steps on one rank and on two."""
+    reference = train_once(1, RAMP_UP)
+    consumed = [step["consumed_samples"] for step in reference.steps]
+    sizes = [end - start for start, end in zip([0, *consumed], consumed, strict=False)]
+    assert sizes == [4] * 3 + [6] * 2 + [8] * 15
+    assert_same_training(train_once(2, RAMP_UP).steps, reference.steps, RELATIVE)
+
+
+def test_bf16_stays_near_fp32(train_once: TrainOnce) -> None:
+    """bf16 with fp32 main weights learns the same, in a layout too, to the precision of its 8 bits."""
+    run, reference = train_once(2, TP2, SEQUENCE, BF16), train_once(1)
+    differences = [
+        abs(ours["masked_cross_entropy"] / theirs["masked_cross_entropy"] - 1.0)
+        for ours, theirs in zip(run.steps, reference.steps, strict=True)
+    ]
+    assert max(differences) < 0.02
+    assert max(differences) > 1e-5  # else it was computed in fp32 after all
