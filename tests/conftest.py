@@ -57,7 +57,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4"),
         *("model.num_query_groups=2", "model.vocab_size=250", "data.sequence_length=32"),
         *("model.max_sequence_length=64", "training.precision=fp32", "training.micro_batch_size=2"),
-        *("training.global_batch_size=4", "training.train_steps=3", "runtime.device=cpu", "runtime.num_threads=1"),
+        *("training.global_batch_size=4", "training.train_steps=3", "training.lr=5e-3", "schedule.warmup_steps=0"),
+        *("runtime.device=cpu", "runtime.num_threads=1"),
         *(f"data.train_paths=[{shard}]", f"data.validation_paths=[{shard}]", "validation.num_samples=5"),
     )
 

@@ -11,7 +11,7 @@ from illada_megatron.diffusion import make_masked_batch
 from illada_megatron.runtime import runtime
 
 STEPS, BATCH, LENGTH = 4, 4, 32
-LR, BETAS, EPS, DECAY, CLIP = 1e-2, (0.8, 0.9), 1e-7, 0.5, 0.7
+LR, BETAS, EPS, DECAY, CLIP = 1e-2, (0.8, 0.9), 1e-5, 0.5, 0.7
 
 
 def _plain_loop(config: RunConfig, model: torch.nn.Module) -> list[tuple[float, float, float]]:

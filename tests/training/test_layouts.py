@@ -55,6 +55,11 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
             assert ours[name] == theirs[name], (ours["step"], name)
 
 
+def _different(ours: list[float], theirs: list[float]) -> int:
+    """How many pairs are farther apart than ten times what a layout may change."""
+    return sum(abs(a / b - 1.0) > 10 * RELATIVE for a, b in zip(ours, theirs, strict=True))
+
+
 def held_out(run: Run) -> list[tuple[float, float]]:
     """(bound, masked CE) of each validation, at the four decimals of the terminal."""
     pattern = r"held-out bound (\S+) nats/token  masked CE (\S+)  \(160 tokens\)"
@@ -68,18 +73,18 @@ def assert_same_held_out(found: Run, expected: Run) -> None:
 
 
 def test_the_compared_numbers_move(train_once: TrainOnce) -> None:
-    """The comparisons below mean something: the run learns, it clips, no two steps and no two seeds are alike."""
+    """The comparisons below mean something: the run learns, it clips, another step or seed has other numbers (in a few
+    of 20 they may come near by chance)."""
     run, other = train_once(1), train_once(1, "training.seed=7")
     ce = [step["masked_cross_entropy"] for step in run.steps]
     assert len(ce) == 20
     assert sum(ce[-5:]) / 5 < ce[0] - 1.0
     assert ce[0] == pytest.approx(math.log(250), rel=0.2)  # untrained: nearly uniform over the unpadded vocabulary
-    assert all(step["grad_norm"] > 0.5 for step in run.steps)  # optimizer.clip_grad
+    assert sum(step["grad_norm"] > 0.5 for step in run.steps) > 15  # optimizer.clip_grad
     for name in ("loss", "masked_cross_entropy", "grad_norm"):
         values = [step[name] for step in run.steps]
-        others = [step[name] for step in other.steps]
-        assert len({round(value, 4) for value in values}) == 20, name
-        assert all(abs(ours / theirs - 1.0) > 10 * RELATIVE for ours, theirs in zip(values, others, strict=True)), name
+        assert _different(values, values[1:] + values[:1]) > 15, name
+        assert _different(values, [step[name] for step in other.steps]) > 15, name
     buckets = [bucket for step in run.steps for bucket in step["cross_entropy_by_t"] if bucket is not None]
     assert len(buckets) > 80
     (bound, held_out_ce), (later_bound, later_held_out_ce) = held_out(run)
@@ -109,8 +114,8 @@ def test_untied_head(train_once: TrainOnce) -> None:
     """A head of its own: no embedding gradient to exchange between the first and the last stage."""
     reference = train_once(1, UNTIED)
     assert_same_training(train_once(2, PP2, UNTIED).steps, reference.steps, RELATIVE)
-    tied = train_once(1).steps
-    assert all(abs(a["loss"] / b["loss"] - 1) > RELATIVE for a, b in zip(reference.steps, tied, strict=True))
+    untied, tied = ([step["loss"] for step in run.steps] for run in (reference, train_once(1)))
+    assert _different(untied, tied) > 15
 
 
 def test_batch_ramp_up(train_once: TrainOnce) -> None:
