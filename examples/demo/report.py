@@ -61,7 +61,7 @@ def summary_rows(
         ("first loss", f"{mean_loss(steps[:window]):.3f} nats/token (mean of the first {window} steps)"),
         ("last loss", f"{last:.3f} nats/token (mean of the last {window} steps)"),
         ("unigram entropy", f"{entropy:.3f} nats/token; the last loss is {entropy - last:.3f} below it"),
-        ("at the change", f"{mean_loss(before[-window:]):.3f} -> {mean_loss(after[:window]):.3f} ({window} steps each)"),
+        ("at the change", f"{mean_loss(before[-window:]):.3f} -> {mean_loss(after[:window]):.3f}, {window} steps each"),
         ("held-out bound", f"{first_bound:.3f} nats/token before training, {last_bound:.3f} after"),
         (
             "tokens/s",
