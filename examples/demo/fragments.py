@@ -12,7 +12,7 @@ from illada_megatron.data.tokenizer import Tokenizer
 LINES_BEFORE = 8
 LINES_AFTER = 6
 _METHOD = re.compile(r"    def \w+\(self.*\):")
-_LOOP = re.compile(r"(?P<head>\s+for )(?P<variable>\w+)(?P<tail> in .*:)")
+_LOOP = re.compile(r"\s+for (?P<variable>\w+) in .+:")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def choose(corpus: Path, tokenizer: Tokenizer) -> tuple[Fragment, Fragment]:
     """(continuation, infilling) from the documents of a JSONL file, in its order.
 
     Continuation: the first method that has enough lines before it, up to and including its head. Infilling: the first
-    loop whose variable is used in the line that follows; the variable's first two places are gaps.
+    loop whose variable is used in the line that follows, which is the gap.
     Raises RuntimeError where no document has one.
     """
     return _first(corpus, "method", _continuation), _first(
@@ -55,9 +55,9 @@ def _continuation(path: str, lines: list[str]) -> Iterator[Fragment]:
 
 def _infilling(path: str, lines: list[str], tokenizer: Tokenizer) -> Iterator[Fragment]:
     for number in range(LINES_BEFORE, len(lines) - LINES_AFTER):
-        loop = _LOOP.fullmatch(lines[number])
-        if loop and re.search(rf"\b{loop['variable']}\b", lines[number + 1]):
-            before = "\n".join([*lines[number - LINES_BEFORE : number], loop["head"]])
-            after = "\n".join([loop["tail"], *lines[number + 1 : number + 1 + LINES_AFTER]])
-            gap = len(tokenizer.encode(loop["variable"]))
-            yield Fragment(path, f"{before}<mask:{gap}>{after}", (loop["variable"],))
+        loop, body = _LOOP.fullmatch(lines[number]), lines[number + 1].lstrip()
+        if loop and re.search(rf"\b{loop['variable']}\b", body):
+            indent = lines[number + 1][: -len(body)]
+            before = "\n".join([*lines[number + 1 - LINES_BEFORE : number + 1], indent])
+            after = "\n".join(["", *lines[number + 2 : number + 1 + LINES_AFTER]])
+            yield Fragment(path, f"{before}<mask:{len(tokenizer.encode(body))}>{after}", (body,))
