@@ -2,62 +2,64 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.text import Text
+
 from illada_megatron.data.tokenizer import Tokenizer
 
-# The longest prompt, in lines: what a window of the demo's training holds with room for what is generated
-LINES_BEFORE = 8
-LINES_AFTER = 6
+# Prompts stay within the sequences that the demo trains on.
+CONTEXT_LINES = 8
+INFILLED_LINES = 14
+INFILLED_TOKENS = 110
+# Of the infilling's tokens so many are kept, then so many hidden, over and over.
+KEPT_TOKENS, HIDDEN_TOKENS = 8, 3
 _METHOD = re.compile(r"    def \w+\(self.*\):")
-_LOOP = re.compile(r"\s+for (?P<variable>\w+) in .+:")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A prompt for `illada generate`."""
+    """A prompt for `illada generate`, and what the file has in its place."""
 
     path: str
     """The held-out file."""
     prompt: str
     """`<mask:N>` marks a gap of N tokens."""
-    truth: tuple[str, ...]
-    """What stands in the gaps, in order."""
+    truth: tuple[tuple[str, bool], ...] = ()
+    """The file's text in parts: (text, whether it is a gap in the prompt)."""
+
+    def styled_truth(self) -> Text:
+        """The file's text with what the gaps hide in bold."""
+        return Text.assemble(*((text, "bold" if hidden else "dim") for text, hidden in self.truth))
 
 
 def choose(corpus: Path, tokenizer: Tokenizer) -> tuple[Fragment, Fragment]:
-    """(continuation, infilling) from the documents of a JSONL file, in its order.
+    """(continuation, infilling) around the first method, with enough lines before and after it, of a JSONL corpus.
 
-    Continuation: the first method that has enough lines before it, up to and including its head. Infilling: the first
-    loop whose variable is used in the line that follows, which is the gap.
+    Continuation: the lines before it, and its head. Infilling: its first lines, with gaps at even distances.
     Raises RuntimeError where no document has one.
     """
-    return _first(corpus, "method", _continuation), _first(
-        corpus, "loop", lambda path, lines: _infilling(path, lines, tokenizer)
-    )
-
-
-def _first(corpus: Path, kind: str, pick: Callable[[str, list[str]], Iterator[Fragment]]) -> Fragment:
     with corpus.open(encoding="utf-8") as file:
         for document in map(json.loads, file):
-            for fragment in pick(document["path"], document["text"].split("\n")):
-                return fragment
-    raise RuntimeError(f"{corpus}: no document has a {kind} to generate from; collect another corpus")
+            lines = document["text"].split("\n")
+            for number in range(CONTEXT_LINES, len(lines) - INFILLED_LINES):
+                if _METHOD.fullmatch(lines[number]):
+                    before = "\n".join([*lines[number - CONTEXT_LINES : number + 1], ""])
+                    body = "\n".join(lines[number : number + INFILLED_LINES])
+                    return Fragment(document["path"], before), with_gaps(document["path"], body, tokenizer)
+    raise RuntimeError(f"{corpus}: no document has a method to generate from; collect another corpus")
 
 
-def _continuation(path: str, lines: list[str]) -> Iterator[Fragment]:
-    for number in range(LINES_BEFORE, len(lines)):
-        if _METHOD.fullmatch(lines[number]):
-            yield Fragment(path, "\n".join([*lines[number - LINES_BEFORE : number + 1], ""]), ())
-
-
-def _infilling(path: str, lines: list[str], tokenizer: Tokenizer) -> Iterator[Fragment]:
-    for number in range(LINES_BEFORE, len(lines) - LINES_AFTER):
-        loop, body = _LOOP.fullmatch(lines[number]), lines[number + 1].lstrip()
-        if loop and re.search(rf"\b{loop['variable']}\b", body):
-            indent = lines[number + 1][: -len(body)]
-            before = "\n".join([*lines[number + 1 - LINES_BEFORE : number + 1], indent])
-            after = "\n".join(["", *lines[number + 2 : number + 1 + LINES_AFTER]])
-            yield Fragment(path, f"{before}<mask:{len(tokenizer.encode(body))}>{after}", (body,))
+def with_gaps(path: str, text: str, tokenizer: Tokenizer) -> Fragment:
+    """Hide HIDDEN_TOKENS tokens after every KEPT_TOKENS tokens of `text`."""
+    ids = tokenizer.encode(text)[:INFILLED_TOKENS]
+    prompt, truth = "", []
+    for start in range(0, len(ids), KEPT_TOKENS + HIDDEN_TOKENS):
+        kept, hidden = ids[start : start + KEPT_TOKENS], ids[start + KEPT_TOKENS : start + KEPT_TOKENS + HIDDEN_TOKENS]
+        truth.append((tokenizer.decode(kept), False))
+        prompt += truth[-1][0]
+        if hidden:
+            truth.append((tokenizer.decode(hidden), True))
+            prompt += f"<mask:{len(hidden)}>"
+    return Fragment(path, prompt, tuple(truth))

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 # A single step's loss is noisy (weights 1/p up to 1000): figures are means over this many steps.
-SMOOTHED_STEPS = 20
+SMOOTHED_STEPS = 50
 
 
 @dataclass(frozen=True)

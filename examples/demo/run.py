@@ -22,6 +22,7 @@ import fragments
 import report
 import typer
 from rich.console import Console
+from rich.panel import Panel
 
 from illada_megatron.config import RunConfig, load_config, save_config
 from illada_megatron.data import load_tokenizer
@@ -140,16 +141,16 @@ def generate(demo: Demo) -> None:
     home = demo.directory / "demo"
     tokenizer = load_tokenizer(home / "tokenizer.model")
     continuation, infilling = fragments.choose(home / "corpus" / "heldout.jsonl", tokenizer)
+    (home / "run" / "continue.txt").write_text(continuation.prompt)
+    (home / "run" / "infill.txt").write_text(infilling.prompt)
     options = ("--checkpoint", "demo/run/checkpoints", "--seed", "0")
     with demo.stage(f"A continuation of held-out {continuation.path}"):
-        (home / "run" / "continue.txt").write_text(continuation.prompt)
-        length = ("--gen-length", "48", "--block-length", "16", "--steps", "16")
-        demo.illada("generate", *options, "--prompt-file", "demo/run/continue.txt", *length, captured=False)
+        settings = ("--gen-length", "64", "--temperature", "0.8")
+        demo.illada("generate", *options, "--prompt-file", "demo/run/continue.txt", *settings, captured=False)
     with demo.stage(f"An infilling of held-out {infilling.path}"):
-        (home / "run" / "infill.txt").write_text(infilling.prompt)
-        picture = ("--svg", "demo/denoising.svg")
-        demo.illada("generate", *options, "--prompt-file", "demo/run/infill.txt", *picture, captured=False)
-        console.print("The gaps' true text: " + "  ".join(f"[bold]{text!r}[/bold]" for text in infilling.truth))
+        settings = ("--svg", "demo/denoising.svg")
+        demo.illada("generate", *options, "--prompt-file", "demo/run/infill.txt", *settings, captured=False)
+        console.print(Panel(infilling.styled_truth(), title="what the file has in the gaps"))
 
 
 def summarize(demo: Demo, seconds: float) -> None:

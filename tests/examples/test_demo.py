@@ -23,7 +23,7 @@ DOCUMENT = "\n".join(
         METHOD,
         "        for channel in self.channels:",
         "            channel.close()",
-        *(f"            # {number}" for number in range(10)),
+        *(f"            # {number}" for number in range(20)),
     ]
 )
 
@@ -50,7 +50,7 @@ def _log(path: Path, losses: list[float]) -> Path:
             cross_entropy_by_t=[None] * 10,
             grad_norm=1.0,
             lr=1e-3,
-            tokens_per_second=1000.0 if step <= 60 else 500.0,
+            tokens_per_second=1000.0 if step <= 150 else 500.0,
             tflops=0.1,
             mfu=None,
             consumed_samples=8 * step,
@@ -65,19 +65,19 @@ def _log(path: Path, losses: list[float]) -> Path:
 
 
 def test_summary_and_picture_of_a_log(demo: SimpleNamespace, tmp_path: Path) -> None:
-    losses = [9.0] * 20 + [7.0] * 20 + [6.0] * 20 + [5.5] * 20 + [5.0] * 20
+    losses = [9.0] * 50 + [7.0] * 50 + [6.0] * 50 + [5.5] * 50 + [5.0] * 50
     steps = demo.report.read_steps(_log(tmp_path / "steps.jsonl", losses))
-    held_out = {0: 9.1, 50: 6.2, 100: 5.2}
-    rows = dict(demo.report.summary_rows(steps, 60, 1234567, 6.5, held_out))
+    held_out = {0: 9.1, 50: 6.2, 250: 5.2}
+    rows = dict(demo.report.summary_rows(steps, 150, 1234567, 6.5, held_out))
     assert rows["parameters"] == "1,234,567"
-    assert rows["tokens seen"] == "80,000"
+    assert rows["tokens seen"] == "200,000"
     assert rows["first loss"].startswith("9.000 nats/token")
     assert rows["last loss"].startswith("5.000 nats/token")
     assert rows["unigram entropy"].startswith("6.500 nats/token; the last loss is 1.500 below")
     assert rows["at the change"].startswith("6.000 -> 5.500")
     assert rows["held-out bound"] == "9.100 nats/token before training, 5.200 after"
     assert rows["tokens/s"].startswith("1,000 on 2 processes, 500 on 4")
-    demo.report.draw_loss(steps, 60, 6.5, held_out, tmp_path / "loss.png")
+    demo.report.draw_loss(steps, 150, 6.5, held_out, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -96,17 +96,19 @@ def test_prompts_are_held_out_code_and_know_the_truth(demo: SimpleNamespace, tmp
     corpus = tmp_path / "heldout.jsonl"
     texts = [("short.py", "x = 1"), ("lib/channel.py", DOCUMENT)]
     corpus.write_text("".join(json.dumps({"text": text, "path": path}) + "\n" for path, text in texts))
-    tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))  # a token a byte
+    tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), decode=lambda ids: bytes(ids).decode())
     continuation, infilling = demo.fragments.choose(corpus, tokenizer)
     assert continuation.path == infilling.path == "lib/channel.py"
     assert continuation.prompt.endswith(METHOD + "\n")
     assert continuation.prompt in DOCUMENT
+    gaps = [text for text, hidden in infilling.truth if hidden]
     filled = infilling.prompt
-    for text in infilling.truth:
-        gap = f"<mask:{len(text)}>"
-        assert gap in filled
-        filled = filled.replace(gap, text, 1)
-    assert "<mask" not in filled
+    for text in gaps:
+        assert f"<mask:{len(text)}>" in filled
+        filled = filled.replace(f"<mask:{len(text)}>", text, 1)
+    assert len(gaps) > 5
+    assert filled == infilling.styled_truth().plain
+    assert filled.startswith(METHOD)
     assert filled in DOCUMENT
     corpus.write_text(json.dumps({"text": "x = 1", "path": "short.py"}) + "\n")
     with pytest.raises(RuntimeError, match="no document has a method"):
