@@ -10,10 +10,11 @@ from step_figures import Work
 from workloads import Workload, write_corpus
 
 from illada_megatron.config import ModelConfig, RunConfig, load_config
+from illada_megatron.data.prefetch import Prefetcher
 from illada_megatron.model import MaskPredictor
 from illada_megatron.runtime import Runtime, runtime
 from illada_megatron.training.flops import training_flops
-from illada_megatron.training.forward_step import BatchSource
+from illada_megatron.training.forward_step import BatchSlice
 from illada_megatron.training.setup import TrainingState, setup
 from illada_megatron.training.trainer import train_step
 
@@ -55,7 +56,7 @@ class IlladaStep:
         """What surrounds the model: data, gradient buffers, optimizer."""
         import illada_megatron.training.validation as schedule
 
-        clock.follow_call(BatchSource, "_build", Key("other", "masked batches"))
+        clock.follow_call(Prefetcher, "__next__", Key("other", "waiting for masked batches"))
         # entered from the end of a backward pass, which stops in the embedding
         clock.follow_call(schedule, "forward_step", _STEP_REST)
         core = self.state.chunks[0].module.config
@@ -93,7 +94,9 @@ class IlladaStep:
         """Matrix products of a step, by part: what the whole would lose without the part."""
         training, model = self.config.training, self.config.model
         size = training.global_batch_size
-        batches = [one.batch for one in self.state.source.microbatches(0, size, size // training.micro_batch_size)]
+        slices = [BatchSlice(0, size, microbatch) for microbatch in range(size // training.micro_batch_size)]
+        with self.state.source.prefetch(slices) as microbatches:
+            batches = [one.batch for one in microbatches]
         masked = sum(int((batch.loss_weight > 0).sum()) for batch in batches if batch)
         pairs = sum(int(batch.cu_seqlens.diff().long().square().sum()) for batch in batches if batch)
         tokens = size * self.config.data.sequence_length

@@ -52,14 +52,15 @@ def single_process(tiny_config: RunConfig) -> Iterator[Runtime]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Arguments of `train`: a model of two layers on this package's sources, three steps of four samples."""
-    shard = write_corpus(tmp_path_factory.mktemp("corpus") / "shard")
+    directory = tmp_path_factory.mktemp("corpus")
+    shard, held_out = write_corpus(directory / "shard"), write_corpus(directory / "held_out")
     return (
         *("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4"),
         *("model.num_query_groups=2", "model.vocab_size=250", "data.sequence_length=32"),
         *("model.max_sequence_length=64", "training.precision=fp32", "training.micro_batch_size=2"),
         *("training.global_batch_size=4", "training.train_steps=3", "training.lr=5e-3", "schedule.warmup_steps=0"),
         *("runtime.device=cpu", "runtime.num_threads=1"),
-        *(f"data.train_paths=[{shard}]", f"data.validation_paths=[{shard}]", "validation.num_samples=5"),
+        *(f"data.train_paths=[{shard}]", f"data.validation_paths=[{held_out}]", "validation.num_samples=5"),
     )
 
 

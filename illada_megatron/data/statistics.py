@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from illada_megatron.data.corpus import resolve_prefixes
 from illada_megatron.data.indexed_dataset import IndexedDataset, check_token_ids
+from illada_megatron.data.shards import resolve_prefixes
 
 _COUNTED_AT_A_TIME = 1 << 22
 

@@ -14,17 +14,14 @@ from illada_megatron.config.schema import DiffusionConfig
 from illada_megatron.data.errors import DataError
 from illada_megatron.diffusion.masking import sample_mask
 from illada_megatron.diffusion.schedule import sample_t
-from illada_megatron.diffusion.segments import Boundary, cumulate_segments, sample_boundary
+from illada_megatron.diffusion.segments import Boundary, Documents, cumulate_segments, sample_boundary
 
 
-class Corpus(Protocol):
+class Corpus(Documents, Protocol):
     """Clean sequences of one length by sample index."""
 
-    @property
-    def sequence_length(self) -> int: ...
-
-    def __getitem__(self, sample_index: int, /) -> NDArray[np.int64]:
-        """`[s]` token ids."""
+    def read(self, sample_indices: Sequence[int], out: NDArray[np.int64], /) -> None:
+        """Write the token ids of the samples into the rows of `out` `[b, s]`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,15 @@ class MaskedBatch:
         }
         return dataclasses.replace(self, **moved)
 
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
+        pinned: dict[str, Any] = {
+            field.name: value.pin_memory()
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)
+
 
 def make_masked_batch(
     corpus: Corpus, sample_indices: Sequence[int], config: DiffusionConfig, mask_token_id: int, seed: int
@@ -61,14 +67,14 @@ def make_masked_batch(
     before. Both segments of a split sequence share one t: LLaDA draws t per sequence.
 
     Args:
-        corpus: read once for each index.
+        corpus: read once.
         sample_indices: `b` global sample indices, in any order.
         config: the noising process.
         mask_token_id: written at masked positions.
         seed: the run's seed.
 
     Raises:
-        ValueError: no index; a sequence of another shape.
+        ValueError: no index.
         DataError: a clean sequence that already contains the mask token (the model could not tell it from noise, and
             its label would teach it to predict masks).
     """
@@ -76,12 +82,13 @@ def make_masked_batch(
         raise ValueError("a batch needs at least one sample index, found none")
     b, s = len(sample_indices), corpus.sequence_length
     labels = np.empty((b, s), np.int64)
+    corpus.read(sample_indices, labels)
+    _refuse_masks(labels, sample_indices, mask_token_id)
     loss_weight = np.zeros((b, s), np.float32)
     times = np.empty(b, np.float32)
     boundaries: list[Boundary] = []
     for row, index in enumerate(sample_indices):
-        _read(corpus, index, mask_token_id, labels[row])
-        boundary = sample_boundary(index, s, config, seed)
+        boundary = sample_boundary(index, corpus, config, seed)
         t = sample_t(index, config, seed)
         masked, weight = sample_mask(index, boundary.noised_tokens, t, config, seed)
         # s / noised_tokens is 1 unless truncated: the sequence then counts as the mean over its own tokens
@@ -101,15 +108,12 @@ def make_masked_batch(
     )
 
 
-def _read(corpus: Corpus, index: int, mask_token_id: int, row: NDArray[np.int64]) -> None:
-    """Copy a clean sequence into `row` `[s]`."""
-    clean = corpus[index]
-    if clean.shape != row.shape:
-        raise ValueError(f"sample {index} has shape {list(clean.shape)}, the corpus promises {list(row.shape)}")
-    row[:] = clean
-    clashes = np.flatnonzero(row == mask_token_id)
-    if clashes.size:
+def _refuse_masks(labels: NDArray[np.int64], sample_indices: Sequence[int], mask_token_id: int) -> None:
+    """`labels` `[b, s]` are clean: none of them is the mask."""
+    rows, positions = np.nonzero(labels == mask_token_id)
+    if rows.size:
         raise DataError(
-            f"sample {index} contains the mask token {mask_token_id} at position {clashes[0]} "
-            f"({clashes.size} in all): the tokenizer must not produce it, or mask_token_id names the wrong token"
+            f"sample {sample_indices[rows[0]]} contains the mask token {mask_token_id} at position {positions[0]} "
+            f"({np.count_nonzero(rows == rows[0])} in all): the tokenizer must not produce it, or mask_token_id names "
+            "the wrong token"
         )

@@ -1,13 +1,25 @@
-"""Where a sequence is cut into segments that do not attend to each other. Drawn without reading a token."""
+"""Where a sequence is cut into segments that do not attend to each other. Known without reading a token."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from illada_megatron.config.schema import DiffusionConfig
 from illada_megatron.diffusion.noise import uniforms
+
+
+class Documents(Protocol):
+    """Where documents begin in the sequences of a corpus."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    def document_starts(self, sample_index: int, /) -> NDArray[np.int64]:
+        """Positions in (0, s), ascending."""
 
 
 class Boundary(NamedTuple):
@@ -17,20 +29,24 @@ class Boundary(NamedTuple):
     noised_tokens: int
 
 
-def sample_boundary(sample_index: int, sequence_length: int, config: DiffusionConfig, seed: int) -> Boundary:
+def sample_boundary(sample_index: int, corpus: Documents, config: DiffusionConfig, seed: int) -> Boundary:
     """The segments of a sample.
 
     - split (arXiv 2606.25331): with `split_probability` two segments, the cut uniform on 1..s-1;
+    - document: one segment a document, or part of one, in the sequence;
     - truncate (arXiv 2502.09992): with `truncate_probability` only the first l tokens count, l uniform on 1..s. Shapes
       stay fixed, so the tail remains as a segment of its own that nothing in the head sees;
     - none: one segment.
     """
-    s = sequence_length
+    s = corpus.sequence_length
     whole = Boundary((s,), s)
-    if config.boundary == "none":
+    if config.attention_boundary == "none":
         return whole
+    if config.attention_boundary == "document":
+        edges = [0, *corpus.document_starts(sample_index).tolist(), s]
+        return Boundary(tuple(np.diff(edges).tolist()), s)
     happens, where = uniforms(seed, "diffusion.boundary", sample_index, 2)
-    if config.boundary == "split":
+    if config.attention_boundary == "split":
         if s < 2 or happens >= config.split_probability:
             return whole
         cut = 1 + int(where * (s - 1))
@@ -42,13 +58,13 @@ def sample_boundary(sample_index: int, sequence_length: int, config: DiffusionCo
 
 
 def make_segments(
-    sample_indices: Sequence[int], sequence_length: int, config: DiffusionConfig, seed: int
+    sample_indices: Sequence[int], corpus: Documents, config: DiffusionConfig, seed: int
 ) -> tuple[Tensor, int]:
     """`cu_seqlens` `[n+1]` int32 over the flattened `b*s` tokens and the longest segment, as in `make_masked_batch`.
 
-    It is all that a pipeline stage without embedding and head needs of a batch; the corpus is not touched.
+    It is all that a pipeline stage without embedding and head needs of a batch; no token is read.
     """
-    boundaries = [sample_boundary(index, sequence_length, config, seed) for index in sample_indices]
+    boundaries = [sample_boundary(index, corpus, config, seed) for index in sample_indices]
     return cumulate_segments(boundaries)
 
 

@@ -1,16 +1,16 @@
 """Micro-batches for a pipeline stage, and the forward step that megatron-core's schedules call."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
-from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.blended_corpus import BlendedCorpus
+from illada_megatron.data.prefetch import Prefetcher
 from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
@@ -19,46 +19,61 @@ from illada_megatron.training.metrics import microbatch_sums
 
 
 @dataclass(frozen=True)
+class BatchSlice:
+    """Micro-batch number `microbatch` of the global batch [first_sample, first_sample + num_samples)."""
+
+    first_sample: int
+    num_samples: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """What a stage needs of a micro-batch: a middle stage only its segments."""
 
-    segments: PackedSeqParams
+    cu_seqlens: Tensor
+    """[n + 1] int32, offsets of the segments in the packed row."""
+    max_seqlen: int
     batch: MaskedBatch | None
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same on `device`; from pinned memory the copy overlaps with what the device is doing."""
+        batch = None if self.batch is None else self.batch.to(device, non_blocking=True)
+        return Microbatch(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen, batch)
 
 
 @dataclass(frozen=True)
 class BatchSource:
     """Builds micro-batches as pure functions of sample indices. Each rank has its own; nothing is sent between them."""
 
-    corpus: Corpus
+    corpus: BlendedCorpus
     config: RunConfig
     runtime: Runtime
     noise_seed: int
 
-    def microbatches(self, first_sample: int, num_samples: int, num_microbatches: int) -> Iterator[Microbatch]:
-        """This data-parallel rank's part of samples [first_sample, first_sample + num_samples).
+    def prefetch(self, slices: Iterable[BatchSlice]) -> Prefetcher[BatchSlice, Microbatch]:
+        """This data-parallel rank's micro-batches of `slices`, in their order, built ahead by threads, in host memory.
 
         Micro-batch m of rank r takes the r-th run of micro_batch_size samples of the m-th slice. Slots beyond
         num_samples repeat earlier samples with loss weight 0 (validation sets that the layout does not divide).
         """
-        size, ranks = self.config.training.micro_batch_size, self.runtime.layout.data
-        for microbatch in range(num_microbatches):
-            slot = (microbatch * ranks + self.runtime.data_parallel_rank) * size
-            slots = range(slot, slot + size)
-            indices = [first_sample + one % num_samples for one in slots]
-            yield self._build(indices, counted=[one < num_samples for one in slots])
+        data = self.config.data
+        return Prefetcher(self._build, iter(slices), data.loader_threads, data.prefetch_microbatches)
 
-    def _build(self, indices: list[int], counted: list[bool]) -> Microbatch:
-        device = self.runtime.device.torch_device
-        config = self.config
+    def _build(self, part: BatchSlice) -> Microbatch:
+        size, ranks = self.config.training.micro_batch_size, self.runtime.layout.data
+        slot = (part.microbatch * ranks + self.runtime.data_parallel_rank) * size
+        slots = range(slot, slot + size)
+        indices = [part.first_sample + one % part.num_samples for one in slots]
+        config, pinned = self.config, self.runtime.device.is_cuda
         if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
-            cu_seqlens, longest = make_segments(indices, config.data.sequence_length, config.diffusion, self.noise_seed)
-            return Microbatch(pack(cu_seqlens.to(device), longest), None)
+            cu_seqlens, longest = make_segments(indices, self.corpus, config.diffusion, self.noise_seed)
+            return Microbatch(cu_seqlens.pin_memory() if pinned else cu_seqlens, longest, None)
         batch = make_masked_batch(self.corpus, indices, config.diffusion, config.model.mask_token_id, self.noise_seed)
-        if not all(counted):
-            batch.loss_weight[~torch.tensor(counted)] = 0.0
-        batch = batch.to(device)
-        return Microbatch(pack(batch.cu_seqlens, batch.max_seqlen), batch)
+        counted = torch.tensor([one < part.num_samples for one in slots])
+        batch.loss_weight[~counted] = 0.0
+        batch = batch.pin_memory() if pinned else batch
+        return Microbatch(batch.cu_seqlens, batch.max_seqlen, batch)
 
 
 def forward_step(
@@ -66,12 +81,12 @@ def forward_step(
 ) -> tuple[Tensor | MaskedLoss, Callable[..., Any]]:
     """One stage's forward pass, in the signature of megatron-core's schedules: (output, function of the loss)."""
     microbatch = next(microbatches)
-    batch = microbatch.batch
+    batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
     if batch is None:
-        return model(None, microbatch.segments), _no_loss
+        return model(None, segments), _no_loss
     output = model(
         batch.tokens.view(1, -1),
-        microbatch.segments,
+        segments,
         labels=batch.labels.view(-1),
         loss_weight=batch.loss_weight.view(-1),
     )

@@ -35,9 +35,11 @@ class StepRecord:
     mfu: float | None
     consumed_samples: int
     consumed_tokens: int
-    epoch: float
+    epochs: dict[str, float]
+    """How often each corpus of the blend was read, by its name; "" where there is one."""
     seconds: float
-    data_seconds: float = 0.0
+    data_wait_seconds: float
+    """Of `seconds`: this rank's waiting for micro-batches."""
 
 
 class Reporter:
@@ -129,8 +131,10 @@ class Reporter:
             "speed/step_seconds": record.seconds,
             "progress/consumed_samples": record.consumed_samples,
             "progress/consumed_tokens": record.consumed_tokens,
-            "progress/epoch": record.epoch,
+            "speed/data_wait_seconds": record.data_wait_seconds,
         }
+        for name, epochs in record.epochs.items():
+            scalars[f"progress/epoch/{name}" if name else "progress/epoch"] = epochs
         if record.mfu is not None:
             scalars["speed/mfu"] = record.mfu
         width = 1.0 / len(record.cross_entropy_by_t)

@@ -19,6 +19,16 @@ def global_batch_size(config: RunConfig, consumed_samples: int) -> int:
     return start + int(consumed_samples * increments / samples) * increment
 
 
+def samples_of_run(config: RunConfig, step: int, consumed_samples: int) -> int:
+    """Samples consumed at training.train_steps by a run that has consumed `consumed_samples` at `step`."""
+    while step < config.training.train_steps:
+        size = global_batch_size(config, consumed_samples)
+        if size == config.training.global_batch_size:  # no more of the ramp-up: the rest is a product
+            return consumed_samples + size * (config.training.train_steps - step)
+        step, consumed_samples = step + 1, consumed_samples + size
+    return consumed_samples
+
+
 @dataclass
 class _Plateau:
     """Mean losses of two windows of steps that follow each other; filled as the steps come."""

@@ -1,6 +1,6 @@
 """Everything a run is made of, built in order: model, optimizer, corpora, and where it goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
 from illada_megatron.config import ConfigError, RunConfig
-from illada_megatron.data.corpus import Corpus
-from illada_megatron.data.tokenizer import load_tokenizer
+from illada_megatron.data.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.prefetch import Prefetcher
+from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
-from illada_megatron.training.forward_step import BatchSource
+from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch
 from illada_megatron.training.optimizer import build_optimizer
-from illada_megatron.training.schedule import LearningRate
+from illada_megatron.training.schedule import LearningRate, global_batch_size, samples_of_run
 
 
 @dataclass
@@ -37,6 +38,9 @@ class TrainingState:
     consumed_samples: int = 0
     notes: list[str] = field(default_factory=list)
     """What setup has to tell the user."""
+
+    loader: Prefetcher[BatchSlice, Microbatch] = field(init=False)
+    """The micro-batches from `step` on; whoever ends the run closes it."""
 
     def progress(self) -> dict[str, Any]:
         """The part of a checkpoint that is not tensors."""
@@ -76,21 +80,14 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
             f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
         )
     state.schedule.begin(state.step)
+    _check_epochs(state)
+    state.loader = source.prefetch(_slices(config, runtime, state.step, state.consumed_samples))
     return state
 
 
 def validation_source(config: RunConfig, runtime: Runtime) -> BatchSource:
     """Held-out samples in their order, with noise of their own seed."""
-    data = config.data
-    if not data.validation_paths:
-        raise ConfigError("data.validation_paths is empty, but validation was asked for: name the held-out shards")
-    corpus = Corpus(
-        data.validation_paths,
-        data.sequence_length,
-        seed=config.validation.seed,
-        shuffle=False,
-        vocab_size=config.model.vocab_size,
-    )
+    corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size)
     return BatchSource(corpus, config, runtime, config.validation.seed)
 
 
@@ -120,10 +117,17 @@ def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
-def _check_tokenizer(config: RunConfig) -> None:
+def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
+    data, seed = config.data, config.training.seed
+    tokenizer = _checked_tokenizer(config)
+    corpus = training_corpus(data, seed, config.model.vocab_size, tokenizer)
+    return BatchSource(corpus, config, runtime, seed)
+
+
+def _checked_tokenizer(config: RunConfig) -> Tokenizer | None:
     """A model that masks with a word, or lacks ids, would train without complaint."""
     if config.data.tokenizer_path is None:
-        return
+        return None
     tokenizer, model = load_tokenizer(config.data.tokenizer_path), config.model
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
@@ -135,21 +139,30 @@ def _check_tokenizer(config: RunConfig) -> None:
             f"{config.data.tokenizer_path} reserves id {tokenizer.mask_id} for the mask, model.mask_token_id is "
             f"{model.mask_token_id}: set model.mask_token_id={tokenizer.mask_id}"
         )
+    return tokenizer
 
 
-def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
-    data = config.data
-    _check_tokenizer(config)
-    if not data.train_paths:
-        raise ConfigError("data.train_paths is empty: name the .bin/.idx prefixes to train on (illada preprocess)")
-    corpus = Corpus(
-        data.train_paths,
-        data.sequence_length,
-        seed=config.training.seed,
-        shuffle=data.shuffle,
-        vocab_size=config.model.vocab_size,
-    )
-    return BatchSource(corpus, config, runtime, config.training.seed)
+def _check_epochs(state: TrainingState) -> None:
+    """Before anything is trained: the order is known to its end, so is what it repeats."""
+    config = state.config
+    samples = samples_of_run(config, state.step, state.consumed_samples)
+    problems = epoch_problems(state.source.corpus, config.data, samples)
+    if problems and config.data.epoch_limit == "error":
+        raise ConfigError(
+            "; ".join(problems) + ": lower training.train_steps or the corpus's weight, raise max_epochs, or set "
+            "data.epoch_limit=warn"
+        )
+    state.notes += [f"warning: {problem}" for problem in problems]
+
+
+def _slices(config: RunConfig, runtime: Runtime, step: int, consumed_samples: int) -> Iterator[BatchSlice]:
+    """All micro-batches from `step` to the end of the run."""
+    per_microbatch = config.training.micro_batch_size * runtime.layout.data
+    for _ in range(step, config.training.train_steps):
+        size = global_batch_size(config, consumed_samples)
+        for microbatch in range(size // per_microbatch):
+            yield BatchSlice(consumed_samples, size, microbatch)
+        consumed_samples += size
 
 
 def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str]]:

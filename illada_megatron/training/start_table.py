@@ -2,6 +2,7 @@
 
 from illada_megatron.config import RunConfig
 from illada_megatron.config.layout import layout_rows
+from illada_megatron.data.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.runtime import Device, capabilities
 from illada_megatron.training.optimizer import optimizer_name
@@ -35,13 +36,29 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
     boundary = {
         "split": f"split with probability {diffusion.split_probability}",
         "truncate": f"truncated with probability {diffusion.truncate_probability}",
+        "document": "documents apart",
         "none": "whole sequences",
-    }[diffusion.boundary]
+    }[diffusion.attention_boundary]
     return [
         *choice_rows(config, state.runtime.device),
         *layout_rows(config, state.runtime.layout),
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
-        ("corpus", f"{corpus.num_tokens:,} tokens, {corpus.num_windows:,} samples an epoch"),
+        *_corpus_rows(config, corpus),
         ("checkpoints", config.checkpoint.save_dir or "none (checkpoint.save_dir is not set)"),
     ]
+
+
+def _corpus_rows(config: RunConfig, corpus: BlendedCorpus) -> list[tuple[str, str]]:
+    """One row a corpus: its size, its share of the samples in each phase."""
+    rows = []
+    for number, one in enumerate(corpus.corpora):
+        text = f"{one.num_tokens:,} tokens in {len(one.shards):,} shards, {one.num_windows:,} samples an epoch"
+        if len(corpus.corpora) > 1:
+            shares = [f"{float(phase.shares[number]):.2%}" for phase in corpus.schedule.proportions]
+            text += f", share {' -> '.join(shares)}"
+        rows.append((f"corpus {one.name}".rstrip(), text))
+    if config.data.phases:
+        starts = ", ".join(f"{phase.from_tokens:,}" for phase in config.data.phases)
+        rows.append(("blend changes", f"after {starts} tokens"))
+    return rows

@@ -37,7 +37,11 @@ def train(config: RunConfig) -> TrainResult:
     with runtime(config) as run:
         state = setup(config, run)
         last_step = min(config.training.exit_steps or config.training.train_steps, config.training.train_steps)
-        with Reporter(config, run.is_main, state.step, last_step) as reporter, StopSignals() as signals:
+        with (
+            state.loader,
+            Reporter(config, run.is_main, state.step, last_step) as reporter,
+            StopSignals() as signals,
+        ):
             _announce(state, reporter)
             saved_at = state.step
             stop = state.step >= last_step
@@ -70,9 +74,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         config,
         run,
         list(state.chunks),
-        state.source,
-        state.consumed_samples,
-        batch_size,
+        state.loader,
         batch_size // (config.training.micro_batch_size * run.layout.data),
         forward_only=False,
     )
@@ -112,8 +114,9 @@ def _record(
         mfu=None if peak is None else tflops / peak,
         consumed_samples=state.consumed_samples,
         consumed_tokens=state.consumed_samples * config.data.sequence_length,
-        epoch=state.consumed_samples / state.source.corpus.num_windows,
+        epochs=state.source.corpus.epochs(state.consumed_samples),
         seconds=seconds,
+        data_wait_seconds=state.loader.take_wait_seconds(),
     )
 
 

@@ -1,5 +1,7 @@
 """The held-out bound: the training objective on samples and masks that never change."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from illada_megatron.config import RunConfig
 from illada_megatron.model import MaskPredictor
 from illada_megatron.runtime import Runtime
-from illada_megatron.training.forward_step import BatchSource, forward_step
+from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, forward_step
 from illada_megatron.training.metrics import StepSums, reduce_sums
 
 
@@ -29,17 +31,17 @@ def run_schedule(
     config: RunConfig,
     runtime: Runtime,
     chunks: list[torch.nn.Module],
-    source: BatchSource,
-    first_sample: int,
-    num_samples: int,
+    microbatches: Iterator[Microbatch],
     num_microbatches: int,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Run megatron-core's schedule over a global batch; returns the sums of this rank's micro-batches (last stage)."""
-    iterators = [source.microbatches(first_sample, num_samples, num_microbatches) for _ in chunks]
+    """Run megatron-core's schedule over the next `num_microbatches`; returns this rank's sums of them (last stage)."""
+    device = runtime.device.torch_device
+    on_device = (microbatch.to(device) for microbatch in itertools.islice(microbatches, num_microbatches))
+    iterators = itertools.tee(on_device, len(chunks))  # the chunks of an interleaved schedule share them
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
         # A micro-batch travels as one packed row.
@@ -66,8 +68,9 @@ def evaluate(
         num_microbatches = -(-num_microbatches // runtime.layout.pipeline) * runtime.layout.pipeline
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad():
-        local = run_schedule(config, runtime, list(chunks), source, 0, num_samples, num_microbatches, forward_only=True)
+    slices = (BatchSlice(0, num_samples, microbatch) for microbatch in range(num_microbatches))
+    with torch.no_grad(), source.prefetch(slices) as microbatches:
+        local = run_schedule(config, runtime, list(chunks), microbatches, num_microbatches, forward_only=True)
     for chunk in chunks:
         chunk.train()
     sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), False, runtime.device.torch_device)

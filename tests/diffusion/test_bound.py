@@ -27,8 +27,11 @@ class OneText:
     def __init__(self, tokens: np.ndarray):
         self.tokens, self.sequence_length = tokens, len(tokens)
 
-    def __getitem__(self, sample_index: int) -> np.ndarray:
-        return self.tokens
+    def read(self, sample_indices, out: np.ndarray) -> None:
+        out[:] = self.tokens
+
+    def document_starts(self, sample_index: int) -> np.ndarray:
+        return np.empty(0, np.int64)
 
 
 def joint_distribution() -> np.ndarray:
@@ -92,7 +95,7 @@ def draw_losses(config: DiffusionConfig, samples: int) -> np.ndarray:
 
 def noise(t_sampling: str, mask_sampling: str, **fields) -> DiffusionConfig:
     return DiffusionConfig(
-        t_sampling=t_sampling, mask_sampling=mask_sampling, boundary="none", t_group_size=GROUP, **fields
+        t_sampling=t_sampling, mask_sampling=mask_sampling, attention_boundary="none", t_group_size=GROUP, **fields
     )
 
 

@@ -55,8 +55,9 @@ def _log(path: Path, losses: list[float]) -> Path:
             mfu=None,
             consumed_samples=8 * step,
             consumed_tokens=800 * step,
-            epoch=0.0,
+            epochs={"": 0.0},
             seconds=0.8,
+            data_wait_seconds=0.0,
         )
         for step, loss in enumerate(losses, start=1)
     )

@@ -51,7 +51,7 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
         assert ours["cross_entropy_by_t"] == [
             None if value is None else pytest.approx(value, rel=relative) for value in theirs["cross_entropy_by_t"]
         ], ours["step"]
-        for name in ("consumed_samples", "consumed_tokens", "epoch"):
+        for name in ("consumed_samples", "consumed_tokens", "epochs"):
             assert ours[name] == theirs[name], (ours["step"], name)
 
 

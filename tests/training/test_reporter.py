@@ -19,7 +19,7 @@ SCALARS = {
     "speed/mfu": "mfu",
     "progress/consumed_samples": "consumed_samples",
     "progress/consumed_tokens": "consumed_tokens",
-    "progress/epoch": "epoch",
+    "speed/data_wait_seconds": "data_wait_seconds",
 }
 
 
@@ -52,6 +52,8 @@ def test_tensorboard_and_jsonl_hold_every_figure(tiny_run: tuple[str, ...], tmp_
         values = events.Scalars(tag)
         assert [event.step for event in values] == [1, 2, 3], tag
         assert [event.value for event in values] == pytest.approx([step[name] for step in steps], rel=1e-6), tag
+    values = [event.value for event in events.Scalars("progress/epoch")]
+    assert values == pytest.approx([step["epochs"][""] for step in steps], rel=1e-6)
     for bucket in range(10):
         tag = f"masked_cross_entropy_by_t_nats/{bucket / 10:.1f}-{(bucket + 1) / 10:.1f}"
         filled = {step["step"]: value for step in steps if (value := step["cross_entropy_by_t"][bucket]) is not None}

@@ -14,7 +14,7 @@ from test_layouts import INTERLEAVED, PLAIN, PP2, RAMP_UP, RELATIVE, SEQUENCE, T
 # What a run computes; the rest of a record is time.
 _COMPUTED = (
     *("step", "loss", "masked_cross_entropy", "cross_entropy_by_t", "grad_norm", "lr"),
-    *("consumed_samples", "consumed_tokens", "epoch"),
+    *("consumed_samples", "consumed_tokens", "epochs"),
 )
 
 
