@@ -1,5 +1,6 @@
 """Draws data-order.svg with the package's own functions: python docs/images/draw_data_order.py"""
 
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -41,7 +42,7 @@ def _phase(epoch: int) -> int:
 
 def _draw_stream(axes: Axes) -> None:
     axes.set_title("one stream, whatever the shards; each epoch cuts it at another phase", loc="left", fontsize=10)
-    for number, (start, stop) in enumerate(zip(CUTS, CUTS[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(CUTS)):
         _bar(axes, start, stop - start, 2, SHADES[number], f"shard {number}")
     for epoch in (0, 1):
         for window in range(WINDOWS):
@@ -79,7 +80,7 @@ def _draw_blend(axes: Axes) -> None:
     for corpus, (name, weight) in enumerate(WEIGHTS.items()):
         error = counts[:, corpus] - np.arange(places + 1) * weight
         axes.step(np.arange(places + 1), 1 + error, where="post", color=colours[corpus], label=name)
-    axes.legend(loc="lower right", ncols=3, fontsize=8, frameon=False)
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.02), ncols=3, fontsize=8, frameon=False)
     axes.set_xlim(-4, places + 0.3)
 
 

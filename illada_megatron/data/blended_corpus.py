@@ -11,7 +11,7 @@ from illada_megatron.data.corpus import Corpus
 
 
 class BlendedCorpus:
-    """Sample i is sample j of corpus c, (c, j) = schedule.locate(i). The interface of `Corpus`; one alone is a blend too.
+    """Sample i is sample j of corpus c, (c, j) = schedule.locate(i). The interface of `Corpus`; one makes a blend too.
 
     corpora: all with one sequence_length, in the order of the schedule's weights."""
 

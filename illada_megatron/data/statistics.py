@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from illada_megatron.data.indexed_dataset import IndexedDataset, check_token_ids
-from illada_megatron.data.shards import resolve_prefixes
+from illada_megatron.data.shards import list_shards
+from illada_megatron.data.stream import TokenStream
 
-_COUNTED_AT_A_TIME = 1 << 22
+_COUNTED_AT_A_TIME = 1 << 20
 
 
 def unigram_entropy(paths: Sequence[str | Path], vocab_size: int) -> float:
@@ -17,11 +17,10 @@ def unigram_entropy(paths: Sequence[str | Path], vocab_size: int) -> float:
     A model that has learnt only how frequent each token is has this loss per token; one that has learnt anything
     about context is below it. paths: as `Corpus`. Raises DataError as `Corpus` does."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for prefix in resolve_prefixes(paths):
-        shard = IndexedDataset(prefix)
-        for start in range(0, shard.num_tokens, _COUNTED_AT_A_TIME):
-            tokens = shard.read(start, min(_COUNTED_AT_A_TIME, shard.num_tokens - start))
-            check_token_ids(tokens, vocab_size, prefix, start)
-            counts += np.bincount(tokens, minlength=vocab_size)
+    stream = TokenStream(list_shards(paths).shards)
+    for start in range(0, stream.num_tokens, _COUNTED_AT_A_TIME):
+        tokens = np.empty((1, min(_COUNTED_AT_A_TIME, stream.num_tokens - start)), dtype=np.int64)
+        stream.read(np.array([start]), tokens, vocab_size)
+        counts += np.bincount(tokens[0], minlength=vocab_size)
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())

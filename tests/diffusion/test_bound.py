@@ -27,10 +27,10 @@ class OneText:
     def __init__(self, tokens: np.ndarray):
         self.tokens, self.sequence_length = tokens, len(tokens)
 
-    def read(self, sample_indices, out: np.ndarray) -> None:
+    def read(self, _, out: np.ndarray) -> None:
         out[:] = self.tokens
 
-    def document_starts(self, sample_index: int) -> np.ndarray:
+    def document_starts(self, _) -> np.ndarray:
         return np.empty(0, np.int64)
 
 
