@@ -1,5 +1,7 @@
 """Builds the C++ extension; everything else about the package is in pyproject.toml."""
 
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
@@ -7,7 +9,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "illada_megatron.data._indexed_dataset",
-            ["csrc/indexed_dataset/bindings.cpp", "csrc/indexed_dataset/builder.cpp"],
+            sorted(map(str, Path("csrc/indexed_dataset").glob("*.cpp"))),
+            depends=sorted(map(str, Path("csrc/indexed_dataset").glob("*.h"))),
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         )

@@ -1,91 +1,26 @@
-// Python's view of IndexedDatasetBuilder: numpy arrays in, exceptions out, no GIL while checking and writing.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// The Python module illada_megatron.data._indexed_dataset.
+#include "bindings.h"
 
-#include <cstdint>
 #include <exception>
-#include <mutex>
-#include <string>
-#include <utility>
 
-#include "builder.h"
+#include "errors.h"
 
 namespace py = pybind11;
 
-namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
-// Without the GIL two Python threads may call at once: one mutex a builder puts them in a row.
-class Builder {
- public:
-  Builder(std::string prefix, int64_t vocab_size) : builder_(std::move(prefix), vocab_size) {}
-
-  void Add(const py::array& tokens, const Array<int64_t>& lengths) {
-    if (tokens.ndim() != 1 || lengths.ndim() != 1) throw py::type_error("tokens and lengths must be one-dimensional");
-    if (py::isinstance<py::array_t<uint16_t>>(tokens))
-      AddTyped<uint16_t>(tokens, lengths);
-    else if (py::isinstance<py::array_t<int32_t>>(tokens))
-      AddTyped<int32_t>(tokens, lengths);
-    else if (py::isinstance<py::array_t<int64_t>>(tokens))
-      AddTyped<int64_t>(tokens, lengths);
-    else
-      throw py::type_error("tokens must be uint16, int32 or int64, found " +
-                           py::str(tokens.dtype()).cast<std::string>());
-  }
-
-  void Finalize() {
-    py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    builder_.Finalize();
-  }
-
-  void Abort() {
-    py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    builder_.Abort();
-  }
-
-  int64_t num_tokens() const { return builder_.num_tokens(); }
-  int64_t num_documents() const { return builder_.num_documents(); }
-  std::string dtype() const { return builder_.wide() ? "int32" : "uint16"; }
-
- private:
-  template <typename Token>
-  void AddTyped(const py::array& tokens, const Array<int64_t>& lengths) {
-    const auto contiguous = Array<Token>::ensure(tokens);
-    const Token* data = contiguous.data();
-    const int64_t num_tokens = contiguous.size(), num_documents = lengths.size();
-    const int64_t* length_data = lengths.data();
-    py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    builder_.Add(data, num_tokens, length_data, num_documents);
-  }
-
-  std::mutex mutex_;
-  illada::IndexedDatasetBuilder builder_;
-};
-
-}  // namespace
-
 PYBIND11_MODULE(_indexed_dataset, module) {
-  module.doc() = "Writer of Megatron's MMIDIDX shards; use illada_megatron.data.IndexedDatasetWriter.";
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  module.doc() = "Megatron's MMIDIDX shards in C++; use it through illada_megatron.data.";
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const illada::DiskError& error) {
       // OSError(errno, strerror, filename): Python picks the subclass (PermissionError, ...)
       const py::tuple arguments = py::make_tuple(error.code().value(), error.code().message(), error.path());
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    } catch (const illada::DataError& error) {
+      const py::object type = py::module_::import("illada_megatron.data.errors").attr("DataError");
+      PyErr_SetString(type.ptr(), error.what());
     }
   });
-  py::class_<Builder>(module, "IndexedDatasetBuilder")
-      .def(py::init<std::string, int64_t>(), py::arg("prefix"), py::arg("vocab_size"))
-      .def("add", &Builder::Add, py::arg("tokens"), py::arg("lengths"))
-      .def("finalize", &Builder::Finalize)
-      .def("abort", &Builder::Abort)
-      .def_property_readonly("num_tokens", &Builder::num_tokens)
-      .def_property_readonly("num_documents", &Builder::num_documents)
-      .def_property_readonly("dtype", &Builder::dtype);
+  illada::BindWriting(module);
+  illada::BindReading(module);
 }

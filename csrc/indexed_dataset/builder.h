@@ -7,48 +7,13 @@
 // A document is one sequence here. Independent of Python and of torch.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <string>
-#include <system_error>
 #include <vector>
 
+#include "output_file.h"
+
 namespace illada {
-
-// A failed system call on `path`.
-class DiskError : public std::system_error {
- public:
-  DiskError(int error_number, std::string path)
-      : std::system_error(error_number, std::generic_category(), path), path_(std::move(path)) {}
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
-// A file descriptor that writes whole blocks and closes itself.
-class OutputFile {
- public:
-  OutputFile() = default;
-  ~OutputFile() { Close(); }
-  OutputFile(const OutputFile&) = delete;
-  OutputFile& operator=(const OutputFile&) = delete;
-
-  // Creates or empties `path`. Takes an advisory lock, so that two writers of the same shard never interleave: the
-  // second one gets a DiskError (EWOULDBLOCK). What a killed writer left behind is overwritten.
-  void Open(const std::string& path);
-  void Append(const void* bytes, size_t count);
-  // Flushes to the device.
-  void Sync();
-  void Close() noexcept;
-
- private:
-  void Flush();
-
-  std::string path_;
-  std::vector<char> buffer_;
-  int descriptor_ = -1;
-};
 
 // Collects documents into PREFIX.bin.tmp; Finalize() makes PREFIX.bin and PREFIX.idx of it, Abort() (or the
 // destructor) leaves nothing. Not thread-safe.
@@ -61,7 +26,7 @@ class IndexedDatasetBuilder {
   IndexedDatasetBuilder& operator=(const IndexedDatasetBuilder&) = delete;
 
   // Appends `num_documents` documents whose tokens lie one after another in tokens[0, num_tokens).
-  // All or nothing: a batch with a bad id or lengths that do not add up throws std::invalid_argument, writes nothing.
+  // All or nothing: a batch with a bad id or lengths that do not add up throws DataError, writes nothing.
   template <typename Token>
   void Add(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents);
 
@@ -83,7 +48,6 @@ class IndexedDatasetBuilder {
   template <typename Stored, typename Token>
   void AppendTokens(const Token* tokens, int64_t num_tokens);
   void WriteIndex();
-  void Publish();
 
   std::string prefix_;
   int64_t vocab_size_;

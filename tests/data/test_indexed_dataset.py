@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from illada_megatron.data import DataError, IndexedDataset, IndexedDatasetWriter
+from illada_megatron.data.manifest import file_checksum
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -144,10 +145,11 @@ def test_every_flipped_byte_of_the_index_is_noticed(write_shard) -> None:
             path.write_bytes(damaged)
             if position in inner_bounds:
                 with contextlib.suppress(DataError):
+                    IndexedDataset(prefix).verify()
                     assert IndexedDataset(prefix).read(0, 11).tolist() == stream
             else:
                 with pytest.raises(DataError, match=re.escape(str(prefix))):
-                    IndexedDataset(prefix)
+                    IndexedDataset(prefix).verify()
 
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -166,7 +168,7 @@ def _header(
         (_header(version=2), "format version 2, expected 1"),
         (_header(code=0), "dtype code 0, expected an integer type"),
         (_header(code=7), r"dtype code 7, expected an integer type: .*8 \(uint16\)"),
-        (_header(code=4), "places sequence 1 at byte 6, expected byte 12"),
+        (_header(code=4), r"shard\.bin: is 22 bytes long, expected 24 bytes for the 6 int32 tokens"),
         (_header(sequences=4), "is 142 bytes long, expected 130 bytes for the 4 sequences"),
         (_header(sequences=2**63), "is 142 bytes long, expected"),
         (_header(bounds=0), "has 0 document bounds"),
@@ -201,7 +203,7 @@ def test_inconsistent_index_says_where(write_shard, dtype: str, offset: int, val
     content[offset : offset + np.dtype(dtype).itemsize] = np.array(value, dtype=dtype).tobytes()
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        IndexedDataset(prefix)
+        IndexedDataset(prefix).verify()
 
 
 def test_index_of_another_shard_is_refused(write_shard) -> None:
@@ -232,4 +234,86 @@ def test_checks_hold_beyond_one_piece(tmp_path: Path) -> None:
     content[34 + 4 * documents + 8 * ((1 << 20) + 3)] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"places sequence {(1 << 20) + 3} at byte"):
-        IndexedDataset(tmp_path / "shard")
+        IndexedDataset(tmp_path / "shard").verify()
+
+
+def test_document_starts_cut_a_window(write_shard) -> None:
+    """Strictly inside, ascending, once each: an empty document begins where the next one does."""
+    dataset = IndexedDataset(write_shard("shard", [[], [1, 2], [3], [], [], [4, 5, 6], [7], []]))
+    assert dataset.document_starts(-1, 100).tolist() == [0, 2, 3, 6, 7]
+    for start in range(8):
+        for stop in range(start, 8):
+            expected = [offset for offset in (0, 2, 3, 6, 7) if start < offset < stop]
+            assert dataset.document_starts(start, stop).tolist() == expected, (start, stop)
+
+
+def test_document_starts_of_many_documents(tmp_path: Path) -> None:
+    """The search by doubling steps and halving against a plain one, with runs of empty documents."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(0, 4, 5000) * (generator.random(5000) < 0.3)
+    with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
+        writer.add(np.ones(lengths.sum(), dtype=np.int32), lengths)
+    dataset = IndexedDataset(tmp_path / "shard")
+    starts = np.unique(np.cumsum(lengths) - lengths)
+    for start, length in generator.integers(0, [dataset.num_tokens, 300], (2000, 2)):
+        expected = starts[(starts > start) & (starts < start + length)]
+        assert np.array_equal(dataset.document_starts(start, start + length), expected)
+
+
+def test_document_starts_of_documents_of_several_sequences(tmp_path: Path) -> None:
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "shard.bin"), dtype=np.int32)
+    builder.add_document(torch.tensor([1, 2, 3, 4, 5]), [2, 3])
+    builder.end_document()
+    builder.add_document(torch.tensor([6, 7, 8]), [1, 2])
+    builder.finalize(str(tmp_path / "shard.idx"))
+    assert IndexedDataset(tmp_path / "shard").document_starts(0, 8).tolist() == [5]
+
+
+@pytest.mark.parametrize("piece_bytes", [8 << 20, 6])
+def test_verify_returns_the_checksums_of_the_files(write_shard, monkeypatch, piece_bytes: int) -> None:
+    """Whatever the pieces; what is reported adds up to what was announced."""
+    monkeypatch.setattr("illada_megatron.data.indexed_dataset._PIECE_BYTES", piece_bytes)
+    dataset = IndexedDataset(write_shard("shard", DOCUMENTS))
+    reported: list[int] = []
+    checksums = dataset.verify(vocab_size=1000, progress=reported.append)
+    assert checksums.bin_xxh3_128 == file_checksum(dataset.bin_path)
+    assert checksums.idx_xxh3_128 == file_checksum(dataset.idx_path)
+    assert sum(reported) == dataset.verified_bytes == 22 + 34 + 5 * 12 + 6 * 8
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.int64])
+def test_verify_names_the_first_id_outside_of_the_vocabulary(tmp_path: Path, dtype: type) -> None:
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "shard.bin"), dtype=dtype)
+    tokens = torch.arange(1000)
+    tokens[700] = 1000 if dtype is np.uint16 else -1
+    builder.add_document(tokens, [1000])
+    builder.finalize(str(tmp_path / "shard.idx"))
+    dataset = IndexedDataset(tmp_path / "shard")
+    dataset.verify()
+    with pytest.raises(DataError, match=rf"shard\.bin: token id {tokens[700]} at token offset 700 .* size 1000: "):
+        dataset.verify(vocab_size=1000)
+
+
+def test_verify_notices_a_truncation_while_it_is_open(write_shard) -> None:
+    dataset = IndexedDataset(write_shard("shard", DOCUMENTS))
+    with dataset.bin_path.open("r+b") as stream:
+        stream.truncate(20)
+    with pytest.raises(DataError, match=r"shard\.bin: ends at byte 20, expected 22 bytes"):
+        dataset.verify()
+
+
+def test_a_damaged_entry_is_noticed_by_whoever_meets_it(write_shard) -> None:
+    """Opening does not read the inside of the index: no entry there may lead outside of the files."""
+    prefix = write_shard("shard", [[1, 2]] * 100)
+    path = Path(f"{prefix}.idx")
+    pristine = path.read_bytes()
+    pointer, bound = 34 + 400 + 8 * 50, 34 + 400 + 800 + 8 * 50
+    for offset, values in ((pointer, (-2, 101 * 4, 2**62, 201)), (bound, (-1, 101, 2**62))):
+        for value in values:
+            content = bytearray(pristine)
+            content[offset : offset + 8] = np.array(value, dtype="<i8").tobytes()
+            path.write_bytes(content)
+            dataset = IndexedDataset(prefix)
+            for method, arguments in (("document", (50,)), ("document_starts", (90, 110)), ("verify", ())):
+                with pytest.raises(DataError, match=re.escape(f"{path}: ")):
+                    getattr(dataset, method)(*arguments)

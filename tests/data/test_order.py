@@ -5,6 +5,32 @@ import pytest
 
 from illada_megatron.data import derive_key, permute
 
+MASK = 2**64 - 1
+
+
+def mix64(value: int) -> int:
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
+    return value ^ (value >> 31)
+
+
+def permute_in_python(index: int, n: int, key: int) -> int:
+    """The definition, as plain as it goes."""
+    if n == 1:
+        return 0
+    bits = max(2, (n - 1).bit_length())
+    low_bits = bits // 2
+    keys = [mix64(key + (i + 1) * 0x9E3779B97F4A7C15 & MASK) for i in range(12)]
+    while True:
+        low, high = index & ((1 << low_bits) - 1), index >> low_bits
+        for i in range(0, 12, 2):
+            low ^= mix64(high ^ keys[i]) >> (64 - low_bits)
+            high ^= mix64(low ^ keys[i + 1]) >> (64 - (bits - low_bits))
+        index = high << low_bits | low
+        if index < n:
+            return index
+
+
 KEYS = [derive_key(seed, "order", epoch) for seed, epoch in [(0, 0), (1234, 0), (1234, 1)]]
 
 
@@ -28,6 +54,35 @@ def test_huge_n_stays_in_range_without_repeats(n: int) -> None:
     assert len(set(values)) == 2000
     assert 0 <= min(values) < n // 20
     assert n - n // 20 < max(values) < n
+
+
+@pytest.mark.parametrize("key", [0, 2**64 - 1, *KEYS])
+def test_the_compiled_permutation_is_the_defined_one(key: int) -> None:
+    """For every size of the domain up to the widest: runs that are resumed must not be reordered."""
+    generator = np.random.default_rng(0)
+    sizes = [*range(1, 70), *(2**bits + d for bits in range(7, 64) for d in (-1, 0, 1)), 3 * 10**12, 2**64 - 1, 2**64]
+    for n in sizes:
+        indices = {0, n - 1, n // 2, *(int(x) for x in generator.integers(0, min(n, 2**63 - 1), 4))}
+        for index in indices:
+            assert permute(index, n, key) == permute_in_python(index, n, key), (index, n)
+        if n < 2**63:
+            array = np.array(sorted(indices))
+            assert permute(array, n, key).tolist() == [permute_in_python(i, n, key) for i in sorted(indices)]
+
+
+def test_arrays_keep_their_shape_and_are_refused_as_numbers_are() -> None:
+    indices = np.arange(12).reshape(3, 4)
+    assert permute(indices, 12, 7).tolist() == [[permute(int(i), 12, 7) for i in row] for row in indices]
+    assert permute(np.arange(20)[::-2], 20, 7).tolist() == [permute(i, 20, 7) for i in range(19, -1, -2)]
+    assert permute(np.zeros(0, dtype=np.int64), 5, 7).shape == (0,)
+    for bad in (np.array([0, 5]), np.array([-1])):
+        with pytest.raises(IndexError, match="expected 0 to n - 1 = 4"):
+            permute(bad, 5, 7)
+    for n in (0, 2**63):
+        with pytest.raises(ValueError, match="n is"):
+            permute(np.array([0]), n, 7)
+    with pytest.raises(TypeError):
+        permute(np.array([1.0]), 5, 7)
 
 
 def test_a_known_value_does_not_change() -> None:

@@ -1,0 +1,78 @@
+// Python's view of writing: numpy arrays in, exceptions out, no GIL while checking and writing.
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "bindings.h"
+#include "builder.h"
+
+namespace py = pybind11;
+
+namespace illada {
+namespace {
+
+// Without the GIL two Python threads may call at once: one mutex a builder puts them in a row.
+class Builder {
+ public:
+  Builder(std::string prefix, int64_t vocab_size) : builder_(std::move(prefix), vocab_size) {}
+
+  void Add(const py::array& tokens, const Array<int64_t>& lengths) {
+    if (tokens.ndim() != 1 || lengths.ndim() != 1) throw py::type_error("tokens and lengths must be one-dimensional");
+    if (py::isinstance<py::array_t<uint16_t>>(tokens))
+      AddTyped<uint16_t>(tokens, lengths);
+    else if (py::isinstance<py::array_t<int32_t>>(tokens))
+      AddTyped<int32_t>(tokens, lengths);
+    else if (py::isinstance<py::array_t<int64_t>>(tokens))
+      AddTyped<int64_t>(tokens, lengths);
+    else
+      throw py::type_error("tokens must be uint16, int32 or int64, found " +
+                           py::str(tokens.dtype()).cast<std::string>());
+  }
+
+  void Finalize() {
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    builder_.Finalize();
+  }
+
+  void Abort() {
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    builder_.Abort();
+  }
+
+  int64_t num_tokens() const { return builder_.num_tokens(); }
+  int64_t num_documents() const { return builder_.num_documents(); }
+  std::string dtype() const { return builder_.wide() ? "int32" : "uint16"; }
+
+ private:
+  template <typename Token>
+  void AddTyped(const py::array& tokens, const Array<int64_t>& lengths) {
+    const auto contiguous = Array<Token>::ensure(tokens);
+    const Token* data = contiguous.data();
+    const int64_t num_tokens = contiguous.size(), num_documents = lengths.size();
+    const int64_t* length_data = lengths.data();
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    builder_.Add(data, num_tokens, length_data, num_documents);
+  }
+
+  std::mutex mutex_;
+  IndexedDatasetBuilder builder_;
+};
+
+}  // namespace
+
+void BindWriting(py::module_& module) {
+  py::class_<Builder>(module, "IndexedDatasetBuilder")
+      .def(py::init<std::string, int64_t>(), py::arg("prefix"), py::arg("vocab_size"))
+      .def("add", &Builder::Add, py::arg("tokens"), py::arg("lengths"))
+      .def("finalize", &Builder::Finalize)
+      .def("abort", &Builder::Abort)
+      .def_property_readonly("num_tokens", &Builder::num_tokens)
+      .def_property_readonly("num_documents", &Builder::num_documents)
+      .def_property_readonly("dtype", &Builder::dtype);
+}
+
+}  // namespace illada

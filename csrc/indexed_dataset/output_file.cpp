@@ -1,0 +1,115 @@
+#include "output_file.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+
+#include "errors.h"
+
+namespace illada {
+namespace {
+
+// Large writes: a parallel file system serves megabytes at a time far better than pages.
+constexpr size_t kBufferBytes = size_t{8} << 20;
+
+[[noreturn]] void ThrowDiskError(const std::string& path) { throw DiskError(errno, path); }
+
+std::string DirectoryOf(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+// A rename survives a power failure only when its directory has reached the device as well.
+void SyncDirectory(const std::string& directory) {
+  const int descriptor = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) ThrowDiskError(directory);
+  const int result = fsync(descriptor);
+  const int error_number = errno;
+  close(descriptor);
+  // some network file systems cannot flush a directory and say EINVAL; they order renames themselves
+  if (result != 0 && error_number != EINVAL) throw DiskError(error_number, directory);
+}
+
+void Rename(const std::string& from, const std::string& to) {
+  if (rename(from.c_str(), to.c_str()) != 0) ThrowDiskError(to);
+}
+
+void RemoveIfThere(const std::string& path) {
+  if (unlink(path.c_str()) != 0 && errno != ENOENT) ThrowDiskError(path);
+}
+
+}  // namespace
+
+std::string TemporaryName(const std::string& path) { return path + ".tmp"; }
+
+void OutputFile::Open(const std::string& path) {
+  path_ = path;
+  descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+  if (descriptor_ < 0) ThrowDiskError(path);
+  const auto fail = [this](int error_number) {
+    Close();
+    throw DiskError(error_number, path_);
+  };
+  // file systems without locks answer ENOLCK, ENOSYS or EOPNOTSUPP: there only the names keep writers apart
+  if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) fail(EWOULDBLOCK);
+  // between open and flock another writer may have finished and renamed the very file that is locked now
+  struct stat held, named;
+  if (fstat(descriptor_, &held) != 0) fail(errno);
+  if (stat(path.c_str(), &named) != 0 || held.st_ino != named.st_ino || held.st_dev != named.st_dev) fail(EWOULDBLOCK);
+  if (ftruncate(descriptor_, 0) != 0) fail(errno);
+  buffer_.reserve(kBufferBytes);
+}
+
+void OutputFile::Append(const void* bytes, size_t count) {
+  const char* from = static_cast<const char*>(bytes);
+  while (count > 0) {
+    const size_t fits = std::min(count, kBufferBytes - buffer_.size());
+    buffer_.insert(buffer_.end(), from, from + fits);
+    from += fits;
+    count -= fits;
+    if (buffer_.size() == kBufferBytes) Flush();
+  }
+}
+
+void OutputFile::Flush() {
+  const char* from = buffer_.data();
+  size_t left = buffer_.size();
+  while (left > 0) {
+    const ssize_t written = write(descriptor_, from, left);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) ThrowDiskError(path_);
+    from += written;
+    left -= static_cast<size_t>(written);
+  }
+  buffer_.clear();
+}
+
+void OutputFile::Sync() {
+  Flush();
+  if (fsync(descriptor_) != 0) ThrowDiskError(path_);
+}
+
+void OutputFile::Close() noexcept {
+  if (descriptor_ >= 0) close(descriptor_);
+  descriptor_ = -1;
+  buffer_ = {};
+}
+
+void PublishShard(const std::string& prefix) {
+  const std::string bin = prefix + ".bin", idx = prefix + ".idx", directory = DirectoryOf(prefix);
+  // an older index must be gone for good before its .bin changes under it
+  RemoveIfThere(idx);
+  SyncDirectory(directory);
+  Rename(TemporaryName(bin), bin);
+  SyncDirectory(directory);
+  Rename(TemporaryName(idx), idx);
+  SyncDirectory(directory);
+}
+
+}  // namespace illada

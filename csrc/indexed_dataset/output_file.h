@@ -1,0 +1,41 @@
+// A file that is being written under a temporary name, and the step that makes it a shard.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace illada {
+
+// `path`.tmp: the name of a file until it is complete.
+std::string TemporaryName(const std::string& path);
+
+// A file descriptor that writes whole blocks and closes itself.
+class OutputFile {
+ public:
+  OutputFile() = default;
+  ~OutputFile() { Close(); }
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+
+  // Creates or empties `path`. Takes an advisory lock, so that two writers of the same shard never interleave: the
+  // second one gets a DiskError (EWOULDBLOCK). What a killed writer left behind is overwritten.
+  void Open(const std::string& path);
+  void Append(const void* bytes, size_t count);
+  // Flushes to the device.
+  void Sync();
+  void Close() noexcept;
+
+ private:
+  void Flush();
+
+  std::string path_;
+  std::vector<char> buffer_;
+  int descriptor_ = -1;
+};
+
+// Gives PREFIX.bin.tmp and PREFIX.idx.tmp, both flushed to the device, their names: .bin first, .idx last, so that an
+// .idx always stands beside its complete .bin, also after a power failure. Replaces a shard of the same name.
+void PublishShard(const std::string& prefix);
+
+}  // namespace illada

@@ -1,0 +1,97 @@
+#include "token_copy.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "errors.h"
+
+// The compiler makes a version for each instruction set and the loader picks one; elsewhere than on x86-64 Linux the
+// baseline has to do (aarch64's includes 128-bit vectors).
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#define ILLADA_VECTOR_VERSIONS __attribute__((target_clones("avx2", "default")))
+#else
+#define ILLADA_VECTOR_VERSIONS
+#endif
+#define ILLADA_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace illada {
+namespace {
+
+// Read as unsigned numbers, negative ids are above every vocabulary: one running maximum sees both ends.
+template <typename Stored, typename Out>
+ILLADA_ALWAYS_INLINE std::make_unsigned_t<Stored> CopyAndMax(const Stored* __restrict in, int64_t count,
+                                                             Out* __restrict out) {
+  std::make_unsigned_t<Stored> largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto id = static_cast<std::make_unsigned_t<Stored>>(in[i]);
+    largest = id > largest ? id : largest;
+    out[i] = static_cast<Out>(in[i]);
+  }
+  return largest;
+}
+
+template <typename Stored>
+ILLADA_ALWAYS_INLINE std::make_unsigned_t<Stored> Max(const Stored* in, int64_t count) {
+  std::make_unsigned_t<Stored> largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto id = static_cast<std::make_unsigned_t<Stored>>(in[i]);
+    largest = id > largest ? id : largest;
+  }
+  return largest;
+}
+
+// target_clones does not go with templates: a plain overload for each pair of types around the inlined template.
+#define ILLADA_COPY(Stored, Out)                                                                        \
+  ILLADA_VECTOR_VERSIONS std::make_unsigned_t<Stored> Copy(const Stored* in, int64_t count, Out* out) { \
+    return CopyAndMax<Stored, Out>(in, count, out);                                                     \
+  }
+#define ILLADA_KERNELS(Stored)                                                                   \
+  ILLADA_COPY(Stored, uint16_t)                                                                  \
+  ILLADA_COPY(Stored, int32_t)                                                                   \
+  ILLADA_COPY(Stored, int64_t)                                                                   \
+  ILLADA_VECTOR_VERSIONS std::make_unsigned_t<Stored> Largest(const Stored* in, int64_t count) { \
+    return Max<Stored>(in, count);                                                               \
+  }
+
+ILLADA_KERNELS(int16_t)
+ILLADA_KERNELS(int32_t)
+ILLADA_KERNELS(int64_t)
+ILLADA_KERNELS(uint16_t)
+
+}  // namespace
+
+template <typename Out>
+bool CopyTokens(TokenType type, const std::byte* tokens, int64_t count, int64_t vocab_size, Out* out) {
+  return WithTokenType(type, [&](auto token) {
+    const auto* in = reinterpret_cast<const decltype(token)*>(tokens);
+    return static_cast<uint64_t>(Copy(in, count, out)) < static_cast<uint64_t>(vocab_size);
+  });
+}
+
+template bool CopyTokens(TokenType, const std::byte*, int64_t, int64_t, uint16_t*);
+template bool CopyTokens(TokenType, const std::byte*, int64_t, int64_t, int32_t*);
+template bool CopyTokens(TokenType, const std::byte*, int64_t, int64_t, int64_t*);
+
+bool TokensAreValid(TokenType type, const std::byte* tokens, int64_t count, int64_t vocab_size) {
+  return WithTokenType(type, [&](auto token) {
+    const auto* in = reinterpret_cast<const decltype(token)*>(tokens);
+    return vocab_size > 0 && static_cast<uint64_t>(Largest(in, count)) < static_cast<uint64_t>(vocab_size);
+  });
+}
+
+void ThrowAtInvalidToken(TokenType type, const std::byte* tokens, int64_t count, int64_t vocab_size,
+                         const std::string& bin_path, int64_t offset) {
+  WithTokenType(type, [&](auto token) {
+    const auto* in = reinterpret_cast<const decltype(token)*>(tokens);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto id = static_cast<int64_t>(in[i]);
+      if (id < 0 || id >= vocab_size)
+        throw DataError(bin_path + ": token id " + std::to_string(id) + " at token offset " +
+                        std::to_string(offset + i) + " is not in the vocabulary of size " + std::to_string(vocab_size) +
+                        ": the shard was written with another tokenizer; set model.vocab_size to that tokenizer's "
+                        "size or preprocess the text again");
+    }
+  });
+}
+
+}  // namespace illada
