@@ -56,7 +56,7 @@ def _corpus_rows(config: RunConfig, corpus: BlendedCorpus) -> list[tuple[str, st
         text = f"{one.num_tokens:,} tokens in {len(one.shards):,} shards, {one.num_windows:,} samples an epoch"
         if len(corpus.corpora) > 1:
             shares = [f"{float(phase.shares[number]):.2%}" for phase in corpus.schedule.proportions]
-            text += f", share {' -> '.join(shares)}"
+            text = f"share {' -> '.join(shares)}, {text}"
         rows.append((f"corpus {one.name}".rstrip(), text))
     if config.data.phases:
         starts = ", ".join(f"{phase.from_tokens:,}" for phase in config.data.phases)
