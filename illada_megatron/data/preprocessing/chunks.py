@@ -66,6 +66,7 @@ def _skip_line(stream: BinaryIO, position: int, end: int) -> int | None:
 
 def gzip_chunks(path: Path, progress: Progress) -> Iterator[bytes]:
     """The decompressed bytes, always the same chunks. Raises DataError for a damaged or truncated file."""
+    _check_not_empty(path, "gzip")
     with path.open("rb") as raw:
         told = 0
         try:
@@ -81,6 +82,7 @@ def gzip_chunks(path: Path, progress: Progress) -> Iterator[bytes]:
 
 def zstd_chunks(path: Path, progress: Progress) -> Iterator[bytes]:
     """As `gzip_chunks`. One frame or many; frames that announce a window above 128 MB are refused by the library."""
+    _check_not_empty(path, "zstd")
     pieces: list[bytes] = []
     size = 0
     for piece in _zstd_pieces(path, progress):
@@ -110,6 +112,12 @@ def _zstd_pieces(path: Path, progress: Progress) -> Iterator[bytes]:
     # the library itself takes the end of the file for the end of the data
     if frame is not None:
         raise _damaged(path, "zstd", "the file ends in the middle of a frame")
+
+
+def _check_not_empty(path: Path, name: str) -> None:
+    """The libraries take an empty file for empty data; a compressor writes a header even for that."""
+    if path.stat().st_size == 0:
+        raise _damaged(path, name, "an empty file")
 
 
 def _damaged(path: Path, name: str, found: object) -> DataError:

@@ -35,8 +35,7 @@ def read_rows(path: Path, start: int, end: int | None, column: str, limit_bytes:
     and left out before they become Python objects.
 
     Raises DataError for a damaged file and a missing column."""
-    import pyarrow
-
+    pyarrow = _library(path)
     with _open(path) as file:
         groups = range(start, file.num_row_groups if end is None else end)
         if column not in file.schema_arrow.names:
@@ -56,9 +55,7 @@ def read_rows(path: Path, start: int, end: int | None, column: str, limit_bytes:
 
 
 def _rows(path: Path, column: Any, first: int, limit_bytes: int, total: int) -> Rows:
-    import pyarrow
-    import pyarrow.compute
-
+    pyarrow = _library(path)
     source_bytes = column.nbytes
     count = len(column)
     is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
@@ -87,17 +84,23 @@ def _text_if_valid(value: bytes | None) -> Any:
 
 
 def _open(path: Path) -> Any:
+    pyarrow = _library(path)
+    try:
+        return pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _library(path: Path) -> Any:
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
             f"{path}: Parquet is read with pyarrow, which is not installed: pip install 'illada-megatron[parquet]'"
         ) from error
-    try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    return pyarrow
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -15,7 +15,7 @@ _GATHERED_TOKENS = 1 << 18
 
 
 class DocumentShuffle:
-    """A random half of a full buffer goes out, the other half stays to mix with what comes next.
+    """Random documents, half of a full buffer's tokens, go out; the others stay to mix with what comes next.
 
     The order is a pure function of (seed, shard, the documents and how they are batched): Philox keyed by the three,
     its random_raw, whose stream numpy promises to keep."""
@@ -44,7 +44,9 @@ class DocumentShuffle:
         self._batches = []
         order = np.argsort(self._philox.random_raw(len(lengths)), kind="stable")
         starts = np.cumsum(lengths) - lengths
-        count = (len(order) + 1) // 2 if half else len(order)
+        count = len(order)
+        if half:
+            count = min(count, int(np.searchsorted(np.cumsum(lengths[order]), len(tokens) / 2)) + 1)
         yield from _gather(tokens, starts, lengths, order[:count])
         self._batches = list(_gather(tokens, starts, lengths, np.sort(order[count:])))
         self._held = sum(len(kept) for kept, _ in self._batches)
