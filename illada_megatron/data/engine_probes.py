@@ -131,7 +131,7 @@ def write_boundary_tokenizer(tokenizer_json: Path, output: Path) -> bool:
 
 
 def boundary_texts() -> list[str]:
-    """For the tokenizer of write_boundary_tokenizer: characters in all neighbourhoods, half a million characters in all."""
+    """For the tokenizer of write_boundary_tokenizer: each character in all neighbourhoods, half a million in all."""
     return [f'"{c}" a{c}A{c}1{c} {c}\n{c}{c}"\n{c}a' for c in _characters()]
 
 
