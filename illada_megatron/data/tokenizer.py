@@ -17,7 +17,7 @@ BOS_NAMES = ("<s>", "<|startoftext|>", "[BOS]", "<bos>", "<|begin_of_text|>")
 EOS_NAMES = ("</s>", "<|endoftext|>", "[EOS]", "<eos>", "<|end_of_text|>")
 
 # SentencePiece writes a space as this character and reads it back as a space
-_SPACE_SIGN = "\u2581"
+SPACE_SIGN = "\u2581"
 
 
 class Tokenizer(Protocol):
@@ -95,7 +95,7 @@ class SentencePieceTokenizer:
         self.bos_id = self._declared(self._processor.bos_id(), BOS_NAMES)
         self.eos_id = self._declared(self._processor.eos_id(), EOS_NAMES)
         self.mask_id = self._find(MASK_NAMES)
-        sign_bytes = [self._find((f"<0x{byte:02X}>",)) for byte in _SPACE_SIGN.encode()]
+        sign_bytes = [self._find((f"<0x{byte:02X}>",)) for byte in SPACE_SIGN.encode()]
         # the ids that stand for a literal space sign, where the model has byte pieces
         self._space_sign_ids: list[int] = [byte for byte in sign_bytes if byte is not None]
         self._special: dict[str, int] = {}
@@ -142,7 +142,7 @@ class SentencePieceTokenizer:
         if len(self._space_sign_ids) != 3:
             return self._processor.encode(texts)
         # a literal space sign would come back as a space; spelled in bytes it comes back as itself
-        parts = [text.split(_SPACE_SIGN) for text in texts]
+        parts = [text.split(SPACE_SIGN) for text in texts]
         encoded = iter(self._processor.encode([part for text_parts in parts for part in text_parts]))
         batch = []
         for text_parts in parts:
@@ -165,7 +165,7 @@ class SentencePieceTokenizer:
 
     def piece(self, token_id: int) -> str:
         (token_id,) = _checked([token_id], self.vocab_size)
-        return self._processor.id_to_piece(token_id).replace(_SPACE_SIGN, " ")
+        return self._processor.id_to_piece(token_id).replace(SPACE_SIGN, " ")
 
 
 class HuggingFaceTokenizer:
