@@ -71,7 +71,7 @@ class _Records:
     too_long: int = 0
 
 
-def read_batches(job: Reading, piece: Piece, renderer: ChatRenderer | None) -> Iterator[Batch]:
+def read_batches(job: Reading, piece: Piece, renderer: ChatRenderer | None) -> Generator[Batch, None, None]:
     """The documents of `piece`, in order. A batch may hold no text, only counts.
 
     Raises DataError for a damaged file, and (file:line) for a bad line unless job.skip_bad_lines."""

@@ -40,8 +40,8 @@ class Job(Reading):
     """Absolute; shards are PREFIX.bin/.idx or PREFIX_00012.bin/.idx."""
     tokenizer_path: str
     tokenizer_sha256: str
-    engine: str = "auto"
-    """A name that `choose_engine` knows."""
+    engine: str = "reference"
+    """The one that choose_engine has chosen."""
     append_eod: bool
     shard_bytes: int
     shuffle_seed: int | None = None

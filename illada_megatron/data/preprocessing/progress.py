@@ -30,6 +30,11 @@ class ProgressBar:
         )
         self._task = self._progress.add_task("preprocess", total=max(1, total_bytes), completed=done_bytes, rates="")
 
+    def print(self, *lines: str) -> None:
+        """Above the bar."""
+        for line in lines:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def update(self, read_bytes: int, tokens: int) -> None:
         """So much more was read and made."""
         self.read_bytes += read_bytes

@@ -2,7 +2,9 @@
 
 All nodes must see inputs, tokenizer and output under the same paths (a shared file system)."""
 
+import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard import Report, run_task
+from illada_megatron.data.preprocessing.tokens import DocumentEncoder
 
 # a node that dies takes its tasks with it: Ray does them again on another
 _RETRIES = 10
@@ -66,7 +69,13 @@ def _drain(
 
 
 def _run(job: Job, task: ShardTask) -> TaskRecord:
-    return run_task(job, task, _no_report)
+    return run_task(job, task, _encoder(job), _no_report)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(job: Job) -> DocumentEncoder:
+    """Once in each of Ray's worker processes."""
+    return DocumentEncoder(job, threads=1)
 
 
 def _no_report(read_bytes: int, tokens: int) -> None:  # noqa: ARG001 (Ray's tasks are counted when they are done)
@@ -74,6 +83,4 @@ def _no_report(read_bytes: int, tokens: int) -> None:  # noqa: ARG001 (Ray's tas
 
 
 def _import_path() -> str:
-    import sys
-
     return os.pathsep.join(path for path in sys.path if path)

@@ -1,24 +1,31 @@
 """Text -> tokens -> shards that training reads, and the manifest that lists them."""
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from illada_megatron.data.engines import choose_engine
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.manifest import Manifest, write_manifest
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.chat import load_chat_template
 from illada_megatron.data.preprocessing.claim import claim_prefix, outputs, remove_outputs
+from illada_megatron.data.preprocessing.documents import Batch, read_batches
 from illada_megatron.data.preprocessing.inputs import Format, find_inputs
 from illada_megatron.data.preprocessing.plan import Job, ShardTask, fingerprinted, plan_tasks
 from illada_megatron.data.preprocessing.progress import ProgressBar
 from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRecord
-from illada_megatron.data.preprocessing.shard import Report
+from illada_megatron.data.preprocessing.tokens import DocumentEncoder
 from illada_megatron.data.preprocessing.workers import run_here, run_workers
 from illada_megatron.data.tokenizer import load_tokenizer
+
+# the reference that the engines are compared with is slow
+_SAMPLE_CHARACTERS = 500_000
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,6 @@ def plan_job(
         prefix=os.path.abspath(output_prefix),  # noqa: PTH100 (a prefix is no path: it may end in a dot)
         tokenizer_path=str(Path(tokenizer_path).absolute()),
         tokenizer_sha256=tokenizer.fingerprint,
-        engine=options.tokenizer_engine,
         text_key=options.text_key or ("messages" if options.chat else "text"),
         chat=chat,
         append_eod=options.append_eod,
@@ -171,20 +177,41 @@ def _run(job: Job, tasks: Sequence[ShardTask], done: dict[int, TaskRecord], opti
     waiting = [task for task in tasks if task.index not in done]
     total, left = (sum(task.size_bytes for task in some) for some in (tasks, waiting))
     with ProgressBar(total, total - left, options.show_progress, options.log_interval_seconds) as bar:
-        for task, record in _results(job, waiting, options, bar.update):
+        for task, record in _results(job, waiting, options, bar):
             done[task.index] = record
         return bar.read_bytes
 
 
 def _results(
-    job: Job, tasks: Sequence[ShardTask], options: PreprocessOptions, report: Report
+    job: Job, tasks: Sequence[ShardTask], options: PreprocessOptions, bar: ProgressBar
 ) -> Iterator[tuple[ShardTask, TaskRecord]]:
+    """Whatever is asked for does the tasks; the tokenizer's engine is chosen once, here."""
+    if not tasks:
+        return iter(())
+    cores = os.cpu_count() or 1
+    workers = min(len(tasks), options.workers or cores)
+    threads = 1 if options.engine == "ray" else max(1, cores // workers)
+    engine = None
+    if job.chat is None:
+        engine = choose_engine(job.tokenizer_path, options.tokenizer_engine, _sample(job, tasks[0]), threads)
+        job = job.model_copy(update={"engine": engine.name})
+        bar.print(*engine.report)
     if options.engine == "ray":
         from illada_megatron.data.preprocessing.ray_engine import run_ray
 
-        return run_ray(job, tasks, options.ray_address, report)
-    workers = min(len(tasks), options.workers or os.cpu_count() or 1)
-    return run_workers(job, tasks, workers, report) if workers > 1 else run_here(job, tasks, report)
+        return run_ray(job, tasks, options.ray_address, bar.update)
+    if workers == 1:
+        return run_here(job, tasks, DocumentEncoder(job, threads, engine), bar.update)
+    del engine
+    return run_workers(job, tasks, workers, threads, bar.update)
+
+
+def _sample(job: Job, task: ShardTask) -> list[str]:
+    """Texts of the beginning of the input, about _SAMPLE_CHARACTERS of them."""
+    with closing(read_batches(job, task.pieces[0], None)) as batches:
+        texts = next(batches, Batch([])).texts
+    ends = itertools.accumulate(map(len, texts))
+    return [text for text, end in zip(texts, ends, strict=True) if end <= _SAMPLE_CHARACTERS]
 
 
 def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:

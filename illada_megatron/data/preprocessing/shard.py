@@ -18,7 +18,7 @@ from illada_megatron.data.preprocessing.pipeline import ahead
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import Counts, PartRecord, TaskRecord
 from illada_megatron.data.preprocessing.shuffle import DocumentShuffle
-from illada_megatron.data.preprocessing.tokens import DocumentEncoder, Lengths, Tokens, encoder_of
+from illada_megatron.data.preprocessing.tokens import DocumentEncoder, Lengths, Tokens
 
 Report = Callable[[int, int], None]
 """Told (bytes of input read, tokens made) since it was last called; may raise to end the task."""
@@ -27,14 +27,13 @@ Report = Callable[[int, int], None]
 _AHEAD = 2
 
 
-def run_task(job: Job, task: ShardTask, report: Report) -> TaskRecord:
+def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report) -> TaskRecord:
     """Write the shards of `task` and, last, its record. A finished task, or part of one, is not done again.
 
     Raises DataError; then nothing unfinished is left under the task's names."""
     done = records.finished_task(job, task)
     if done is not None:
         return done
-    encoder = encoder_of(job.model_dump_json())
     parts: list[PartRecord] = []
     with closing(ahead(_encoded(job, task, encoder), _AHEAD)) as encoded:
         for number, batches in itertools.groupby(encoded, key=lambda batch: batch.part):

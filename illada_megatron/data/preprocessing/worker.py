@@ -1,4 +1,4 @@
-"""A worker process: `python -m illada_megatron.data.preprocessing.worker`, started by workers.py.
+"""A worker process: `python -m illada_megatron.data.preprocessing.worker THREADS`, started by workers.py.
 
 Reads a job, then tasks, one JSON object a line, from stdin; answers with messages on stdout. It imports the data side
 only. When stdin ends, the parent is gone or wants no more: the task at hand is given up and what it wrote removed."""
@@ -14,6 +14,7 @@ import orjson
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.shard import run_task
+from illada_megatron.data.preprocessing.tokens import DocumentEncoder
 
 
 class _GivenUpError(Exception):
@@ -39,10 +40,11 @@ class _Worker:
         if first is None:
             return
         job = Job.model_validate_json(first)
+        encoder = DocumentEncoder(job, int(sys.argv[1]))
         while (line := self._lines.get()) is not None and not self._ended.is_set():
             task = ShardTask.model_validate_json(line)
             try:
-                record = run_task(job, task, self._report)
+                record = run_task(job, task, encoder, self._report)
             except _GivenUpError:
                 return
             except (DataError, OSError) as error:

@@ -18,26 +18,27 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard import Report, run_task
+from illada_megatron.data.preprocessing.tokens import DocumentEncoder
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
-# so that N workers do not each start a thread for each core: names that the engines' thread pools read
-_THREAD_VARIABLES = ("RAYON_NUM_THREADS", "TOKENIZERS_NUM_THREADS")
 
 
-def run_here(job: Job, tasks: Sequence[ShardTask], report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
+def run_here(
+    job: Job, tasks: Sequence[ShardTask], encoder: DocumentEncoder, report: Report
+) -> Iterator[tuple[ShardTask, TaskRecord]]:
     """All tasks in this process, whose stages and engine use several cores by themselves."""
     for task in tasks:
-        yield task, run_task(job, task, report)
+        yield task, run_task(job, task, encoder, report)
 
 
 def run_workers(
-    job: Job, tasks: Sequence[ShardTask], workers: int, report: Report
+    job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, report: Report
 ) -> Iterator[tuple[ShardTask, TaskRecord]]:
-    """All tasks in `workers` processes, as they finish.
+    """All tasks in `workers` processes with engines of `threads` threads, as they finish.
 
     Raises DataError when a task fails or a worker dies; the other workers then give up what they are at."""
-    pool = _Pool(job, tasks, workers)
+    pool = _Pool(job, tasks, workers, threads)
     try:
         yield from pool.run(report)
     finally:
@@ -45,9 +46,8 @@ def run_workers(
 
 
 class _Pool:
-    def __init__(self, job: Job, tasks: Sequence[ShardTask], workers: int) -> None:
-        threads = str(max(1, (os.cpu_count() or 1) // workers))
-        environment = {**dict.fromkeys(_THREAD_VARIABLES, threads), **os.environ, "PYTHONPATH": _import_path()}
+    def __init__(self, job: Job, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
+        environment = {"RAYON_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": _import_path()}
         self._waiting = list(reversed(tasks))
         self._at_work: dict[int, ShardTask] = {}
         self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
@@ -55,7 +55,7 @@ class _Pool:
         self._threads: list[threading.Thread] = []
         for number in range(workers):
             process = subprocess.Popen(
-                _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
+                [*_COMMAND, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
             )
             self._processes.append(process)
             self._threads.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
