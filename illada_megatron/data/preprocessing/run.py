@@ -25,7 +25,7 @@ from illada_megatron.data.preprocessing.workers import run_here, run_workers
 from illada_megatron.data.tokenizer import load_tokenizer
 
 # the reference that the engines are compared with is slow
-_SAMPLE_CHARACTERS = 500_000
+_SAMPLE_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True)
