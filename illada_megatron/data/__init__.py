@@ -8,7 +8,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, check_token_ids
 from illada_megatron.data.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from illada_megatron.data.order import derive_key, permute
-from illada_megatron.data.preprocess import PreprocessSummary, preprocess
+from illada_megatron.data.preprocessing import PreprocessOptions, PreprocessSummary, preprocess
 from illada_megatron.data.shards import list_shards, resolve_prefixes
 from illada_megatron.data.statistics import unigram_entropy
 from illada_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -23,6 +23,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetWriter",
     "Manifest",
+    "PreprocessOptions",
     "PreprocessSummary",
     "Proportions",
     "SentencePieceTokenizer",
