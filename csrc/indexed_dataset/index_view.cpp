@@ -116,6 +116,23 @@ void IndexView::CheckEnds(uint64_t bin_bytes) {
   num_tokens_ = static_cast<int64_t>(bin_bytes / static_cast<uint64_t>(token_bytes_));
 }
 
+std::array<char, IndexView::kHeaderBytes> IndexView::Header(TokenType token_type, int64_t num_sequences,
+                                                            int64_t num_documents) {
+  std::array<char, kHeaderBytes> header;
+  char* to = header.data();
+  const auto append = [&to](const void* bytes, size_t count) {
+    std::memcpy(to, bytes, count);
+    to += count;
+  };
+  const int64_t num_bounds = num_documents + 1;
+  append(kMagic, kMagicBytes);
+  append(&kVersion, sizeof(kVersion));
+  append(&token_type, sizeof(token_type));
+  append(&num_sequences, sizeof(num_sequences));
+  append(&num_bounds, sizeof(num_bounds));
+  return header;
+}
+
 DataError IndexView::Error(const std::string& found, const std::string& expected) const {
   return DataError(idx_path_ + ": " + found + ", expected " + expected + ": " + kRewrite);
 }
