@@ -1,8 +1,8 @@
 #include "index_view.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little endian and read as it lies in memory");
@@ -102,6 +102,8 @@ void IndexView::CheckEnds(uint64_t bin_bytes) {
       throw Error("places sequence " + std::to_string(last) + " at byte " + std::to_string(Pointer(last)),
                   "a multiple of " + std::to_string(token_bytes_) + ", the size of a token");
     end_bytes = static_cast<Wide>(Pointer(last)) + static_cast<Wide>(Length(last)) * static_cast<Wide>(token_bytes_);
+    if (end_bytes > static_cast<Wide>(std::numeric_limits<int64_t>::max()))
+      throw Error("ends at byte " + ToString(end_bytes), "less than 2^63, the largest file");
   }
   if (Bound(0) != 0 || Bound(num_documents_) != num_sequences_)
     throw Error(
