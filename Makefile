@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/fuzz/*.cpp)
+FUZZ_SECONDS ?= 600
 
-.PHONY: help demo test test-all check format clean
+.PHONY: help demo test test-all check format fuzz clean
 help:
 	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
 	@echo "make test      the test suite;  make test-all: with the slow tests"
 	@echo "make check     ruff, mypy, clang-format"
+	@echo "make fuzz      libFuzzer on the parser of shard indexes (needs clang; FUZZ_SECONDS=600)"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
@@ -41,6 +43,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# finds are written to build/fuzz/ as crash-*; what it learns is kept in build/fuzz/corpus
+fuzz:
+	mkdir -p build/fuzz/corpus
+	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc/indexed_dataset \
+	    tests/fuzz/index_fuzzer.cpp csrc/indexed_dataset/index_view.cpp -o build/fuzz/index_fuzzer
+	build/fuzz/index_fuzzer -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -artifact_prefix=build/fuzz/ \
+	    -print_final_stats=1 build/fuzz/corpus tests/fuzz/seeds
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo illada_megatron/data/*.so

@@ -89,6 +89,20 @@ py::tuple Document(const IndexFile& index, int64_t document) {
   return py::make_tuple(range.begin, range.end);
 }
 
+py::array_t<int64_t> DocumentLengths(const IndexFile& index, int64_t begin, int64_t end) {
+  if (begin < 0 || begin > end || end > index.view().num_documents())
+    throw py::index_error("documents " + std::to_string(begin) + " to " + std::to_string(end) +
+                          " were asked for, it has " + std::to_string(index.view().num_documents()));
+  py::array_t<int64_t> lengths(end - begin);
+  int64_t* to = lengths.mutable_data();
+  const py::gil_scoped_release release;
+  for (int64_t i = begin; i < end; ++i) {
+    const TokenRange range = index.view().Document(i);
+    *to++ = range.end - range.begin;
+  }
+  return lengths;
+}
+
 py::array_t<int64_t> Permute(const Array<int64_t>& positions, int64_t n, uint64_t key,
                              const std::optional<Array<int64_t>>& out) {
   if (n < 1) throw py::value_error("n is " + std::to_string(n) + ", expected 1 to 2^63 - 1");
@@ -120,6 +134,7 @@ void BindReading(py::module_& module) {
       .def_property_readonly("num_documents", [](const IndexFile& index) { return index.view().num_documents(); })
       .def_property_readonly("num_tokens", [](const IndexFile& index) { return index.view().num_tokens(); })
       .def("document", &Document, py::arg("index"))
+      .def("document_lengths", &DocumentLengths, py::arg("begin"), py::arg("end"))
       .def("document_starts", &DocumentStarts, py::arg("start"), py::arg("stop"))
       .def("check", &IndexFile::Check, py::arg("begin"), py::arg("end"), py::call_guard<py::gil_scoped_release>());
   py::class_<TokenReader>(module, "TokenReader")

@@ -1,11 +1,15 @@
 // Python's view of writing: numpy arrays in, exceptions out, no GIL while checking and writing.
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "builder.h"
+#include "merge.h"
 
 namespace py = pybind11;
 
@@ -62,6 +66,18 @@ class Builder {
   IndexedDatasetBuilder builder_;
 };
 
+// Called from C++ without the GIL; Python code runs in between, so Ctrl-C ends the merge.
+void Merge(const std::vector<std::string>& input_prefixes, const std::string& output_prefix,
+           const py::object& progress) {
+  const auto report = [&progress](uint64_t count) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!progress.is_none()) progress(count);
+  };
+  const py::gil_scoped_release release;
+  MergeShards(input_prefixes, output_prefix, report);
+}
+
 }  // namespace
 
 void BindWriting(py::module_& module) {
@@ -73,6 +89,8 @@ void BindWriting(py::module_& module) {
       .def_property_readonly("num_tokens", &Builder::num_tokens)
       .def_property_readonly("num_documents", &Builder::num_documents)
       .def_property_readonly("dtype", &Builder::dtype);
+  module.def("merge_shards", &Merge, py::arg("input_prefixes"), py::arg("output_prefix"),
+             py::arg("progress") = py::none());
 }
 
 }  // namespace illada

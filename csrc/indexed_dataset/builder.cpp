@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "errors.h"
-#include "token_type.h"
+#include "index_view.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
               "the format is little endian and written as it lies in memory");
@@ -18,7 +18,6 @@ namespace {
 
 constexpr size_t kTokensAtATime = size_t{1} << 16;
 constexpr int64_t kUint16Vocabulary = 65536;
-constexpr uint64_t kVersion = 1;
 
 }  // namespace
 
@@ -122,20 +121,17 @@ void IndexedDatasetBuilder::Finalize() {
 
 void IndexedDatasetBuilder::WriteIndex() {
   const auto append_value = [this](auto value) { idx_.Append(&value, sizeof(value)); };
-  const uint64_t count = lengths_.size();
+  const int64_t count = num_documents();
   const int64_t token_bytes = wide_ ? sizeof(int32_t) : sizeof(uint16_t);
-  idx_.Append("MMIDIDX\0\0", 9);
-  append_value(kVersion);
-  append_value(static_cast<uint8_t>(wide_ ? TokenType::kInt32 : TokenType::kUint16));
-  append_value(count);
-  append_value(count + 1);
-  idx_.Append(lengths_.data(), count * sizeof(int32_t));
+  const auto header = IndexView::Header(wide_ ? TokenType::kInt32 : TokenType::kUint16, count, count);
+  idx_.Append(header.data(), header.size());
+  idx_.Append(lengths_.data(), lengths_.size() * sizeof(int32_t));
   int64_t offset_bytes = 0;
   for (const int32_t length : lengths_) {
     append_value(offset_bytes);
     offset_bytes += length * token_bytes;
   }
-  for (int64_t bound = 0; bound <= static_cast<int64_t>(count); ++bound) append_value(bound);
+  for (int64_t bound = 0; bound <= count; ++bound) append_value(bound);
 }
 
 void IndexedDatasetBuilder::Abort() noexcept {

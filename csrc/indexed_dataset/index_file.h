@@ -20,6 +20,12 @@ class IndexFile {
   // end) of max(num_sequences, num_documents); the last piece may end beyond both.
   void Check(int64_t begin, int64_t end) const;
 
+  // Lets go of the pages that hold entries [begin, end) of an array of `entry_bytes` each that lies at `offset`.
+  void Forget(uint64_t offset, uint64_t entry_bytes, int64_t begin, int64_t end) const {
+    file_.Forget(offset + entry_bytes * static_cast<uint64_t>(begin),
+                 offset + entry_bytes * static_cast<uint64_t>(end));
+  }
+
  private:
   MappedFile file_;
   IndexView view_;

@@ -1,8 +1,8 @@
 #include "index_view.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little endian and read as it lies in memory");
@@ -102,6 +102,8 @@ void IndexView::CheckEnds(uint64_t bin_bytes) {
       throw Error("places sequence " + std::to_string(last) + " at byte " + std::to_string(Pointer(last)),
                   "a multiple of " + std::to_string(token_bytes_) + ", the size of a token");
     end_bytes = static_cast<Wide>(Pointer(last)) + static_cast<Wide>(Length(last)) * static_cast<Wide>(token_bytes_);
+    if (end_bytes > static_cast<Wide>(std::numeric_limits<int64_t>::max()))
+      throw Error("ends at byte " + ToString(end_bytes), "less than 2^63, the largest file");
   }
   if (Bound(0) != 0 || Bound(num_documents_) != num_sequences_)
     throw Error(
@@ -114,6 +116,23 @@ void IndexView::CheckEnds(uint64_t bin_bytes) {
                     " tokens that " + idx_path_ + " lists: " + kRewrite);
   if (bin_bytes == 0) throw DataError(bin_path_ + ": the shard holds no tokens, expected at least 1: " + kRewrite);
   num_tokens_ = static_cast<int64_t>(bin_bytes / static_cast<uint64_t>(token_bytes_));
+}
+
+std::array<char, IndexView::kHeaderBytes> IndexView::Header(TokenType token_type, int64_t num_sequences,
+                                                            int64_t num_documents) {
+  std::array<char, kHeaderBytes> header;
+  char* to = header.data();
+  const auto append = [&to](const void* bytes, size_t count) {
+    std::memcpy(to, bytes, count);
+    to += count;
+  };
+  const int64_t num_bounds = num_documents + 1;
+  append(kMagic, kMagicBytes);
+  append(&kVersion, sizeof(kVersion));
+  append(&token_type, sizeof(token_type));
+  append(&num_sequences, sizeof(num_sequences));
+  append(&num_bounds, sizeof(num_bounds));
+  return header;
 }
 
 DataError IndexView::Error(const std::string& found, const std::string& expected) const {

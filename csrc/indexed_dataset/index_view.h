@@ -2,6 +2,7 @@
 // accepts is consistent as far as said, and no content makes it read outside of the bytes.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -36,6 +37,9 @@ class IndexView {
   int64_t num_tokens() const { return num_tokens_; }
   const std::string& idx_path() const { return idx_path_; }
   const std::string& bin_path() const { return bin_path_; }
+
+  // The first bytes of an index file.
+  static std::array<char, kHeaderBytes> Header(TokenType token_type, int64_t num_sequences, int64_t num_documents);
 
   // The raw entries; no checks. sequence in [0, num_sequences), document in [0, num_documents].
   int32_t Length(int64_t sequence) const;

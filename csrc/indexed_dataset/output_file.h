@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,11 +24,15 @@ class OutputFile {
   // second one gets a DiskError (EWOULDBLOCK). What a killed writer left behind is overwritten.
   void Open(const std::string& path);
   void Append(const void* bytes, size_t count);
+  // Appends the `size_bytes` bytes of another file, inside the kernel where it can: then they never pass through this
+  // process. `progress` is called with the number of bytes done since its last call, and may throw.
+  void AppendFile(const std::string& path, uint64_t size_bytes, const std::function<void(uint64_t)>& progress);
   // Flushes to the device.
   void Sync();
   void Close() noexcept;
 
  private:
+  void Write(const char* from, size_t count);
   void Flush();
 
   std::string path_;

@@ -159,6 +159,10 @@ class IndexedDataset:
         start, end = self._index.document(index)
         return self._tokens[start:end]
 
+    def document_lengths(self, begin: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each of documents [begin, end): int64 [end - begin], the caller's own."""
+        return self._index.document_lengths(begin, end)
+
     def document_starts(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Stream offsets, ascending and each once, at which documents begin strictly inside (start, stop): what cuts
         the window [start, stop) into documents. int64; O(log documents + result)."""

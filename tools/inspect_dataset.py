@@ -1,0 +1,111 @@
+"""Shows what shards hold and verifies them; see illada_megatron.data.inspect."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from illada_megatron.data import DataError, IndexedDataset, load_tokenizer
+from illada_megatron.data.find_shards import FoundShard, find_shards
+from illada_megatron.data.inspect import LengthStatistics, count_lengths, expected_bytes, sample_texts, verify_shard
+
+SHOWN_SHARDS = 20
+
+
+def main(
+    paths: Annotated[
+        list[str], typer.Argument(help="prefixes, quoted globs of prefixes, folders or manifests (.json)")
+    ],
+    verify: Annotated[bool, typer.Option("--verify", help="check all of index, tokens and checksums")] = False,
+    vocab_size: Annotated[int | None, typer.Option(help="ids must be below it; default: the manifest's")] = None,
+    tokenizer_model: Annotated[Path | None, typer.Option(help="shows documents' first tokens as text")] = None,
+    samples: Annotated[int, typer.Option(help="how many documents of the first shard to show")] = 3,
+) -> None:
+    """Statistics of shards. Exit status 1 with a list of all problems if there are any."""
+    console, problems = Console(highlight=False), []
+    try:
+        shards = find_shards(paths)
+        tokenizer = load_tokenizer(tokenizer_model) if tokenizer_model else None
+    except (DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    statistics, opened = LengthStatistics(), []
+    for shard in shards:
+        try:
+            dataset = IndexedDataset(shard.prefix)
+            count_lengths(dataset, statistics)
+            opened.append(dataset)
+        except (DataError, OSError) as error:
+            problems.append(str(error))
+    if opened:
+        print_shards(console, opened)
+        print_lengths(console, statistics)
+    if verify:
+        problems = verify_all(console, shards, vocab_size)
+    try:
+        if tokenizer and opened:
+            for document, text in sample_texts(opened[0], tokenizer, samples):
+                console.print(Text(f"document {document}: {text}"))
+    except (DataError, IndexError) as error:
+        problems.append(f"{opened[0].prefix}: {tokenizer_model} does not read its ids: {error}")
+    for problem in problems:
+        console.print(Text(f"problem: {problem}"), soft_wrap=True)
+    if problems:
+        raise SystemExit(1)
+    if verify:
+        console.print(f"verified: {len(shards)} shards, no problems")
+
+
+def print_shards(console: Console, opened: list[IndexedDataset]) -> None:
+    table = Table("shard", "ids", "documents", "tokens", ".bin bytes", ".idx bytes", title="MMIDIDX version 1")
+    for column in table.columns[2:]:
+        column.justify = "right"
+
+    def row(name: str, of: list[IndexedDataset]) -> None:
+        dtypes = ", ".join(sorted({str(dataset.dtype) for dataset in of}))
+        bin_bytes = sum(dataset.num_tokens * dataset.dtype.itemsize for dataset in of)
+        idx_bytes = sum(dataset.verified_bytes for dataset in of) - bin_bytes
+        documents, tokens = sum(d.num_documents for d in of), sum(d.num_tokens for d in of)
+        table.add_row(
+            Text(name, overflow="fold"), dtypes, *(f"{n:,}" for n in (documents, tokens, bin_bytes, idx_bytes))
+        )
+
+    for dataset in opened[:SHOWN_SHARDS]:
+        row(dataset.prefix, [dataset])
+    if len(opened) > SHOWN_SHARDS:
+        row(f"... and {len(opened) - SHOWN_SHARDS} more", opened[SHOWN_SHARDS:])
+    if len(opened) > 1:
+        row(f"all {len(opened)}", opened)
+    console.print(table)
+
+
+def print_lengths(console: Console, statistics: LengthStatistics) -> None:
+    least, greatest = statistics.median_bucket()
+    console.print(
+        f"tokens in a document: shortest {statistics.shortest:,}, median {least:,} to {greatest:,}, "
+        f"mean {statistics.tokens / statistics.documents:,.1f}, longest {statistics.longest:,}"
+    )
+    table = Table("tokens", "documents", "share", "")
+    table.columns[0].justify = table.columns[1].justify = table.columns[2].justify = "right"
+    most = int(statistics.histogram.max())
+    for low, high, count in statistics.buckets():
+        share = f"{count / statistics.documents:.1%}"
+        table.add_row(f"{low:,} to {high:,}", f"{count:,}", share, "#" * round(40 * count / most))
+    console.print(table)
+
+
+def verify_all(console: Console, shards: list[FoundShard], vocab_size: int | None) -> list[str]:
+    problems: list[str] = []
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("verify", total=expected_bytes(shards))
+        for shard in shards:
+            problems += verify_shard(shard, vocab_size, lambda count: bar.advance(task, count))
+    return problems
+
+
+if __name__ == "__main__":
+    typer.run(main)

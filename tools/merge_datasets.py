@@ -1,0 +1,39 @@
+"""Several shards -> one, under Megatron's option names; see illada_megatron.data.merge."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from illada_megatron.data import DataError
+from illada_megatron.data.find_shards import find_shards
+from illada_megatron.data.merge import merge, progress_bytes
+
+
+def main(
+    input: Annotated[
+        list[str], typer.Option(help="folder, prefix, quoted glob of prefixes or manifest; repeat the option for more")
+    ],
+    output_prefix: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write")],
+) -> None:
+    """Concatenate shards of one token type. Inputs from manifests give the output a manifest, PREFIX.json."""
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    try:
+        shards = find_shards(input)
+        with Progress(*columns, transient=True) as bar:
+            task = bar.add_task("merge", total=progress_bytes(shards))
+            summary = merge(shards, output_prefix, lambda count: bar.advance(task, count))
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{output_prefix}: {len(shards)} shards, {summary.documents} documents, {summary.tokens} tokens, "
+        f"{summary.bin_bytes} bytes; {summary.seconds:.1f} s ({summary.bin_bytes / summary.seconds / 1e6:.0f} MB/s)"
+    )
+    if summary.manifest_path:
+        print(f"{summary.manifest_path}: verified, with checksums")
+
+
+if __name__ == "__main__":
+    typer.run(main)
