@@ -1,39 +1,128 @@
-"""`illada preprocess`."""
+"""`illada preprocess`, and tools/preprocess_data.py under Megatron's option names: one command."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from illada_megatron.data.preprocess import preprocess as run_preprocess
-from illada_megatron.data.tokenizer import load_tokenizer
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing import PreprocessOptions, PreprocessSummary
+from illada_megatron.data.preprocessing import preprocess as run_preprocess
+
+# Megatron's --tokenizer-type -> how the file's name has to end
+_TOKENIZER_TYPES = {
+    "HuggingFaceTokenizer": ".json",
+    "SentencePieceTokenizer": ".model",
+    "GPTSentencePieceTokenizer": ".model",
+    "Llama2Tokenizer": ".model",
+}
 
 
 def preprocess(
-    inputs: Annotated[list[Path], typer.Argument(help="JSONL files, read in this order.")],
-    output_prefix: Annotated[Path, typer.Option(help="Writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx.")],
-    tokenizer: Annotated[Path, typer.Option(help="A SentencePiece .model or a Hugging Face tokenizer.json.")],
-    json_key: Annotated[str, typer.Option(help="The key that holds the text.")] = "text",
+    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX.manifest.json and PREFIX[_00000].bin/.idx.")],
+    tokenizer: Annotated[
+        Path,
+        typer.Option("--tokenizer", "--tokenizer-model", help="A SentencePiece .model or Hugging Face tokenizer.json."),
+    ],
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Files, globs or directories, in this order.")] = None,
+    input: Annotated[list[Path] | None, typer.Option(help="The same as INPUTS; may be repeated.")] = None,
+    tokenizer_type: Annotated[str | None, typer.Option(help="Megatron's name for it; checked, not needed.")] = None,
+    json_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--json-keys",
+            "--json-key",
+            help="Key or column of the text (default: text; messages with --chat). Several: repeated, a corpus each, "
+            "PREFIX_KEY_document.",
+        ),
+    ] = None,
+    input_format: Annotated[
+        Literal["auto", "jsonl", "text", "parquet"], typer.Option(help="auto: by suffix; also .gz and .zst.")
+    ] = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="The key holds conversations, for SFT.")] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file; default: of tokenizer_config.json beside the tokenizer.")
+    ] = None,
     append_eod: Annotated[bool, typer.Option(help="End each document with EOS.")] = True,
     skip_bad_lines: Annotated[
-        bool, typer.Option(help="Leave out and count lines that cannot be used, instead of stopping at the first.")
+        bool, typer.Option("--skip-bad-lines", help="Leave out and count what cannot be used, instead of stopping.")
     ] = False,
+    max_document_mb: Annotated[float, typer.Option(help="Longer documents are dropped.")] = 64,
+    shard_mb: Annotated[float, typer.Option(help="Input for each shard.")] = 512,
+    shuffle_seed: Annotated[int | None, typer.Option(help="Shuffle documents; default: input order.")] = None,
+    shuffle_buffer_mb: Annotated[float, typer.Option(help="Tokens that are shuffled together.")] = 64,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: this machine's cores.")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the shard tasks.")] = "local",
+    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster, as auto.")] = None,
+    tokenizer_engine: Annotated[str, typer.Option(help="Library that tokenizes; auto: the fastest that agrees.")] = (
+        "auto"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what PREFIX has now.")] = False,
+    log_interval: Annotated[float, typer.Option(help="Seconds between lines on stderr where it is no terminal.")] = 30,
 ) -> None:
-    """Tokenize JSONL into a shard that training reads (Megatron's .bin/.idx).
+    """Tokenize text into shards that training reads (Megatron's .bin/.idx). Stopped, it continues when run again.
 
-    `illada preprocess corpus.jsonl --output-prefix data/corpus --tokenizer tokenizer.model`
+    `illada preprocess corpus.jsonl --output-prefix data/train --tokenizer tokenizer.model`
+
+    `illada preprocess 'web/*.jsonl.zst' --output-prefix data/web --tokenizer tokenizer.json --shuffle-seed 1`
+
+    Then train on `data.train_paths=[data/train.manifest.json]`.
     """
-    summary = run_preprocess(
-        inputs,
-        output_prefix,
-        load_tokenizer(tokenizer),
-        text_key=json_key,
-        append_eod=append_eod,
-        skip_bad_lines=skip_bad_lines,
-    )
-    print(
-        f"{output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens "
-        f"({summary.text_bytes / max(1, summary.tokens):.2f} bytes/token) in {summary.seconds:.1f} s "
-        f"({summary.megabytes_per_second:.1f} MB/s); skipped {summary.skipped_lines:,} bad lines and "
-        f"{summary.empty_documents:,} empty documents"
-    )
+    _check_type(tokenizer, tokenizer_type)
+    keys: list[str | None] = [*json_keys] if json_keys else [None]
+    for key in keys:
+        prefix = output_prefix if len(keys) == 1 else Path(f"{output_prefix}_{key}_document")
+        options = PreprocessOptions(
+            input_format=input_format,
+            text_key=key,
+            append_eod=append_eod,
+            skip_bad_lines=skip_bad_lines,
+            chat=chat or chat_template is not None,
+            chat_template=chat_template,
+            max_document_mb=max_document_mb,
+            shard_mb=shard_mb,
+            shuffle_seed=shuffle_seed,
+            shuffle_buffer_mb=shuffle_buffer_mb,
+            workers=workers,
+            engine=engine,
+            ray_address=ray_address,
+            tokenizer_engine=tokenizer_engine,
+            overwrite=overwrite,
+            log_interval_seconds=log_interval,
+        )
+        print(_told(run_preprocess([*(inputs or []), *(input or [])], prefix, tokenizer, options)))
+
+
+def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:
+    if tokenizer_type is None:
+        return
+    if tokenizer_type not in _TOKENIZER_TYPES:
+        raise DataError(f"--tokenizer-type is {tokenizer_type}, expected one of {', '.join(_TOKENIZER_TYPES)}")
+    if tokenizer.suffix != _TOKENIZER_TYPES[tokenizer_type]:
+        raise DataError(
+            f"{tokenizer}: --tokenizer-type {tokenizer_type} expects a file that ends in "
+            f"{_TOKENIZER_TYPES[tokenizer_type]}: leave the type out, it is known by the name"
+        )
+
+
+def _told(summary: PreprocessSummary) -> str:
+    counts = summary.counts
+    lines = [
+        f"{summary.manifest}: {counts.documents:,} documents, {counts.tokens:,} tokens "
+        f"({counts.text_bytes / max(1, counts.tokens):.2f} bytes/token), shards: {summary.shards:,}",
+        f"skipped {sum(counts.bad.values()):,} bad lines{_by_reason(counts.bad)} and "
+        f"{sum(counts.dropped.values()):,} documents{_by_reason(counts.dropped)}",
+    ]
+    if summary.was_finished:
+        lines.append("everything was finished before: nothing done")
+    else:
+        again = f"; {summary.resumed_tasks:,} of {summary.tasks:,} tasks were finished before"
+        lines.append(
+            f"{summary.read_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s ({summary.megabytes_per_second:.1f} MB/s)"
+            + (again if summary.resumed_tasks else "")
+        )
+    return "\n".join(lines)
+
+
+def _by_reason(counts: dict[str, int]) -> str:
+    return f" ({', '.join(f'{count:,} {reason}' for reason, count in counts.items())})" if counts else ""

@@ -4,7 +4,7 @@ from illada_megatron.data.corpus import Corpus, resolve_prefixes
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, check_token_ids
 from illada_megatron.data.order import derive_key, permute
-from illada_megatron.data.preprocess import PreprocessSummary, preprocess
+from illada_megatron.data.preprocessing import PreprocessOptions, PreprocessSummary, preprocess
 from illada_megatron.data.statistics import unigram_entropy
 from illada_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from illada_megatron.data.train_tokenizer import train_sentencepiece
@@ -15,6 +15,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "IndexedDataset",
     "IndexedDatasetWriter",
+    "PreprocessOptions",
     "PreprocessSummary",
     "SentencePieceTokenizer",
     "Tokenizer",

@@ -1,9 +1,11 @@
 """Tokenizers behind one small interface: a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
 Text is only ever text: a document that contains the characters of a special token ("</s>", "<|mdm_mask|>") is
-encoded as those characters, so the mask and the end of a document cannot be forged by the corpus."""
+encoded as those characters, so the mask and the end of a document cannot be forged by the corpus. Only what a chat
+template has rendered is encoded otherwise: load_tokenizer(path, special_tokens=True)."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +31,9 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256 of the tokenizer's file, hexadecimal: two shards with the same one were made by the same tokenizer."""
 
+    def special_names(self) -> list[str]:
+        """The special tokens as they are spelled."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -42,17 +47,19 @@ class Tokenizer(Protocol):
         """One token for a reader: its text, the name of a special token, "<0x0A>" for a lone byte."""
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, special_tokens: bool = False) -> Tokenizer:
     """The tokenizer in `path`, by its suffix: `.model` SentencePiece, `.json` Hugging Face.
+
+    special_tokens: encode the name of a special token as that token, for text that a chat template has rendered.
 
     Raises DataError when there is no such file, the suffix is another or the library cannot read the file."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file, expected a tokenizer: correct data.tokenizer_path")
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path)
+        return SentencePieceTokenizer(path, special_tokens)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, special_tokens)
     raise DataError(
         f"{path}: the name ends in {path.suffix!r}, expected `.model` (SentencePiece) or `.json` (a Hugging Face "
         "tokenizer.json): correct data.tokenizer_path"
@@ -75,7 +82,7 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
 class SentencePieceTokenizer:
     """A SentencePiece model (https://github.com/google/sentencepiece)."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, special_tokens: bool = False) -> None:
         import sentencepiece
 
         path = Path(path)
@@ -91,6 +98,9 @@ class SentencePieceTokenizer:
         sign_bytes = [self._find((f"<0x{byte:02X}>",)) for byte in SPACE_SIGN.encode()]
         # the ids that stand for a literal space sign, where the model has byte pieces
         self._space_sign_ids: list[int] = [byte for byte in sign_bytes if byte is not None]
+        self._special: dict[str, int] = {}
+        if special_tokens:
+            self._special = {name: self._processor.piece_to_id(name) for name in self.special_names()}
 
     def _declared(self, token_id: int, names: Sequence[str]) -> int | None:
         """The id that the model file itself declares (-1: none), else the piece with one of the usual names."""
@@ -107,7 +117,28 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def special_names(self) -> list[str]:
+        ids = range(self.vocab_size)
+        return [self._processor.id_to_piece(token_id) for token_id in ids if self._processor.is_control(token_id)]
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._encode_with_special(texts) if self._special else self._encode_plain(texts)
+
+    def _encode_with_special(self, texts: list[str]) -> list[list[int]]:
+        """The library never reads a control symbol from text: split at their names, the longest first."""
+        names = sorted(self._special, key=len, reverse=True)
+        pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        parts = [pattern.split(text) for text in texts]  # text, name, text, name, ..., text
+        encoded = iter(self._encode_plain([part for text_parts in parts for part in text_parts[::2]]))
+        batch = []
+        for text_parts in parts:
+            ids = list(next(encoded))
+            for name in text_parts[1::2]:
+                ids += [self._special[name], *next(encoded)]
+            batch.append(ids)
+        return batch
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         if len(self._space_sign_ids) != 3:
             return self._processor.encode(texts)
         # a literal space sign would come back as a space; spelled in bytes it comes back as itself
@@ -140,7 +171,7 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json, read by the `tokenizers` library."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, special_tokens: bool = False) -> None:
         import tokenizers
 
         path = Path(path)
@@ -151,7 +182,7 @@ class HuggingFaceTokenizer:
         # a tokenizer.json may have been saved with a length limit: it would cut documents without a word
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = not special_tokens
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = _fingerprint(path)
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
@@ -163,6 +194,9 @@ class HuggingFaceTokenizer:
     def _find(self, names: Sequence[str]) -> int | None:
         ids = {name: token_id for token_id, name in self._special.items()}
         return next((ids[name] for name in names if name in ids), None)
+
+    def special_names(self) -> list[str]:
+        return list(self._special.values())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.jsonl import read_texts
+from illada_megatron.data.preprocessing.documents import read_texts
 from illada_megatron.data.tokenizer import load_tokenizer
 
 # SentencePiece places control symbols behind the four classic ones in the order given: the mask becomes id 5, as in

@@ -182,7 +182,7 @@ def test_preprocess_counts_the_lines_it_skips(
     skipped = illada(*arguments, "--skip-bad-lines")
     assert skipped.code == 0, skipped.err
     assert "2 documents" in skipped.out
-    assert "skipped 2 bad lines" in skipped.out
+    assert "skipped 2 bad lines (1 key missing, 1 not JSON)" in skipped.out
 
 
 @pytest.mark.parametrize(

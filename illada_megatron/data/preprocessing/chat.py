@@ -1,0 +1,114 @@
+"""Conversations -> text, by the tokenizer's own Jinja chat template, as `transformers` renders it.
+
+The rendered text is encoded with special tokens recognised, so a message whose content spells one would forge a turn:
+it is refused."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from pydantic import BaseModel, ConfigDict
+
+from illada_megatron.data.errors import DataError
+
+SPECIAL_IN_CONTENT = "special token in content"
+_CONFIG_NAME = "tokenizer_config.json"
+
+
+class BadConversation(Exception):  # noqa: N818 (not an error of the input: such a conversation is dropped and counted)
+    """A conversation that must not be trained on; the message is the reason to count it by."""
+
+
+class ChatTemplate(BaseModel):
+    """The template's source and the special tokens it may name (bos_token, eos_token, ...)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    source: str
+    variables: dict[str, str]
+
+
+def load_chat_template(tokenizer_path: Path, template_path: Path | None) -> ChatTemplate:
+    """The template in `template_path`, else the chat_template of the tokenizer_config.json beside the tokenizer, which
+    also gives the special tokens. Raises DataError where there is none."""
+    config_path = tokenizer_path.parent / _CONFIG_NAME
+    config: dict[str, Any] = {}
+    if config_path.is_file():
+        try:
+            config = json.loads(config_path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{config_path}: not valid JSON ({error})") from error
+    source = template_path.read_text(encoding="utf-8") if template_path else config.get("chat_template")
+    if not isinstance(source, str):
+        raise DataError(
+            f"{config_path}: no chat_template found there (a string), expected one for conversations: "
+            "pass the template's file with --chat-template"
+        )
+    variables = {}
+    for name, value in config.items():
+        if name.endswith("_token"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                variables[name] = text
+    return ChatTemplate(source=source, variables=variables)
+
+
+class ChatRenderer:
+    """Renders conversations; special_tokens: names that no message may contain."""
+
+    def __init__(self, template: ChatTemplate, special_tokens: Iterable[str]) -> None:
+        # the environment of transformers.utils.chat_template_utils; without its strftime_now, whose text would depend
+        # on the day (templates ask whether it is there and have a fixed date otherwise)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(template.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
+        self._variables = template.variables
+        names = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def render(self, messages: Any) -> str:
+        """The text of the conversation `messages`, [{"role": ..., "content": ...}, ...].
+
+        Raises BadConversation where a message spells a special token; ValueError (what the key holds, as the end of a
+        sentence) where it is no conversation or the template refuses it."""
+        if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+            raise ValueError('does not hold a conversation, expected [{"role": "user", "content": "..."}, ...]')
+        if any("role" not in message for message in messages):
+            raise ValueError("holds a message without a role")
+        if any(self._special.search(text) for text in _strings(messages)):
+            raise BadConversation(SPECIAL_IN_CONTENT)
+        try:
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
+            )
+        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+            raise ValueError(f"holds a conversation that the chat template refuses: {error}") from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -1,0 +1,94 @@
+"""Whose an output prefix is: PREFIX.job.json is there from a job's start, so that two jobs never mix their shards."""
+
+import re
+from pathlib import Path
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.manifest import read_manifest
+from illada_megatron.data.preprocessing import records
+from illada_megatron.data.preprocessing.plan import Job, ShardTask
+from illada_megatron.data.preprocessing.records import JobRecord
+
+# what this package writes behind a prefix
+_NAMES = re.compile(r"(_\d{5,}(_\d{3,})?)?\.(bin|idx|done\.json)(\.tmp)?")
+
+
+def claim_prefix(job: Job, tasks: list[ShardTask], overwrite: bool) -> JobRecord:
+    """Take the prefix for `job`, or find that it has it already. A record with `finished` set: all is done.
+
+    overwrite: remove what any job has written under the prefix. Without it, raises DataError where another job has
+    finished shards there, or where there are shards that no job has written."""
+    path = records.job_path(job.prefix)
+    found = records.read_record(path, JobRecord)
+    if found is not None and found.fingerprint == job.fingerprint and not overwrite:
+        if found.finished is not None:
+            _check_shards(job)
+        return found
+    if not overwrite:
+        if found is not None and _has_finished(job.prefix, found):
+            raise DataError(
+                f"{path}: another job has written shards here ({_differences(found, job)}): choose another output "
+                "prefix, or remove them with --overwrite"
+            )
+        if found is None:
+            _check_free(job, tasks)
+    remove_outputs(job.prefix)
+    record = JobRecord(fingerprint=job.fingerprint, options=job.options())
+    records.write_record(path, record)
+    return record
+
+
+def remove_outputs(prefix: str) -> None:
+    """Everything that this package writes under `prefix`; the claim last."""
+    for path in outputs(prefix):
+        path.unlink()
+    records.manifest_path(prefix).unlink(missing_ok=True)
+    job = records.job_path(prefix)
+    job.with_name(job.name + ".tmp").unlink(missing_ok=True)
+    job.unlink(missing_ok=True)
+
+
+def outputs(prefix: str) -> list[Path]:
+    """Shards, records and what killed writers left of them, by name."""
+    directory, name = Path(prefix).parent, Path(prefix).name
+    if not directory.is_dir():
+        return []
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.name.startswith(name) and _NAMES.fullmatch(path.name.removeprefix(name))
+    )
+
+
+def _has_finished(prefix: str, found: JobRecord) -> bool:
+    return found.finished is not None or any(path.name.endswith(".done.json") for path in outputs(prefix))
+
+
+def _differences(found: JobRecord, job: Job) -> str:
+    options = job.options()
+    names = sorted(name for name in options if found.options.get(name) != options[name])
+    if not names:
+        return "its inputs were others, or have changed since"
+    return ", ".join(f"{name} was {found.options.get(name)!r:.60}, now {options[name]!r:.60}" for name in names)
+
+
+def _check_free(job: Job, tasks: list[ShardTask]) -> None:
+    for task in tasks:
+        for end in (".bin", ".idx"):
+            path = Path(job.prefix + task.part_name(0) + end)
+            if path.exists():
+                raise DataError(
+                    f"{path}: there already, and no {records.job_path(job.prefix).name} says whose it is: choose "
+                    "another output prefix, or remove it with --overwrite"
+                )
+
+
+def _check_shards(job: Job) -> None:
+    path = records.manifest_path(job.prefix)
+    for shard in read_manifest(path).shards:
+        for end in (".bin", ".idx"):
+            if not (path.parent / f"{shard.path}{end}").is_file():
+                raise DataError(
+                    f"{path.parent / shard.path}{end}: is missing, though the job has finished: bring the file back, "
+                    "or write all shards again with --overwrite"
+                )

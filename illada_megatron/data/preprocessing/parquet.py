@@ -1,0 +1,107 @@
+"""Rows of Parquet files. pyarrow is optional: `pip install illada-megatron[parquet]`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.chunks import CHUNK_BYTES
+
+_MOST_ROWS = 16384
+
+
+@dataclass
+class Rows:
+    """Rows of one column that follow one another."""
+
+    values: list[Any]
+    source_bytes: int
+    place: Callable[[int], str]
+    too_long: int
+    count: int
+    total: int
+    """Rows of all the row groups that are read."""
+
+
+def count_row_groups(path: Path) -> int:
+    """Raises DataError where the file is not Parquet."""
+    with _open(path) as file:
+        return max(1, file.num_row_groups)
+
+
+def read_rows(path: Path, start: int, end: int | None, column: str, limit_bytes: int) -> Iterator[Rows]:
+    """`column` of row groups [start, end), about `CHUNK_BYTES` at a time; values longer than `limit_bytes` are counted
+    and left out before they become Python objects.
+
+    Raises DataError for a damaged file and a missing column."""
+    pyarrow = _library(path)
+    with _open(path) as file:
+        groups = range(start, file.num_row_groups if end is None else end)
+        if column not in file.schema_arrow.names:
+            names = ", ".join(map(repr, file.schema_arrow.names[:10]))
+            raise DataError(f"{path}: the column {column!r} is missing, found {names}: correct --json-keys")
+        metadata = [file.metadata.row_group(group) for group in groups]
+        total = sum(group.num_rows for group in metadata)
+        row_bytes = sum(group.total_byte_size for group in metadata) // max(1, total)
+        batch_rows = min(_MOST_ROWS, max(1, CHUNK_BYTES // max(1, row_bytes)))
+        first = sum(file.metadata.row_group(group).num_rows for group in range(start))
+        try:
+            for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=[column], use_threads=False):
+                yield _rows(path, batch.column(0), first, limit_bytes, total)
+                first += batch.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+
+
+def _rows(path: Path, column: Any, first: int, limit_bytes: int, total: int) -> Rows:
+    pyarrow = _library(path)
+    source_bytes = column.nbytes
+    count = len(column)
+    is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    if is_text and source_bytes > limit_bytes:
+        column = column.filter(
+            pyarrow.compute.less_equal(pyarrow.compute.binary_length(column), limit_bytes).fill_null(True)
+        )
+    # the number of the row is that of the rows that were kept: exact unless one before it in its batch was too long
+    return Rows(_values(column), source_bytes, lambda i: f"{path}: row {first + i}", count - len(column), count, total)
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        # what is not UTF-8 stays bytes, for a message about its row
+        values = column.cast("binary" if str(column.type) == "string" else "large_binary").to_pylist()
+        return [_text_if_valid(value) for value in values]
+
+
+def _text_if_valid(value: bytes | None) -> Any:
+    try:
+        return value if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _open(path: Path) -> Any:
+    pyarrow = _library(path)
+    try:
+        return pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _library(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: Parquet is read with pyarrow, which is not installed: pip install 'illada-megatron[parquet]'"
+        ) from error
+    return pyarrow
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: expected a whole Parquet file, pyarrow says: {error}; copy or write it again")

@@ -1,0 +1,131 @@
+"""Small files beside the shards that say what is finished: written after the shard, whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.manifest import ShardEntry
+from illada_megatron.data.preprocessing.plan import Job, ShardTask
+
+_SUFFIX = ".done.json"
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Counts(_Stored):
+    """What became of the documents of some part of the input."""
+
+    documents: int = 0
+    tokens: int = 0
+    """End-of-document tokens included."""
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents' text, so that nats per token can be turned into bits per byte."""
+    dropped: dict[str, int] = {}
+    """Reason -> documents that were left out, as intended."""
+    bad: dict[str, int] = {}
+    """Reason -> lines that could not be used (skip_bad_lines)."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+            dropped=_sum(self.dropped, other.dropped),
+            bad=_sum(self.bad, other.bad),
+        )
+
+
+def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {reason: first.get(reason, 0) + second.get(reason, 0) for reason in sorted(first | second)}
+
+
+class PartRecord(_Stored):
+    """One finished shard, or None where there was no document for it."""
+
+    shard: ShardEntry | None
+    counts: Counts
+
+
+class TaskRecord(_Stored):
+    """A finished task, or a finished part of a task."""
+
+    fingerprint: str
+    """Of the job."""
+    parts: tuple[PartRecord, ...]
+
+
+class JobRecord(_Stored):
+    """PREFIX.job.json: whose the prefix is, and what came of it once the manifest is written."""
+
+    fingerprint: str
+    options: dict[str, object]
+    finished: Counts | None = None
+    shards: int = 0
+
+
+def record_path(job: Job, name: str) -> Path:
+    return Path(job.prefix + name + _SUFFIX)
+
+
+def job_path(prefix: str) -> Path:
+    return Path(prefix + ".job.json")
+
+
+def manifest_path(prefix: str) -> Path:
+    return Path(prefix + ".manifest.json")
+
+
+def finished_task(job: Job, task: ShardTask) -> TaskRecord | None:
+    """The record of `task`, if this job has finished it and its shards are there."""
+    return _finished(job, task.name)
+
+
+def finished_part(job: Job, task: ShardTask, part: int) -> PartRecord | None:
+    """The same for one part of a streamed task."""
+    record = _finished(job, task.part_name(part)) if task.streamed else None
+    return record.parts[0] if record else None
+
+
+def _finished(job: Job, name: str) -> TaskRecord | None:
+    record = read_record(record_path(job, name), TaskRecord)
+    if record is None or record.fingerprint != job.fingerprint:
+        return None
+    directory = Path(job.prefix).parent
+    for part in record.parts:
+        if part.shard and not all((directory / f"{part.shard.path}{end}").is_file() for end in (".bin", ".idx")):
+            return None
+    return record
+
+
+def read_record(path: Path, kind: type[Record]) -> Record | None:
+    """None where there is no such file; DataError where it is not what this package writes."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(
+            f"{path}: expected a record of `illada preprocess`, found something else ({error.errors()[0]['msg']}): "
+            "remove the file, or choose another output prefix"
+        ) from error
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Under another name, flushed to the device, then renamed. What a killed writer left behind is overwritten."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(record.model_dump_json(indent=1).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,133 @@
+"""Worker processes of one machine: each takes the next task when it has done one.
+
+They are plain commands and not multiprocessing's children: those would import the caller's main module (with torch,
+for the `illada` command) once in each process."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import orjson
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.plan import Job, ShardTask
+from illada_megatron.data.preprocessing.records import TaskRecord
+from illada_megatron.data.preprocessing.shard import Report, run_task
+from illada_megatron.data.preprocessing.tokens import DocumentEncoder
+
+_COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
+_GIVE_UP_SECONDS = 30
+
+
+def run_here(
+    job: Job, tasks: Sequence[ShardTask], encoder: DocumentEncoder, report: Report
+) -> Iterator[tuple[ShardTask, TaskRecord]]:
+    """All tasks in this process, whose stages and engine use several cores by themselves."""
+    for task in tasks:
+        yield task, run_task(job, task, encoder, report)
+
+
+def run_workers(
+    job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, report: Report
+) -> Iterator[tuple[ShardTask, TaskRecord]]:
+    """All tasks in `workers` processes with engines of `threads` threads, as they finish.
+
+    Raises DataError when a task fails or a worker dies; the other workers then give up what they are at."""
+    pool = _Pool(job, tasks, workers, threads)
+    try:
+        yield from pool.run(report)
+    finally:
+        pool.close()
+
+
+class _Pool:
+    def __init__(self, job: Job, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
+        environment = {"RAYON_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": _import_path()}
+        self._waiting = list(reversed(tasks))
+        self._at_work: dict[int, ShardTask] = {}
+        self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+        for number in range(workers):
+            process = subprocess.Popen(
+                [*_COMMAND, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
+            )
+            self._processes.append(process)
+            self._threads.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
+            self._threads[-1].start()
+            self._send(number, job.model_dump_json())
+            self._next_task(number)
+
+    def run(self, report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
+        while self._at_work:
+            number, message = self._messages.get()
+            if message is None:
+                if number in self._at_work:
+                    raise self._death(number)
+            elif "done" in message:
+                task = self._at_work.pop(number)
+                self._next_task(number)
+                yield task, TaskRecord.model_validate_json(orjson.dumps(message["done"]))
+            elif "error" in message:
+                raise DataError(message["error"])
+            else:
+                report(message["read_bytes"], message["tokens"])
+
+    def close(self) -> None:
+        """End the workers: politely, then not."""
+        for process in self._processes:
+            if process.stdin:
+                process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(_GIVE_UP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for thread in self._threads:
+            thread.join()
+
+    def _listen(self, number: int) -> None:
+        """In a thread: the messages of a worker, then None."""
+        stdout = self._processes[number].stdout
+        assert stdout is not None
+        with os.fdopen(os.dup(stdout.fileno()), "rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):  # a killed worker may leave half of one
+                    self._messages.put((number, orjson.loads(line)))
+        stdout.close()
+        self._messages.put((number, None))
+
+    def _next_task(self, number: int) -> None:
+        if self._waiting:
+            task = self._waiting.pop()
+            self._at_work[number] = task
+            self._send(number, task.model_dump_json())
+
+    def _send(self, number: int, text: str) -> None:
+        stdin = self._processes[number].stdin
+        assert stdin is not None
+        try:
+            stdin.write(text.encode() + b"\n")
+        except BrokenPipeError:
+            return  # the worker has died: _listen says so
+
+    def _death(self, number: int) -> DataError:
+        status = self._processes[number].wait()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+        reason = " (out of memory? use fewer --workers or a smaller --max-document-mb)" if status == -9 else ""
+        task = self._at_work[number]
+        return DataError(
+            f"a worker {how}{reason} while it made shard {task.name or 'PREFIX'} from {task.pieces[0].file.path}; "
+            "finished shards are kept: run the same command again to continue"
+        )
+
+
+def _import_path() -> str:
+    """What this process imports from, for a process started elsewhere."""
+    return os.pathsep.join(path for path in sys.path if path)

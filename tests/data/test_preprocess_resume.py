@@ -1,0 +1,180 @@
+"""Killed at any moment and started again: the same bytes as a run that nobody disturbed, whoever did the work."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import zstandard
+
+from illada_megatron.data import DataError, IndexedDataset, PreprocessOptions, preprocess
+from illada_megatron.data.manifest import read_manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """About 4 MB to be cut into ranges, and as much compressed, to be cut into parts."""
+    directory = tmp_path_factory.mktemp("inputs")
+    data = jsonl.read_bytes() * 4
+    (directory / "a.jsonl").write_bytes(data)
+    (directory / "b.jsonl.zst").write_bytes(zstandard.compress(data))
+    return [directory]
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def _command(inputs: list[Path], prefix: Path, tokenizer: Path, workers: int) -> list[str]:
+    options = {"--shard-mb": "0.3", "--shuffle-seed": "1", "--tokenizer-engine": "reference", "--workers": str(workers)}
+    arguments = [
+        "--output-prefix",
+        prefix,
+        "--tokenizer",
+        tokenizer,
+        *(word for pair in options.items() for word in pair),
+    ]
+    return [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, inputs), *map(str, arguments)]
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def _disturb(command: list[str], kills: int, seed: int) -> str:
+    """Kill the run, or all its processes, `kills` times; returns what the last run, undisturbed, says."""
+    generator = random.Random(seed)
+    done = 0
+    while done < kills:
+        process = _start(command)
+        try:
+            process.wait(generator.uniform(0.4, 2.0))
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            break  # finished in spite of it
+        if generator.random() < 0.5:
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        done += 1
+    _, errors = (process := _start(command)).communicate()
+    assert process.returncode == 0, errors
+    return errors
+
+
+def _check_kills(inputs: list[Path], tokenizer: Path, directory: Path, kills: int, seed: int) -> None:
+    options = PreprocessOptions(shard_mb=0.3, shuffle_seed=1, tokenizer_engine="reference", workers=1)
+    made = preprocess(inputs, directory / "calm" / "out", tokenizer, options)
+    assert made.shards > 12
+    for workers in (1, 2):
+        _disturb(_command(inputs, directory / f"disturbed{workers}" / "out", tokenizer, workers), kills, seed + workers)
+        assert _contents(directory / f"disturbed{workers}") == _contents(directory / "calm")
+
+
+def test_three_kills(inputs: list[Path], sentencepiece_path: Path, tmp_path: Path) -> None:
+    _check_kills(inputs, sentencepiece_path, tmp_path, 3, 0)
+
+
+@pytest.mark.slow
+def test_twenty_five_kills(inputs: list[Path], huggingface_path: Path, tmp_path: Path) -> None:
+    _check_kills(inputs, huggingface_path, tmp_path, 25, 100)
+
+
+def test_workers_leave_no_trace_in_the_bytes(inputs: list[Path], sentencepiece_path: Path, tmp_path: Path) -> None:
+    for workers in (1, 2, 3):
+        options = PreprocessOptions(shard_mb=0.5, workers=workers, shuffle_seed=3)
+        preprocess(inputs, tmp_path / f"with{workers}" / "out", sentencepiece_path, options)
+    assert _contents(tmp_path / "with1") == _contents(tmp_path / "with2") == _contents(tmp_path / "with3")
+
+
+def test_a_dead_worker_ends_the_run_with_a_message(
+    inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
+) -> None:
+    """As the kernel does it when memory runs out. Finished shards stay, the others leave nothing."""
+    command = _command(inputs, tmp_path / "out", sentencepiece_path, 2)
+    process = _start(command)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out_*.done.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    psutil.Process(process.pid).children()[0].kill()
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "a worker was killed by SIGKILL (out of memory?" in errors
+    assert "run the same command again to continue" in errors
+    assert "Traceback" not in errors
+    again = _start(command)
+    output, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert "tasks were finished before" in output
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_finished_job_is_not_done_again(inputs: list[Path], sentencepiece_path: Path, tmp_path: Path) -> None:
+    options = PreprocessOptions(shard_mb=2)
+    first = preprocess(inputs, tmp_path / "out", sentencepiece_path, options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = preprocess(inputs, tmp_path / "out", sentencepiece_path, options)
+    assert again.was_finished
+    assert not first.was_finished
+    assert again.counts == first.counts
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    (tmp_path / "out_00000.bin").unlink()
+    with pytest.raises(DataError, match=r"out_00000\.bin: is missing, though the job has finished.*--overwrite"):
+        preprocess(inputs, tmp_path / "out", sentencepiece_path, options)
+
+
+def test_another_job_is_refused_unless_told_to_overwrite(
+    inputs: list[Path], sentencepiece_path: Path, huggingface_path: Path, jsonl: Path, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "out"
+    preprocess(inputs, prefix, sentencepiece_path, PreprocessOptions(shard_mb=1))
+    other = [
+        (inputs, sentencepiece_path, PreprocessOptions(shard_mb=2), "shard_bytes was 1000000, now 2000000"),
+        (inputs, huggingface_path, PreprocessOptions(shard_mb=1), "tokenizer_sha256 was"),
+        ([jsonl], sentencepiece_path, PreprocessOptions(shard_mb=1), "its inputs were others"),
+    ]
+    before = _contents(tmp_path)
+    for paths, tokenizer, options, message in other:
+        with pytest.raises(DataError, match=rf"another job has written shards here \(.*{message}.*--overwrite"):
+            preprocess(paths, prefix, tokenizer, options)
+    assert _contents(tmp_path) == before
+    preprocess([jsonl], prefix, sentencepiece_path, PreprocessOptions(shard_mb=2, overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.bin",
+        "out.idx",
+        "out.job.json",
+        "out.manifest.json",
+    ]
+
+
+def test_shards_of_unknown_origin_are_not_replaced(jsonl: Path, sentencepiece_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.bin").write_bytes(b"precious")
+    with pytest.raises(DataError, match=r"out\.bin: there already.*--overwrite"):
+        preprocess([jsonl], tmp_path / "out", sentencepiece_path)
+    assert _contents(tmp_path) == {"out.bin": b"precious"}
+
+
+def test_several_keys_give_several_corpora(sentencepiece_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a text", "title": "T"}\n{"text": "b", "title": ""}\n')
+    keys = ["--json-keys", "text", "--json-keys", "title"]
+    process = _start([*_command([tmp_path / "in.jsonl"], tmp_path / "out", sentencepiece_path, 1), *keys])
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "1 documents" in output
+    for key, documents in (("text", 2), ("title", 1)):
+        (shard,) = read_manifest(tmp_path / f"out_{key}_document.manifest.json").shards
+        assert shard.path == f"out_{key}_document"
+        assert IndexedDataset(tmp_path / shard.path).num_documents == documents
