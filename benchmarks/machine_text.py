@@ -21,10 +21,9 @@ ROOTS = (
     "/usr/local",
 )
 # text for people and sources by people; no data tables, no logs, no minified bundles
-SUFFIXES = frozenset(
-    ".py .pyi .pyx .md .rst .txt .html .htm .h .hpp .hh .c .cc .cpp .cu .cuh .js .ts .css .pl .pm .pod .sh .rb .el .tcl "
-    ".java .go .rs .lua .cmake .tex .texi .po .ipynb .yaml .yml .toml .proto .sql .m4 .f90 .r .jl".split()
-)
+_SUFFIXES = """.py .pyi .pyx .md .rst .txt .html .htm .h .hpp .hh .c .cc .cpp .cu .cuh .js .ts .css .pl .pm .pod .sh .rb
+    .el .tcl .java .go .rs .lua .cmake .tex .texi .po .ipynb .yaml .yml .toml .proto .sql .m4 .f90 .r .jl"""
+SUFFIXES = frozenset(_SUFFIXES.split())
 LARGEST_FILE_BYTES = 4_000_000
 DOCUMENT_BYTES = 24_000
 LONGEST_LINE = 4_000
@@ -45,7 +44,9 @@ def write_corpus(path: Path, text_bytes: int) -> tuple[int, int]:
                 break
     if written < text_bytes:
         temporary.unlink()
-        raise RuntimeError(f"found {written} bytes of text under {', '.join(ROOTS)}, expected {text_bytes}: ask for less")
+        raise RuntimeError(
+            f"found {written} bytes of text under {', '.join(ROOTS)}, expected {text_bytes}: ask for less"
+        )
     temporary.replace(path)
     return documents, written
 
@@ -73,9 +74,9 @@ def _files() -> Iterator[Path]:
             subdirectories[:] = sorted(name for name in subdirectories if name != "__pycache__")
             for name in files:
                 path = Path(directory, name)
-                if path.suffix.lower() in SUFFIXES and not path.is_symlink():
-                    if 0 < path.stat().st_size <= LARGEST_FILE_BYTES:
-                        yield path
+                wanted = path.suffix.lower() in SUFFIXES and not path.is_symlink()
+                if wanted and 0 < path.stat().st_size <= LARGEST_FILE_BYTES:
+                    yield path
 
 
 def _pieces(text: str) -> Iterator[str]:
