@@ -29,7 +29,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("training.learning_rate=1", "training.learning_rate: unknown field"),
         ("training.lr=fast", "training.lr"),
-        ("data.train_paths=[]", "data.train_paths is empty"),
+        ("data.train_paths=[]", "data.train_paths and data.blend are empty"),
         ("data.train_paths=[/nowhere/shard]", "/nowhere/shard"),
         ("data.train_paths=['/nowhere/*']", "/nowhere/*: no shard matches this glob"),
         ("data.sequence_length=64 model.max_sequence_length=32", "data.sequence_length 64 is above"),
