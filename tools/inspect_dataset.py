@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from illada_megatron.data import DataError, IndexedDataset, load_tokenizer
-from illada_megatron.data.find_shards import FoundShard, find_shards
 from illada_megatron.data.inspect import LengthStatistics, count_lengths, expected_bytes, sample_texts, verify_shard
+from illada_megatron.data.shards import FoundShard, find_shards
 
 SHOWN_SHARDS = 20
 

@@ -8,8 +8,8 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada_megatron.data import DataError
-from illada_megatron.data.find_shards import find_shards
 from illada_megatron.data.merge import merge, progress_bytes
+from illada_megatron.data.shards import find_shards
 
 
 def main(

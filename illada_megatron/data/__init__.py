@@ -9,7 +9,7 @@ from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetW
 from illada_megatron.data.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from illada_megatron.data.order import derive_key, permute
 from illada_megatron.data.preprocessing import PreprocessOptions, PreprocessSummary, preprocess
-from illada_megatron.data.shards import list_shards, resolve_prefixes
+from illada_megatron.data.shards import find_shards, list_shards
 from illada_megatron.data.statistics import unigram_entropy
 from illada_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from illada_megatron.data.train_tokenizer import train_sentencepiece
@@ -32,12 +32,12 @@ __all__ = [
     "check_token_ids",
     "derive_key",
     "epoch_problems",
+    "find_shards",
     "list_shards",
     "load_tokenizer",
     "permute",
     "preprocess",
     "read_manifest",
-    "resolve_prefixes",
     "train_sentencepiece",
     "training_corpus",
     "unigram_entropy",

@@ -94,7 +94,7 @@ def _blend(
 
 
 def _check_manifests(listed: ShardList, vocab_size: int, tokenizer: Tokenizer | None) -> None:
-    for path, manifest in listed.manifests:
+    for path, manifest in listed.manifests.items():
         if manifest.vocab_size > vocab_size:
             raise DataError(
                 f"{path}: was written with a vocabulary of {manifest.vocab_size}, model.vocab_size is {vocab_size}: "

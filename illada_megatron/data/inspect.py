@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.find_shards import FoundShard
 from illada_megatron.data.indexed_dataset import IndexedDataset, Progress
+from illada_megatron.data.shards import FoundShard
 from illada_megatron.data.tokenizer import Tokenizer
 
 _COUNTED_AT_A_TIME = 1 << 20

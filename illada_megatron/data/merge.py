@@ -7,9 +7,9 @@ from pathlib import Path
 
 from illada_megatron.data import _indexed_dataset
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.find_shards import FoundShard
 from illada_megatron.data.indexed_dataset import IndexedDataset, Progress
 from illada_megatron.data.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.shards import FoundShard
 
 
 @dataclass(frozen=True)

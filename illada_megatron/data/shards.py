@@ -1,17 +1,27 @@
 """From what a configuration names (prefixes, globs, manifests) to the list of shards that make up a corpus."""
 
-from collections import Counter
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.indexed_dataset import IndexedDataset
-from illada_megatron.data.manifest import Manifest, parse_manifest, read_manifest
+from illada_megatron.data.manifest import Manifest, ShardEntry, parse_manifest, read_manifest
 from illada_megatron.data.remote import is_remote, read_object
 
 _GLOB_CHARACTERS = frozenset("*?[")
 _MANIFEST_SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class FoundShard:
+    """A shard by its prefix and, where a manifest lists it, what that says. The files may not be there."""
+
+    prefix: str
+    manifest: Manifest | None = None
+    entry: ShardEntry | None = None
+    manifest_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,50 +38,47 @@ class ShardList:
     """The shards of a corpus in order, and what its manifests say of the tokenizer."""
 
     shards: tuple[Shard, ...]
-    manifests: tuple[tuple[str, Manifest], ...]
-    """(path, content) of each manifest."""
+    manifests: dict[str, Manifest]
+    """By path."""
 
     @property
     def num_tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
 
-def list_shards(paths: Sequence[str | Path]) -> ShardList:
-    """The shards that `paths` name, in order: manifests (`*.json`, also `s3://`), prefixes, globs of prefixes.
+def find_shards(paths: Sequence[str | Path]) -> list[FoundShard]:
+    """The shards that `paths` name, in order. A path is a manifest (`*.json`, also `s3://…`), a prefix, a glob of
+    prefixes, or a folder, which means the shards in it; what a glob or a folder holds is sorted by name (so number
+    shards with leading zeros). No shard is opened.
 
-    A manifest is believed: no shard of it is opened here, so that thousands cost one small file. Of a prefix the
-    sizes and the ends of its index are read.
-
-    Raises DataError: no entry, nothing matches, a shard listed twice, a shard or manifest that cannot be used."""
-    shards: list[Shard] = []
-    manifests = []
-    for path in _require_some(paths):
-        if str(path).endswith(_MANIFEST_SUFFIX):
-            manifest = _read_manifest(str(path))
-            manifests.append((str(path), manifest))
-            folder = str(path).rpartition("/")[0]
-            shards += [Shard(_join(folder, one.path), one.dtype, one.tokens) for one in manifest.shards]
-        elif is_remote(str(path)):
+    Raises DataError: no path, nothing matches, a shard listed twice, a manifest that cannot be used."""
+    found = [shard for path in paths for shard in _find(str(path))]
+    if not found:
+        raise DataError(
+            "no shards were given, expected at least one manifest, prefix, glob of prefixes or folder: set "
+            "data.train_paths (data.validation_paths for validation)"
+        )
+    seen: dict[str, str] = {}
+    for shard in found:
+        other = seen.setdefault(_resolved(shard.prefix), shard.prefix)
+        if other is not shard.prefix:
+            also = f" (also as {other})" if other != shard.prefix else ""
             raise DataError(
-                f"{path}: expected a manifest (…{_MANIFEST_SUFFIX}): shards in object storage are listed by one, so "
-                "that opening a corpus asks for nothing else; give the manifest's URL in data.train_paths"
+                f"{shard.prefix}: this shard is listed 2 times{also}, expected once: two of the given paths overlap"
             )
-        else:
-            shards += [_open(prefix) for prefix in _expand(str(path))]
-    _refuse_twice([shard.prefix for shard in shards], paths)
-    return ShardList(tuple(shards), tuple(manifests))
+    return found
 
 
-def resolve_prefixes(paths: Sequence[str | Path]) -> list[str]:
-    """Prefixes of the shards that `paths` name, as `list_shards`; shards given by prefix or glob are not opened."""
-    prefixes: list[str] = []
-    for path in _require_some(paths):
-        if str(path).endswith(_MANIFEST_SUFFIX):
-            prefixes += [shard.prefix for shard in list_shards([path]).shards]
-        else:
-            prefixes += _expand(str(path))
-    _refuse_twice(prefixes, paths)
-    return prefixes
+def list_shards(paths: Sequence[str | Path]) -> ShardList:
+    """The shards that `paths` name (see `find_shards`), with their sizes.
+
+    A manifest is believed: no shard of it is opened here, so that thousands cost one small file. Of other shards the
+    sizes and the ends of the index are read.
+
+    Raises DataError: as `find_shards`, and for a shard that cannot be used."""
+    found = find_shards(paths)
+    manifests = {one.manifest_path: one.manifest for one in found if one.manifest_path and one.manifest}
+    return ShardList(tuple(map(_sized, found)), manifests)
 
 
 def require_disjoint(training: Sequence[Shard], validation: Sequence[Shard]) -> None:
@@ -85,44 +92,48 @@ def require_disjoint(training: Sequence[Shard], validation: Sequence[Shard]) -> 
             )
 
 
+def _resolved(prefix: str) -> str:
+    return prefix if is_remote(prefix) else os.path.realpath(prefix)
+
+
 def _identity(prefix: str) -> str | tuple[int, int]:
     """The file itself, whatever it is called: links and relative paths do not hide it."""
     bin_path = Path(prefix + ".bin")
     if is_remote(prefix) or not bin_path.exists():
-        return prefix
+        return _resolved(prefix)
     status = bin_path.stat()
     return status.st_dev, status.st_ino
 
 
-def _require_some(paths: Sequence[str | Path]) -> Sequence[str | Path]:
-    if not paths:
+def _sized(found: FoundShard) -> Shard:
+    if found.entry is not None:
+        return Shard(found.prefix, found.entry.dtype, found.entry.tokens)
+    dataset = IndexedDataset(found.prefix)
+    return Shard(found.prefix, dataset.dtype.name, dataset.num_tokens)
+
+
+def _find(path: str) -> Iterator[FoundShard]:
+    if path.endswith(_MANIFEST_SUFFIX):
+        manifest = parse_manifest(read_object(path), path) if is_remote(path) else read_manifest(path)
+        folder = path.rpartition("/")[0]
+        for entry in manifest.shards:
+            yield FoundShard(_join(folder, entry.path), manifest, entry, path)
+    elif is_remote(path):
         raise DataError(
-            "no shards were given, expected at least one manifest, prefix or glob of prefixes: set data.train_paths "
-            "(data.validation_paths for validation)"
+            f"{path}: expected a manifest (…{_MANIFEST_SUFFIX}): shards in object storage are listed by one, so that "
+            "opening a corpus asks for nothing else; give the manifest's URL in data.train_paths"
         )
-    return paths
-
-
-def _refuse_twice(prefixes: Sequence[str], paths: Sequence[str | Path]) -> None:
-    prefix, occurrences = Counter(prefixes).most_common(1)[0]
-    if occurrences > 1:
-        raise DataError(
-            f"{prefix}: this shard is listed {occurrences} times in {[str(path) for path in paths]}, expected once: "
-            "two entries of data.train_paths (or validation_paths) overlap"
-        )
-
-
-def _read_manifest(path: str) -> Manifest:
-    return parse_manifest(read_object(path), path) if is_remote(path) else read_manifest(path)
+    elif Path(path).is_dir() and not Path(f"{path}.idx").exists():
+        prefixes = {str(file.with_suffix("")) for file in Path(path).iterdir() if file.suffix in (".bin", ".idx")}
+        if not prefixes:
+            raise DataError(f"{path}: no shard is in this folder, expected files *.bin and *.idx")
+        yield from map(FoundShard, sorted(prefixes))
+    else:
+        yield from map(FoundShard, _expand(path))
 
 
 def _join(folder: str, path: str) -> str:
     return path if is_remote(path) or path.startswith("/") or not folder else f"{folder}/{path}"
-
-
-def _open(prefix: str) -> Shard:
-    dataset = IndexedDataset(prefix)
-    return Shard(prefix, dataset.dtype.name, dataset.num_tokens)
 
 
 def _expand(pattern: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import Corpus, DataError, IndexedDataset, resolve_prefixes, unigram_entropy
+from illada_megatron.data import Corpus, DataError, IndexedDataset, find_shards, unigram_entropy
 
 LENGTH = 16
 
@@ -158,9 +158,10 @@ def test_paths_are_prefixes_or_globs_in_order(write_shard, tmp_path: Path, monke
     for name in ("b-2", "b-1", "a", "c[1]"):
         write_shard(name, [[1]])
     absolute = [str(tmp_path / name) for name in ("c[1]", "b-1", "b-2", "a")]
-    assert resolve_prefixes([tmp_path / "c[1]", f"{tmp_path}/b-*", str(tmp_path / "a")]) == absolute
+    found = find_shards([tmp_path / "c[1]", f"{tmp_path}/b-*", str(tmp_path / "a")])
+    assert [shard.prefix for shard in found] == absolute
     monkeypatch.chdir(tmp_path)
-    assert resolve_prefixes(["b-?", "a"]) == ["b-1", "b-2", "a"]
+    assert [shard.prefix for shard in find_shards(["b-?", "a"])] == ["b-1", "b-2", "a"]
 
 
 def test_shard_without_index_is_not_skipped_by_a_glob(write_shard, tmp_path: Path) -> None:
