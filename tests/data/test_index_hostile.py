@@ -2,6 +2,7 @@
 
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +83,23 @@ def test_mutated_indexes_are_opened_or_refused(seed: Path, tmp_path: Path) -> No
     assert opened >= (1 if seed.stem.startswith(("ours", "one", "megatron")) else 0)
 
 
-def test_an_index_beyond_2_to_the_31_documents_and_2_to_the_40_tokens(tmp_path: Path) -> None:
+@pytest.fixture
+def sparse(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """.idx and .bin, removed at the end: whoever copies the temporary directory would write the holes out."""
+    paths = tmp_path / "shard.idx", tmp_path / "shard.bin"
+    yield paths
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def test_an_index_beyond_2_to_the_31_documents_and_2_to_the_40_tokens(sparse: tuple[Path, Path]) -> None:
     """A shard of 43 GB of index and 2.6 TB of tokens, nearly all of it holes: all documents but the last 600 are empty.
     Any 32-bit number on the way would show; so would an opening that reads more than the ends."""
     lengthy, documents = 600, (1 << 31) + 12_345
     length = 2**31 - 1
     tokens = lengthy * length
     assert tokens > 1 << 40
-    idx, bin_ = tmp_path / "shard.idx", tmp_path / "shard.bin"
+    idx, bin_ = sparse
     first = documents - lengthy
     try:
         with idx.open("wb") as stream:
@@ -111,7 +121,7 @@ def test_an_index_beyond_2_to_the_31_documents_and_2_to_the_40_tokens(tmp_path: 
     except OSError as error:
         pytest.skip(f"this file system has no sparse files of such sizes: {error}")
     begin = time.perf_counter()
-    dataset = IndexedDataset(tmp_path / "shard")
+    dataset = IndexedDataset(idx.with_suffix(""))
     assert time.perf_counter() - begin < 0.5
     assert (dataset.num_documents, dataset.num_tokens) == (documents, tokens)
     assert len(dataset.sequence_lengths) == documents
@@ -130,13 +140,13 @@ def test_an_index_beyond_2_to_the_31_documents_and_2_to_the_40_tokens(tmp_path: 
         stream.seek(bounds + 8 * (first + 598))
         stream.write(struct.pack("<q", documents + 1))
     with pytest.raises(DataError, match=rf"begins document {first + 598} at sequence {documents + 1}, expected 0 to"):
-        IndexedDataset(tmp_path / "shard").document_starts(boundary - 2 * length, tokens)
+        IndexedDataset(idx.with_suffix("")).document_starts(boundary - 2 * length, tokens)
 
 
-def test_opening_reads_only_the_ends(tmp_path: Path) -> None:
+def test_opening_reads_only_the_ends(sparse: tuple[Path, Path]) -> None:
     """A hole in a file is read as zeros at no cost: 86 GB of index are opened a thousand times in a moment."""
     documents = 1 << 32
-    idx, bin_ = tmp_path / "shard.idx", tmp_path / "shard.bin"
+    idx, bin_ = sparse
     try:
         with idx.open("wb") as stream:
             stream.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, documents, documents + 1))

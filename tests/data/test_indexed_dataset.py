@@ -269,7 +269,7 @@ def test_document_starts_of_documents_of_several_sequences(tmp_path: Path) -> No
     assert IndexedDataset(tmp_path / "shard").document_starts(0, 8).tolist() == [5]
 
 
-@pytest.mark.parametrize("piece_bytes", [8 << 20, 6])
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 6])
 def test_verify_returns_the_checksums_of_the_files(write_shard, monkeypatch, piece_bytes: int) -> None:
     """Whatever the pieces; what is reported adds up to what was announced."""
     monkeypatch.setattr("illada_megatron.data.indexed_dataset._PIECE_BYTES", piece_bytes)
