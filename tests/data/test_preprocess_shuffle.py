@@ -29,7 +29,7 @@ def test_a_permutation_that_the_seed_decides(sentencepiece_path: Path, jsonl: Pa
 def test_documents_stay_whole_within_a_bounded_buffer(buffer_bytes: int) -> None:
     """Document k is k+1 times the number k, some of them empty; batches of 1 to 90 documents."""
     generator = np.random.Generator(np.random.Philox(3))
-    shuffle = DocumentShuffle(5, (0, 0), buffer_bytes)
+    shuffle = DocumentShuffle(5, (0, 0), buffer_bytes, 1000)
     given: list[np.ndarray] = []
     first, taken_in, given_out, most, largest = 0, 0, 0, 0, 0
     while first < 1000:
@@ -51,14 +51,14 @@ def test_documents_stay_whole_within_a_bounded_buffer(buffer_bytes: int) -> None
     )
     numbers = [int(document[0]) for document in given if len(document)]
     assert sorted(numbers) == [k for k in range(1000) if k % 7]
-    assert most <= max(buffer_bytes // 4, largest)
+    assert most <= max(buffer_bytes // 4, largest)  # uint16, twice
     if buffer_bytes > 4000:
         assert numbers != sorted(numbers)
 
 
 def test_the_order_never_changes() -> None:
     """Golden: shards of one corpus may be written by two releases."""
-    shuffle = DocumentShuffle(1234, (7, 0), 1 << 20)
+    shuffle = DocumentShuffle(1234, (7, 0), 1 << 20, 100_000)
     assert list(shuffle.add(np.arange(12, dtype=np.int32), np.ones(12, dtype=np.int64))) == []
     (order, _), *_ = shuffle.finish()
     assert order.tolist() == [4, 1, 7, 8, 2, 3, 6, 9, 5, 10, 0, 11]

@@ -40,8 +40,9 @@ class Job(Reading):
     """Absolute; shards are PREFIX.bin/.idx or PREFIX_00012.bin/.idx."""
     tokenizer_path: str
     tokenizer_sha256: str
-    engine: str = "reference"
-    """The one that choose_engine has chosen."""
+    vocab_size: int
+    engine: str = "auto"
+    """Of the tokenizer: the one asked for, then the one chosen."""
     append_eod: bool
     shard_bytes: int
     shuffle_seed: int | None = None

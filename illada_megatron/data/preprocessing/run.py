@@ -1,21 +1,17 @@
 """Text -> tokens -> shards that training reads, and the manifest that lists them."""
 
-import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from illada_megatron.data.engines import choose_engine
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.manifest import Manifest, write_manifest
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.chat import load_chat_template
 from illada_megatron.data.preprocessing.claim import claim_prefix, outputs, remove_outputs
-from illada_megatron.data.preprocessing.documents import Batch, read_batches
 from illada_megatron.data.preprocessing.inputs import Format, find_inputs
 from illada_megatron.data.preprocessing.plan import Job, ShardTask, fingerprinted, plan_tasks
 from illada_megatron.data.preprocessing.progress import ProgressBar
@@ -23,9 +19,6 @@ from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRe
 from illada_megatron.data.preprocessing.tokens import DocumentEncoder
 from illada_megatron.data.preprocessing.workers import run_here, run_workers
 from illada_megatron.data.tokenizer import load_tokenizer
-
-# the reference that the engines are compared with is slow
-_SAMPLE_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -155,6 +148,8 @@ def plan_job(
         prefix=os.path.abspath(output_prefix),  # noqa: PTH100 (a prefix is no path: it may end in a dot)
         tokenizer_path=str(Path(tokenizer_path).absolute()),
         tokenizer_sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        engine=options.tokenizer_engine,
         text_key=options.text_key or ("messages" if options.chat else "text"),
         chat=chat,
         append_eod=options.append_eod,
@@ -191,27 +186,16 @@ def _results(
     cores = os.cpu_count() or 1
     workers = min(len(tasks), options.workers or cores)
     threads = 1 if options.engine == "ray" else max(1, cores // workers)
-    engine = None
-    if job.chat is None:
-        engine = choose_engine(job.tokenizer_path, options.tokenizer_engine, _sample(job, tasks[0]), threads)
-        job = job.model_copy(update={"engine": engine.name})
-        bar.print(*engine.report)
-    if options.engine == "ray":
-        from illada_megatron.data.preprocessing.ray_engine import run_ray
+    if options.engine == "local" and workers > 1:
+        return run_workers(job, tasks, workers, threads, bar.print, bar.update)
+    encoder = DocumentEncoder(job, threads, sample=tasks[0])
+    bar.print(*encoder.report)
+    if options.engine == "local":
+        return run_here(job, tasks, encoder, bar.update)
+    from illada_megatron.data.preprocessing.ray_engine import run_ray
 
-        return run_ray(job, tasks, options.ray_address, bar.update)
-    if workers == 1:
-        return run_here(job, tasks, DocumentEncoder(job, threads, engine), bar.update)
-    del engine
-    return run_workers(job, tasks, workers, threads, bar.update)
-
-
-def _sample(job: Job, task: ShardTask) -> list[str]:
-    """Texts of the beginning of the input, about _SAMPLE_CHARACTERS of them."""
-    with closing(read_batches(job, task.pieces[0], None)) as batches:
-        texts = next(batches, Batch([])).texts
-    ends = itertools.accumulate(map(len, texts))
-    return [text for text, end in zip(texts, ends, strict=True) if end <= _SAMPLE_CHARACTERS]
+    job = job.model_copy(update={"engine": encoder.engine_name})
+    return run_ray(job, tasks, options.ray_address, bar.update)
 
 
 def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:
@@ -222,8 +206,7 @@ def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:
     if not shards:
         remove_outputs(job.prefix)
         raise DataError(f"no documents: {_reasons(counts)}, expected at least one with text in it; nothing was written")
-    vocab_size = load_tokenizer(job.tokenizer_path).vocab_size
-    manifest = Manifest(vocab_size=vocab_size, tokenizer_sha256=job.tokenizer_sha256, shards=shards)
+    manifest = Manifest(vocab_size=job.vocab_size, tokenizer_sha256=job.tokenizer_sha256, shards=shards)
     write_manifest(manifest, records.manifest_path(job.prefix))
     record = JobRecord(fingerprint=job.fingerprint, options=job.options(), finished=counts, shards=len(shards))
     records.write_record(records.job_path(job.prefix), record)

@@ -39,7 +39,7 @@ def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report
         for number, batches in itertools.groupby(encoded, key=lambda batch: batch.part):
             part = records.finished_part(job, task, number)
             if part is None:
-                part = _write_part(job, task, number, encoder, batches, report)
+                part = _write_part(job, task, number, batches, report)
                 if task.streamed:
                     record = TaskRecord(fingerprint=job.fingerprint, parts=(part,))
                     records.write_record(records.record_path(job, task.part_name(number)), record)
@@ -63,7 +63,9 @@ class _Encoded:
 def _encoded(job: Job, task: ShardTask, encoder: DocumentEncoder) -> Generator[_Encoded, None, None]:
     with closing(ahead(_parts(job, task, encoder), _AHEAD)) as batches:
         for part, batch in batches:
-            yield _Encoded(part, batch, encoder.encode(batch.texts) if batch.texts else None)
+            tokens = encoder.encode(batch.texts) if batch.texts else None
+            batch.texts = []
+            yield _Encoded(part, batch, tokens)
 
 
 def _parts(job: Job, task: ShardTask, encoder: DocumentEncoder) -> Generator[tuple[int, Batch], None, None]:
@@ -100,12 +102,10 @@ def _gathered(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield held
 
 
-def _write_part(
-    job: Job, task: ShardTask, part: int, encoder: DocumentEncoder, batches: Iterator[_Encoded], report: Report
-) -> PartRecord:
+def _write_part(job: Job, task: ShardTask, part: int, batches: Iterator[_Encoded], report: Report) -> PartRecord:
     prefix = job.prefix + task.part_name(part)
     counts = _Counting(report)
-    writer = IndexedDatasetWriter(prefix, encoder.vocab_size)
+    writer = IndexedDatasetWriter(prefix, job.vocab_size)
     try:
         for tokens, lengths in _shuffled(job, task, part, counts.count(batches)):
             writer.add(tokens, lengths)
@@ -137,7 +137,7 @@ def _shuffled(
     if job.shuffle_seed is None:
         yield from batches
         return
-    shuffle = DocumentShuffle(job.shuffle_seed, (task.index, part), job.shuffle_buffer_bytes)
+    shuffle = DocumentShuffle(job.shuffle_seed, (task.index, part), job.shuffle_buffer_bytes, job.vocab_size)
     for tokens, lengths in batches:
         yield from shuffle.add(tokens, lengths)
     yield from shuffle.finish()

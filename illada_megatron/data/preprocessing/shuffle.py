@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from illada_megatron.data.errors import DataError
 from illada_megatron.data.order import derive_key
 
-Tokens = np.ndarray[Any, np.dtype[np.int32]]
+Tokens = np.ndarray[Any, np.dtype[np.integer[Any]]]
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
 
 # tokens that are gathered at a time: their indices take 8 bytes each
@@ -20,15 +21,24 @@ class DocumentShuffle:
     The order is a pure function of (seed, shard, the documents and how they are batched): Philox keyed by the three,
     its random_raw, whose stream numpy promises to keep."""
 
-    def __init__(self, seed: int, shard: tuple[int, int], buffer_bytes: int) -> None:
+    def __init__(self, seed: int, shard: tuple[int, int], buffer_bytes: int, vocab_size: int) -> None:
+        """buffer_bytes: in all, of which half holds tokens and half their copy in another order."""
         self._philox = np.random.Philox(key=derive_key(seed, "documents", *shard))
-        self._buffer_tokens = max(1, buffer_bytes // 4)
+        self._vocab_size = vocab_size
+        self._dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+        self._buffer_tokens = max(1, buffer_bytes // (2 * self._dtype.itemsize))
         self._batches: list[tuple[Tokens, Lengths]] = []
         self._held = 0
 
     def add(self, tokens: Tokens, lengths: Lengths) -> Iterator[tuple[Tokens, Lengths]]:
-        """Take in documents [documents] of tokens [n] int32, give out others."""
-        self._batches.append((tokens, lengths))
+        """Take in documents [documents] of tokens [n], give out others. Raises DataError for ids outside the
+        vocabulary, which would not survive here for the writer to find."""
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            raise DataError(
+                f"the tokenizer gave ids from {tokens.min()} to {tokens.max()}, expected 0 to {self._vocab_size - 1}: "
+                "use another --tokenizer-engine"
+            )
+        self._batches.append((tokens.astype(self._dtype), lengths))
         self._held += len(tokens)
         if self._held >= self._buffer_tokens:
             yield from self._give(half=True)

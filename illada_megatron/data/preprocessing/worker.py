@@ -7,7 +7,7 @@ import os
 import queue
 import sys
 import threading
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -39,8 +39,11 @@ class _Worker:
         first = self._lines.get()
         if first is None:
             return
-        job = Job.model_validate_json(first)
-        encoder = DocumentEncoder(job, int(sys.argv[1]))
+        try:
+            job, encoder = self._prepare(orjson.loads(first))
+        except (DataError, OSError) as error:
+            self._answer({"error": str(error)})
+            return
         while (line := self._lines.get()) is not None and not self._ended.is_set():
             task = ShardTask.model_validate_json(line)
             try:
@@ -51,6 +54,15 @@ class _Worker:
                 self._answer({"error": str(error)})
             else:
                 self._answer({"done": record.model_dump(mode="json")})
+
+    def _prepare(self, start: dict[str, Any]) -> tuple[Job, DocumentEncoder]:
+        """start: {"job": ..., "sample": a task to choose the engine by, or null}."""
+        job = Job.model_validate(start["job"])
+        sample = start["sample"] and ShardTask.model_validate(start["sample"])
+        encoder = DocumentEncoder(job, int(sys.argv[1]), sample)
+        if sample:
+            self._answer({"engine": encoder.engine_name, "report": encoder.report})
+        return job, encoder
 
     def _report(self, read_bytes: int, tokens: int) -> None:
         if self._ended.is_set():

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -22,6 +22,8 @@ from illada_megatron.data.preprocessing.tokens import DocumentEncoder
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
+# glibc keeps free memory in each: by one for each thread, a worker is a third larger
+_MALLOC_ARENAS = "1"
 
 
 def run_here(
@@ -33,21 +35,24 @@ def run_here(
 
 
 def run_workers(
-    job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, report: Report
+    job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, say: Callable[..., None], report: Report
 ) -> Iterator[tuple[ShardTask, TaskRecord]]:
-    """All tasks in `workers` processes with engines of `threads` threads, as they finish.
+    """All tasks in `workers` processes with engines of `threads` threads, as they finish. The first worker chooses
+    the engine, so that this process holds none; `say` is told what was chosen.
 
     Raises DataError when a task fails or a worker dies; the other workers then give up what they are at."""
     pool = _Pool(job, tasks, workers, threads)
     try:
-        yield from pool.run(report)
+        yield from pool.run(say, report)
     finally:
         pool.close()
 
 
 class _Pool:
     def __init__(self, job: Job, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
-        environment = {"RAYON_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": _import_path()}
+        defaults = {"RAYON_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": _MALLOC_ARENAS}
+        environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}
+        self._job = job
         self._waiting = list(reversed(tasks))
         self._at_work: dict[int, ShardTask] = {}
         self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
@@ -60,10 +65,9 @@ class _Pool:
             self._processes.append(process)
             self._threads.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
             self._threads[-1].start()
-            self._send(number, job.model_dump_json())
-            self._next_task(number)
 
-    def run(self, report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
+    def run(self, say: Callable[..., None], report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
+        self._begin(0, self._waiting[-1])
         while self._at_work:
             number, message = self._messages.get()
             if message is None:
@@ -75,6 +79,11 @@ class _Pool:
                 yield task, TaskRecord.model_validate_json(orjson.dumps(message["done"]))
             elif "error" in message:
                 raise DataError(message["error"])
+            elif "engine" in message:
+                say(*message["report"])
+                self._job = self._job.model_copy(update={"engine": message["engine"]})
+                for other in range(1, len(self._processes)):
+                    self._begin(other, None)
             else:
                 report(message["read_bytes"], message["tokens"])
 
@@ -103,17 +112,22 @@ class _Pool:
         stdout.close()
         self._messages.put((number, None))
 
+    def _begin(self, number: int, sample: ShardTask | None) -> None:
+        start = {"job": self._job.model_dump(mode="json"), "sample": sample and sample.model_dump(mode="json")}
+        self._send(number, orjson.dumps(start))
+        self._next_task(number)
+
     def _next_task(self, number: int) -> None:
         if self._waiting:
             task = self._waiting.pop()
             self._at_work[number] = task
-            self._send(number, task.model_dump_json())
+            self._send(number, task.model_dump_json().encode())
 
-    def _send(self, number: int, text: str) -> None:
+    def _send(self, number: int, line: bytes) -> None:
         stdin = self._processes[number].stdin
         assert stdin is not None
         try:
-            stdin.write(text.encode() + b"\n")
+            stdin.write(line + b"\n")
         except BrokenPipeError:
             return  # the worker has died: _listen says so
 
