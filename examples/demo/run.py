@@ -112,12 +112,12 @@ def prepare(demo: Demo) -> None:
             anew = True
     with demo.stage("Shards: text -> tokens, for training and held out"):
         for part in ("train", "heldout"):
-            if not anew and all((home / "shards" / f"{part}{suffix}").exists() for suffix in (".bin", ".idx")):
+            if not anew and (home / "shards" / f"{part}.manifest.json").exists():
                 console.print(f"demo/shards/{part} is there already: kept")
                 continue
             demo.illada(
                 *("preprocess", f"demo/corpus/{part}.jsonl", "--output-prefix", f"demo/shards/{part}"),
-                *("--tokenizer", "demo/tokenizer.model"),
+                *("--tokenizer", "demo/tokenizer.model", "--overwrite"),
             )
 
 

@@ -1,19 +1,20 @@
-"""`illada generate`."""
+"""`illada generate`. torch is imported when the command runs: `illada preprocess` has no use for it."""
 
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.generation.denoise import DenoiseConfig, Denoised, Predict, infill
-from illada_megatron.generation.denoise import generate as continue_text
-from illada_megatron.generation.render import render
+
+if TYPE_CHECKING:
+    import torch
+
+    from illada_megatron.generation.denoise import Denoised, Predict
 
 _GAP = re.compile(r"<mask:(\d+)>")
 
@@ -41,6 +42,9 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise ConfigError("give one of --prompt and --prompt-file")
+    from illada_megatron.generation.denoise import DenoiseConfig, infill
+    from illada_megatron.generation.denoise import generate as continue_text
+
     text = prompt if prompt is not None else Path(prompt_file or "").read_text()
     try:
         settings = DenoiseConfig(steps, block_length, gen_length, temperature, remasking, seed)  # type: ignore[arg-type]
@@ -59,8 +63,10 @@ def generate(
     _show(result, words, plain, svg)
 
 
-def _tokens(text: str, words: Tokenizer, config: RunConfig) -> torch.Tensor:
+def _tokens(text: str, words: Tokenizer, config: RunConfig) -> "torch.Tensor":
     """Token ids with N masks for each `<mask:N>`."""
+    import torch
+
     ids: list[int] = []
     for index, part in enumerate(_GAP.split(text)):
         ids += [config.model.mask_token_id] * int(part) if index % 2 else words.encode(part)
@@ -76,14 +82,16 @@ def _check_length(tokens: int, config: RunConfig) -> None:
         )
 
 
-def _on_cpu(predict: Predict) -> Predict:
+def _on_cpu(predict: "Predict") -> "Predict":
     return lambda tokens: predict(tokens).cpu()
 
 
-def _show(result: Denoised, words: Tokenizer, plain: bool, svg: Path | None) -> None:
+def _show(result: "Denoised", words: Tokenizer, plain: bool, svg: Path | None) -> None:
     if plain:
         sys.stdout.write(words.decode(result.tokens.tolist()) + "\n")
         return
+    from illada_megatron.generation.render import render
+
     console = Console(record=svg is not None, highlight=False)
     console.print(render(result, words.piece))
     if svg is not None:

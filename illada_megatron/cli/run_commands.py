@@ -1,4 +1,5 @@
-"""`illada train`, `illada evaluate`, `illada doctor`."""
+"""`illada train`, `illada evaluate`, `illada doctor`. What needs torch is imported when a command runs: it takes a
+second, and `illada preprocess` has no use for it."""
 
 import sys
 from pathlib import Path
@@ -10,9 +11,6 @@ from rich.console import Console
 from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.config.layout import Layout, layout_rows, resolve_layout
 from illada_megatron.config.load import to_yaml
-from illada_megatron.runtime import capabilities, is_rank, runtime, select_device, world_size_from_environment
-from illada_megatron.runtime.launch import launch_ranks
-from illada_megatron.runtime.tables import two_columns
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Fields to change: `section.field=value`, as `training.lr=1e-3`.")
@@ -41,6 +39,9 @@ def train(
     Many machines: `python -m torch.distributed.run --nnodes N --nproc-per-node 8 --rdzv-backend c10d
     --rdzv-endpoint HOST:PORT -m illada_megatron train --config FILE`
     """
+    from illada_megatron.runtime import is_rank, world_size_from_environment
+    from illada_megatron.runtime.launch import launch_ranks
+
     resolved = load_config(config, overrides or ())
     world_size = nproc if nproc and not is_rank() else world_size_from_environment()
     if dry_run:
@@ -73,6 +74,8 @@ def evaluate(
     if (config is None) == (checkpoint is None):
         raise ConfigError("give one of --checkpoint (to evaluate it) and --config (to evaluate its initial weights)")
     if _to_launch(nproc):
+        from illada_megatron.runtime.launch import launch_ranks
+
         launch_ranks(nproc or 1, sys.argv[1:])
         return
     from illada_megatron.training.evaluate import evaluate_checkpoint
@@ -87,6 +90,9 @@ def evaluate(
 
 def doctor() -> None:
     """Show what this machine offers: device, CUDA, Transformer Engine, Apex, and what each would bring."""
+    from illada_megatron.runtime import capabilities, runtime
+    from illada_megatron.runtime.tables import two_columns
+
     console = Console(highlight=False)
     rows = [
         (part.name, f"{part.found}" if part.found else f"missing: would bring {part.brings}") for part in capabilities()
@@ -101,10 +107,15 @@ def doctor() -> None:
 
 def _to_launch(nproc: int | None) -> bool:
     """Whether this process has to start the ranks: they run the same command, and are ranks already."""
+    from illada_megatron.runtime import is_rank
+
     return nproc is not None and nproc > 1 and not is_rank()
 
 
 def _show_dry_run(config: RunConfig, world_size: int) -> None:
+    from illada_megatron.runtime import select_device
+    from illada_megatron.runtime.tables import two_columns
+
     layout = _check_layout(config, world_size)
     print(to_yaml(config), end="")
     Console(highlight=False).print(two_columns("layout", layout_rows(config, layout)))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -167,6 +169,12 @@ def test_preprocess_train_generate(
     )
     assert shown.code == 0, shown.err
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
+
+
+def test_preprocess_does_not_wait_for_torch() -> None:
+    """It takes a second and 150 MB."""
+    code = "import illada_megatron.cli.main, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_preprocess_counts_the_lines_it_skips(
