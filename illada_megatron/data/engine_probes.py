@@ -132,7 +132,8 @@ def write_boundary_tokenizer(tokenizer_json: Path, output: Path) -> bool:
 
 def boundary_texts() -> list[str]:
     """For the tokenizer of write_boundary_tokenizer: each character in all neighbourhoods, half a million in all."""
-    return [f'"{c}" a{c}A{c}1{c} {c}\n{c}{c}"\n{c}a' for c in _characters()]
+    each = [f'"{c}" a{c}A{c}1{c} {c}\n{c}{c}"\n{c}a' for c in _characters()]
+    return ["".join(each[start : start + 16]) for start in range(0, len(each), 16)]
 
 
 def _characters() -> Iterator[str]:
