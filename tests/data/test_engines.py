@@ -1,6 +1,7 @@
 """Engines: ids are the reference's, or the engine is not used; a difference during the run ends it."""
 
 import builtins
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -32,6 +33,7 @@ PRE_TOKENIZERS: dict[str, Any] = {
     "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)],
     "own": [pre_tokenizers.Split(Regex(OWN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
 }
+Chosen = Callable[[str], engines.Engine]
 KINDS = ["sentencepiece", "unigram", "gpt2", *PRE_TOKENIZERS]
 
 
@@ -66,6 +68,12 @@ def paths(
 
 
 @pytest.fixture(scope="session")
+def chosen(paths: dict[str, Path]) -> Chosen:
+    """choose_engine(paths[kind], threads=2), once."""
+    return functools.cache(lambda kind: choose_engine(paths[kind], threads=2))
+
+
+@pytest.fixture(scope="session")
 def awkward_texts(texts: list[str]) -> list[str]:
     """Real text with rare characters and special tokens thrown in."""
     generator = random.Random(3)
@@ -96,9 +104,11 @@ def same(found: FlatIds, expected: list[list[int]]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_auto_gives_the_references_ids(kind: str, paths: dict[str, Path], awkward_texts: list[str]) -> None:
+def test_auto_gives_the_references_ids(
+    kind: str, paths: dict[str, Path], chosen: Chosen, awkward_texts: list[str]
+) -> None:
     """On texts that were not part of the choice."""
-    engine = choose_engine(paths[kind], threads=2)
+    engine = chosen(kind)
     reference = load_tokenizer(paths[kind])
     assert engine.name in ENGINE_NAMES
     assert engine.report[-1].startswith(f"tokenizer engine {engine.name}")
@@ -107,13 +117,13 @@ def test_auto_gives_the_references_ids(kind: str, paths: dict[str, Path], awkwar
     assert same(engine.encode(others), reference.encode_batch(others))
 
 
-def test_auto_takes_a_fast_library(paths: dict[str, Path]) -> None:
+def test_auto_takes_a_fast_library(chosen: Chosen) -> None:
     """What the figures in docs/log.md rest on."""
     for library in ("fastokens", "gigatoken"):
         pytest.importorskip(library)
-    assert choose_engine(paths["gpt2"]).name == "fastokens"
-    assert choose_engine(paths["gpt4"]).name == "fastokens"
-    assert choose_engine(paths["sentencepiece"]).name == "gigatoken"
+    assert chosen("gpt2").name == "fastokens"
+    assert chosen("gpt4").name == "fastokens"
+    assert chosen("sentencepiece").name == "gigatoken"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "gpt2"])
@@ -134,27 +144,28 @@ def test_an_engine_asked_for_by_name_serves_or_is_refused(
     assert same(engine.encode(awkward_texts), reference.encode_batch(awkward_texts))
 
 
-def test_special_tokens_in_text_are_text(paths: dict[str, Path]) -> None:
+def test_special_tokens_in_text_are_text(paths: dict[str, Path], chosen: Chosen) -> None:
     for kind in ("sentencepiece", "unigram", "gpt2", "qwen"):
         tokenizer = load_tokenizer(paths[kind])
-        engine = choose_engine(paths[kind])
-        tokens, _ = engine.encode(["a</s>b<mask>", "<|endoftext|><|mdm_mask|>", "<s><pad><sep><unk>"])
+        tokens, _ = chosen(kind).encode(["a</s>b<mask>", "<|endoftext|><|mdm_mask|>", "<s><pad><sep><unk>"])
         assert not {tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id} & set(tokens.tolist()), kind
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "qwen"])
 @pytest.mark.parametrize("texts_given", [[], [""], ["", "a", "", "\u2581", ""], ["\u2581\u2581"], ["\u180e"]])
-def test_empty_texts_keep_their_place(kind: str, texts_given: list[str], paths: dict[str, Path]) -> None:
+def test_empty_texts_keep_their_place(
+    kind: str, texts_given: list[str], paths: dict[str, Path], chosen: Chosen
+) -> None:
     reference = load_tokenizer(paths[kind])
-    for name in (choose_engine(paths[kind]).name, "reference"):
-        found = open_engine(paths[kind], name).encode(texts_given)
+    for engine in (chosen(kind), open_engine(paths[kind], "reference")):
+        found = engine.encode(texts_given)
         assert (found[0].dtype, found[1].dtype) == (np.int32, np.int64)
         assert same(found, reference.encode_batch(texts_given))
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
-def test_threads_share_an_engine(kind: str, paths: dict[str, Path], awkward_texts: list[str]) -> None:
-    engine = choose_engine(paths[kind], threads=2)
+def test_threads_share_an_engine(kind: str, paths: dict[str, Path], chosen: Chosen, awkward_texts: list[str]) -> None:
+    engine = chosen(kind)
     expected = load_tokenizer(paths[kind]).encode_batch(awkward_texts)
     parts = [slice(start, start + 7) for start in range(0, len(awkward_texts), 7)] * 3
     with ThreadPoolExecutor(6) as pool:
@@ -184,9 +195,9 @@ def lying(wrong: Callable[[str], bool]) -> Callable[[str, Path, int], Library]:
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
 def test_a_lie_about_a_probe_or_a_sample_is_caught(
-    kind: str, paths: dict[str, Path], texts: list[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, paths: dict[str, Path], chosen: Chosen, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = choose_engine(paths[kind]).name
+    name = chosen(kind).name
     for wrong in (lambda text: "👩‍👩‍👧‍👦" in text, lambda text: text == texts[3]):
         monkeypatch.setattr(engines, "open_library", lying(wrong))
         engine = choose_engine(paths[kind], sample_texts=texts[:5])
@@ -199,19 +210,20 @@ def test_a_lie_about_a_probe_or_a_sample_is_caught(
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
 def test_a_lie_during_the_run_is_caught_by_the_audit(
-    kind: str, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, paths: dict[str, Path], chosen: Chosen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One kind of document in four is wrong: among some thousand the audit meets one."""
-    name = choose_engine(paths[kind]).name
+    name = chosen(kind).name
     monkeypatch.setattr(engines, "open_library", lying(lambda text: text.startswith("document") and text[-1] in "05"))
-    engine = choose_engine(paths[kind])
-    assert engine.name == name
+    engine = open_engine(paths[kind], name)
     documents = [f"document number {number}" for number in range(20_000)]
     with pytest.raises(DataError, match=r"other ids than the reference for the document that begins 'document num"):
         engine.encode(documents)
 
 
-def test_the_audit_takes_its_share_and_always_the_same(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_audit_takes_its_share_and_always_the_same(
+    paths: dict[str, Path], chosen: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     audited: list[list[str]] = []
     honest = engines.open_reference
 
@@ -220,7 +232,7 @@ def test_the_audit_takes_its_share_and_always_the_same(paths: dict[str, Path], m
         return library._replace(encode=lambda texts: (audited.append(texts), library.encode(texts))[1])
 
     monkeypatch.setattr(engines, "open_reference", open_reference)
-    engine = open_engine(paths["gpt2"], choose_engine(paths["gpt2"]).name)
+    engine = open_engine(paths["gpt2"], chosen("gpt2").name)
     audited.clear()
     documents = [f"text {number}" for number in range(50_000)]
     for _ in range(2):
