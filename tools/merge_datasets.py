@@ -18,7 +18,7 @@ def main(
     ],
     output_prefix: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write")],
 ) -> None:
-    """Concatenate shards of one token type. Inputs from manifests give the output a manifest, PREFIX.json."""
+    """Concatenate shards of one token type. Inputs from manifests give the output a manifest, PREFIX.manifest.json."""
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     try:
         shards = find_shards(input)

@@ -277,14 +277,14 @@ def test_tool_merges_a_folder_and_a_manifest(three: list[str], tmp_path: Path) -
     run = [sys.executable, TOOL, "--input", manifest, "--output-prefix", tmp_path / "listed"]
     assert "verified" in subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert (tmp_path / "folder.idx").read_bytes() == (tmp_path / "listed.idx").read_bytes()
-    merged = read_manifest(tmp_path / "listed.json")
+    merged = read_manifest(tmp_path / "listed.manifest.json")
     assert (merged.vocab_size, merged.tokenizer_sha256, len(merged.shards)) == (1000, "ab", 1)
     checksums = IndexedDataset(tmp_path / "listed").verify()
     assert merged.shards[0].model_dump() == {
         **{"path": "listed", "dtype": "uint16", "tokens": 10, "documents": 7},
         **{"bin_xxh3_128": checksums.bin_xxh3_128, "idx_xxh3_128": checksums.idx_xxh3_128},
     }
-    assert not (tmp_path / "folder.json").exists()
+    assert not (tmp_path / "folder.manifest.json").exists()
 
 
 def test_tool_says_what_is_wrong(three: list[str], tmp_path: Path) -> None:
