@@ -27,8 +27,8 @@ def merge(shards: Sequence[FoundShard], output_prefix: str | Path, progress: Pro
     """Write `output_prefix`.bin and .idx: the documents of all shards, in order, with their sequences.
 
     The indexes are checked first; the tokens are not, unless the shards come from manifests: then the result is
-    verified against their vocabulary and listed, with its checksums, in `output_prefix`.manifest.json. The files get their names
-    when they are complete and on the device; a failure leaves an older shard of that name as it was.
+    verified against their vocabulary and listed, with its checksums, in `output_prefix`.manifest.json. The files get
+    their names when they are complete and on the device; a failure leaves an older shard of that name as it was.
 
     progress: see `Progress`; `progress_bytes` is the total. Raises DataError and OSError."""
     begin = time.perf_counter()
