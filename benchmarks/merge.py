@@ -21,18 +21,23 @@ BAR = 0.8
 
 # each runs in a process of its own, which says how long the work took and how much memory it added at most
 MEASURED = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 from illada_megatron.data import IndexedDataset
 from illada_megatron.data.find_shards import find_shards
 from illada_megatron.data.merge import merge
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before, begin = peak(), time.perf_counter()
+def status(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
+before, begin = status("VmRSS"), time.perf_counter()
 if sys.argv[1] == "merge":
     merge(find_shards(sys.argv[3:]), sys.argv[2])
 else:
     for prefix in sys.argv[3:]:
         IndexedDataset(prefix).verify(int(sys.argv[2]))
-print(json.dumps({"seconds": time.perf_counter() - begin, "added_memory_mb": (peak() - before) / 1024}))
+seconds = time.perf_counter() - begin
+print(json.dumps({"seconds": seconds, "added_memory_mb": status("VmHWM") - before, "peak_memory_mb": status("VmHWM")}))
 """
 
 

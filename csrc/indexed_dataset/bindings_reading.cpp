@@ -21,6 +21,9 @@ namespace py = pybind11;
 namespace illada {
 namespace {
 
+// What the loops over tokens need of an array.
+constexpr int kPlain = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+
 TokenType TypeOf(const std::string& name) {
   if (const auto type = TokenTypeOfName(name)) return *type;
   throw py::type_error("token type " + name + ", expected uint16, int16, int32 or int64");
@@ -48,8 +51,7 @@ void ReadInto(TokenReader& reader, const Array<int64_t>& starts, py::array& out,
 void Read(TokenReader& reader, const Array<int64_t>& starts, py::array& out, int64_t vocab_size) {
   if (starts.ndim() != 1 || out.ndim() != 2 || starts.shape(0) != out.shape(0))
     throw py::type_error("expected starts [rows] and out [rows, length]");
-  const int required = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  if ((out.flags() & required) != required || !out.writeable())
+  if ((out.flags() & kPlain) != kPlain || !out.writeable())
     throw py::type_error("out must be C-contiguous, aligned and writeable");
   if (py::isinstance<py::array_t<int64_t>>(out))
     ReadInto<int64_t>(reader, starts, out, vocab_size);
@@ -64,7 +66,7 @@ void Read(TokenReader& reader, const Array<int64_t>& starts, py::array& out, int
 void CheckTokenIds(const py::array& tokens, int64_t vocab_size, const std::string& bin_path, int64_t offset) {
   if (tokens.ndim() != 1) throw py::type_error("tokens must be one-dimensional");
   const TokenType type = TypeOf(py::str(tokens.dtype()).cast<std::string>());
-  const auto contiguous = py::array::ensure(tokens, py::array::c_style);
+  const auto contiguous = py::array::ensure(tokens, kPlain);
   const auto* bytes = static_cast<const std::byte*>(contiguous.data());
   const int64_t count = contiguous.size();
   py::gil_scoped_release release;

@@ -17,7 +17,7 @@ namespace {
 // Large writes: a parallel file system serves megabytes at a time far better than pages.
 constexpr size_t kBufferBytes = size_t{8} << 20;
 // Long enough to be fast, short enough to show progress and to heed an interrupt.
-constexpr uint64_t kCopiedAtATime = uint64_t{64} << 20;
+constexpr uint64_t kCopiedAtATime = uint64_t{16} << 20;
 
 [[noreturn]] void ThrowDiskError(const std::string& path) { throw DiskError(errno, path); }
 
@@ -99,6 +99,7 @@ void OutputFile::AppendFile(const std::string& path, uint64_t size_bytes,
       const ssize_t copied =
           copy_file_range(input.descriptor, nullptr, descriptor_, nullptr, std::min(left, kCopiedAtATime), 0);
       if (copied > 0) {
+        StartWriting(static_cast<uint64_t>(copied));
         left -= static_cast<uint64_t>(copied);
         progress(static_cast<uint64_t>(copied));
       } else if (copied == 0 || errno != EINTR) {
@@ -116,10 +117,20 @@ void OutputFile::AppendFile(const std::string& path, uint64_t size_bytes,
       throw DataError(path + ": ends at byte " + std::to_string(size_bytes - left) + ", expected " +
                       std::to_string(size_bytes) + " bytes: it was truncated meanwhile");
     Write(buffer_.data(), static_cast<size_t>(count));
+    StartWriting(static_cast<uint64_t>(count));
     left -= static_cast<uint64_t>(count);
     progress(static_cast<uint64_t>(count));
   }
   buffer_.clear();
+}
+
+// Lets the device begin with the last `count` bytes while the next are copied; Sync() has to wait for them anyway. Only
+// a hint: what a file system makes of it does not matter.
+void OutputFile::StartWriting(uint64_t count) const {
+  const off_t position = lseek(descriptor_, 0, SEEK_CUR);
+  if (position >= 0)
+    sync_file_range(descriptor_, position - static_cast<off_t>(count), static_cast<off_t>(count),
+                    SYNC_FILE_RANGE_WRITE);
 }
 
 void OutputFile::Write(const char* from, size_t count) {

@@ -32,6 +32,7 @@ class OutputFile {
   void Close() noexcept;
 
  private:
+  void StartWriting(uint64_t count) const;
   void Write(const char* from, size_t count);
   void Flush();
 
