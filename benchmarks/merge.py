@@ -83,8 +83,9 @@ def main(
         "shards": shards,
         "median_gb_per_s": {variant: round(speed, 3) for variant, speed in speeds.items()},
         "seconds": {variant: [round(run["seconds"], 3) for run in runs] for variant, runs in results.items()},
-        "added_memory_mb": {
-            v: round(max(run["added_memory_mb"] for run in results[v]), 1) for v in ("merge", "verify")
+        **{
+            memory: {v: round(max(run[memory] for run in results[v]), 1) for v in ("merge", "verify")}
+            for memory in ("added_memory_mb", "peak_memory_mb")
         },
         "merge_to_cp_flushed": round(speeds["merge"] / speeds["cp, flushed"], 3),
         "verify_to_cp": round(speeds["verify"] / speeds["cp"], 3),
