@@ -54,8 +54,7 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 def _disturb(command: list[str], kills: int, seed: int) -> str:
     """Kill the run, or all its processes, `kills` times; returns what the last run, undisturbed, says."""
     generator = random.Random(seed)
-    done = 0
-    while done < kills:
+    for _ in range(kills):
         process = _start(command)
         try:
             process.wait(generator.uniform(0.4, 2.0))
@@ -68,7 +67,6 @@ def _disturb(command: list[str], kills: int, seed: int) -> str:
         else:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        done += 1
     _, errors = (process := _start(command)).communicate()
     assert process.returncode == 0, errors
     return errors
@@ -165,6 +163,22 @@ def test_shards_of_unknown_origin_are_not_replaced(jsonl: Path, sentencepiece_pa
     with pytest.raises(DataError, match=r"out\.bin: there already.*--overwrite"):
         preprocess([jsonl], tmp_path / "out", sentencepiece_path)
     assert _contents(tmp_path) == {"out.bin": b"precious"}
+
+
+def test_two_runs_at_a_time_do_not_meet(inputs: list[Path], sentencepiece_path: Path, tmp_path: Path) -> None:
+    """The second one is refused and harms nothing, whether it is the same job or another."""
+    command = _command(inputs, tmp_path / "out", sentencepiece_path, 2)
+    first = _start(command)
+    while not (tmp_path / "out.job.json").exists():
+        time.sleep(0.01)
+    for more in ([], ["--shard-mb", "3"], ["--overwrite"]):
+        second = _start([*command, *more])
+        _, errors = second.communicate()
+        assert second.returncode == 1
+        assert "another process is making this corpus" in errors
+    assert first.poll() is None, "the first run ended too early to test anything"
+    assert first.wait() == 0
+    first.communicate()
 
 
 def test_several_keys_give_several_corpora(sentencepiece_path: Path, tmp_path: Path) -> None:

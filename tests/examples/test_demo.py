@@ -124,7 +124,7 @@ def test_failing_stage_ends_the_demo_with_its_status(
     assert exit_status.value.code == 2
     printed = capsys.readouterr().out
     assert "$ illada preprocess missing.jsonl" in printed
-    assert "none.model: no such file" in printed
+    assert "missing.jsonl: no such file" in printed
     assert "stage 1 failed: exit code 2" in printed
 
 

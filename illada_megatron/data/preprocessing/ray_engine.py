@@ -69,13 +69,13 @@ def _drain(
 
 
 def _run(job: Job, task: ShardTask) -> TaskRecord:
-    return run_task(job, task, _encoder(job), _no_report)
+    return run_task(job, task, _encoder(job.model_dump_json()), _no_report)
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(job: Job) -> DocumentEncoder:
+def _encoder(job_json: str) -> DocumentEncoder:
     """Once in each of Ray's worker processes."""
-    return DocumentEncoder(job, threads=1)
+    return DocumentEncoder(Job.model_validate_json(job_json), threads=1)
 
 
 def _no_report(read_bytes: int, tokens: int) -> None:  # noqa: ARG001 (Ray's tasks are counted when they are done)

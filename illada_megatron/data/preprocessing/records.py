@@ -1,5 +1,6 @@
 """Small files beside the shards that say what is finished: written after the shard, whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
 from typing import TypeVar
@@ -124,8 +125,17 @@ def write_record(path: Path, record: BaseModel) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _flush_directory(path.parent)
+
+
+def _flush_directory(path: Path) -> None:
+    """A rename survives a power failure only when its directory has reached the device as well."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
+    except OSError as error:
+        # some network file systems cannot flush a directory; they order renames themselves
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(directory)

@@ -11,7 +11,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.manifest import Manifest, write_manifest
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.chat import load_chat_template
-from illada_megatron.data.preprocessing.claim import claim_prefix, outputs, remove_outputs
+from illada_megatron.data.preprocessing.claim import claimed_prefix, outputs
 from illada_megatron.data.preprocessing.inputs import Format, find_inputs
 from illada_megatron.data.preprocessing.plan import Job, ShardTask, fingerprinted, plan_tasks
 from illada_megatron.data.preprocessing.progress import ProgressBar
@@ -102,20 +102,14 @@ def preprocess(
     started = time.perf_counter()
     job, tasks = plan_job(inputs, output_prefix, tokenizer_path, options)
     Path(job.prefix).parent.mkdir(parents=True, exist_ok=True)
-    claim = claim_prefix(job, tasks, options.overwrite)
-    done = {} if claim.finished else _done_before(job, tasks)
-    resumed, read_bytes = len(done), 0
-    if claim.finished is None:
-        try:
+    resumed, read_bytes = len(tasks), 0
+    with claimed_prefix(job, options.overwrite) as claim:
+        if claim.finished is None:
+            done = _done_before(job, tasks)
+            resumed = len(done)
             read_bytes = _run(job, tasks, done, options)
             claim = _publish(job, [done[task.index] for task in tasks])
-        except BaseException:
-            if not any(path.name.endswith(".done.json") for path in outputs(job.prefix)):
-                records.job_path(job.prefix).unlink(missing_ok=True)
-            raise
-    else:
-        resumed = len(tasks)
-    _remove_records(job)
+        _remove_records(job)
     return PreprocessSummary(
         manifest=records.manifest_path(job.prefix),
         shards=claim.shards,
@@ -204,7 +198,7 @@ def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:
     counts = sum((part.counts for part in parts), Counts())
     shards = tuple(part.shard for part in parts if part.shard is not None)
     if not shards:
-        remove_outputs(job.prefix)
+        _remove_records(job)
         raise DataError(f"no documents: {_reasons(counts)}, expected at least one with text in it; nothing was written")
     manifest = Manifest(vocab_size=job.vocab_size, tokenizer_sha256=job.tokenizer_sha256, shards=shards)
     write_manifest(manifest, records.manifest_path(job.prefix))

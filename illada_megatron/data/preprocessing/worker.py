@@ -5,6 +5,7 @@ only. When stdin ends, the parent is gone or wants no more: the task at hand is 
 
 import os
 import queue
+import signal
 import sys
 import threading
 from typing import Any, BinaryIO
@@ -78,6 +79,8 @@ class _Worker:
 
 
 def main() -> None:
+    # Ctrl-C goes to all processes of a terminal: the parent then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # what a library prints must not get between the messages
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
