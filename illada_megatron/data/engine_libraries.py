@@ -158,20 +158,6 @@ def _gigatoken(definition: dict[str, Any], threads: int, leaves_out: str | None)
     return Library("gigatoken", encode, leaves_out)
 
 
-def _open_kitoken_json(path: Path, threads: int) -> Library:  # noqa: ARG001 it has no threads
-    import kitoken
-
-    tokenizer = kitoken.Kitoken.from_tokenizers(json.dumps(_untrimmed(path)).encode())
-    return Library("kitoken", lambda texts: flatten(tokenizer.encode_all(texts, False)))
-
-
-def _open_kitoken_model(path: Path, threads: int) -> Library:  # noqa: ARG001 it has no threads
-    import kitoken
-
-    tokenizer = kitoken.Kitoken.from_sentencepiece_file(str(path))
-    return Library("kitoken", lambda texts: flatten(tokenizer.encode_all(texts, False)), leaves_out=SPACE_SIGN)
-
-
 def _open_sentencepiece(path: Path, threads: int) -> Library:
     """The reference's own library without Python's lists of ids between."""
     import sentencepiece
@@ -190,11 +176,9 @@ _Open = Callable[[Path, int], Library]
 _FOR_JSON: dict[str, _Open] = {
     "fastokens": _open_fastokens,
     "gigatoken": _open_gigatoken_json,
-    "kitoken": _open_kitoken_json,
 }
 _FOR_MODEL: dict[str, _Open] = {
     "gigatoken": _open_gigatoken_model,
-    "kitoken": _open_kitoken_model,
     "sentencepiece": _open_sentencepiece,
 }
 ENGINE_NAMES = ("auto", "reference", *dict.fromkeys((*_FOR_JSON, *_FOR_MODEL)))

@@ -41,7 +41,7 @@ class Engine(Protocol):
     """Text to ids, many documents a call. Threads may share one."""
 
     name: str
-    """"fastokens", "gigatoken", "kitoken", "sentencepiece" or "reference"."""
+    """"fastokens", "gigatoken", "sentencepiece" or "reference"."""
     report: Sequence[str]
     """For the user, a line each: what was chosen, what was refused and why."""
 
