@@ -48,10 +48,15 @@ class Figures:
     documents_that_differ: int = 0
 
     def times_peer(self) -> float:
-        return statistics.median(self.ours_mb_s) / statistics.median(self.peer_mb_s)
+        return _median_ratio(self.ours_mb_s, self.peer_mb_s)
 
     def share_of_engine(self) -> float:
-        return statistics.median(self.ours_mb_s) / statistics.median(self.engine_mb_s)
+        return _median_ratio(self.ours_mb_s, self.engine_mb_s)
+
+
+def _median_ratio(ours: list[float], others: list[float]) -> float:
+    """Of the rounds: what else the machine does in a round hits both."""
+    return statistics.median(one / other for one, other in zip(ours, others, strict=True))
 
 
 @dataclass(frozen=True)
