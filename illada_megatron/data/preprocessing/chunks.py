@@ -141,8 +141,8 @@ def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[lis
             if max(map(len, lines)) > limit_bytes:
                 too_long += sum(len(line) > limit_bytes for line in lines)
                 lines = [line if len(line) <= limit_bytes else b"" for line in lines]
-            yield lines, too_long
             pending, pending_bytes = [], 0
+            yield lines, too_long
         pending_bytes += len(rest)
         if pending_bytes <= limit_bytes:
             pending.append(rest)

@@ -85,6 +85,7 @@ def read_batches(job: Reading, piece: Piece, renderer: ChatRenderer | None) -> G
     with closing(_read_records(job, piece, progress)) as records:
         for record in records:
             batch = to_texts(record)
+            record.values.clear()  # the generators below still hold the list: a large line would stay
             batch.read_bytes, read_bytes = read_bytes, 0
             yield batch
     if read_bytes:
@@ -168,7 +169,7 @@ class _Texts:
             elif self._format == "text":
                 texts = [value.decode() for value in values]
             else:
-                texts = values
+                texts = list(values)
         except (ValueError, LookupError, TypeError):
             return None
         return texts if set(map(type, texts)) <= {str} and all(texts) else None

@@ -64,7 +64,7 @@ def _encoded(job: Job, task: ShardTask, encoder: DocumentEncoder) -> Generator[_
     with closing(ahead(_parts(job, task, encoder), _AHEAD)) as batches:
         for part, batch in batches:
             tokens = encoder.encode(batch.texts) if batch.texts else None
-            batch.texts = []
+            batch.texts.clear()
             yield _Encoded(part, batch, tokens)
 
 

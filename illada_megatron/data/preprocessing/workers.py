@@ -126,8 +126,10 @@ class _Pool:
     def _send(self, number: int, line: bytes) -> None:
         stdin = self._processes[number].stdin
         assert stdin is not None
+        left = memoryview(line + b"\n")
         try:
-            stdin.write(line + b"\n")
+            while left:
+                left = left[stdin.write(left) :]
         except BrokenPipeError:
             return  # the worker has died: _listen says so
 
