@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,14 +22,14 @@ class Builder {
  public:
   Builder(std::string prefix, int64_t vocab_size) : builder_(std::move(prefix), vocab_size) {}
 
-  void Add(const py::array& tokens, const Array<int64_t>& lengths) {
+  void Add(const py::array& tokens, const Array<int64_t>& lengths, std::optional<int64_t> end_token) {
     if (tokens.ndim() != 1 || lengths.ndim() != 1) throw py::type_error("tokens and lengths must be one-dimensional");
     if (py::isinstance<py::array_t<uint16_t>>(tokens))
-      AddTyped<uint16_t>(tokens, lengths);
+      AddTyped<uint16_t>(tokens, lengths, end_token);
     else if (py::isinstance<py::array_t<int32_t>>(tokens))
-      AddTyped<int32_t>(tokens, lengths);
+      AddTyped<int32_t>(tokens, lengths, end_token);
     else if (py::isinstance<py::array_t<int64_t>>(tokens))
-      AddTyped<int64_t>(tokens, lengths);
+      AddTyped<int64_t>(tokens, lengths, end_token);
     else
       throw py::type_error("tokens must be uint16, int32 or int64, found " +
                            py::str(tokens.dtype()).cast<std::string>());
@@ -52,14 +53,14 @@ class Builder {
 
  private:
   template <typename Token>
-  void AddTyped(const py::array& tokens, const Array<int64_t>& lengths) {
+  void AddTyped(const py::array& tokens, const Array<int64_t>& lengths, std::optional<int64_t> end_token) {
     const auto contiguous = Array<Token>::ensure(tokens);
     const Token* data = contiguous.data();
     const int64_t num_tokens = contiguous.size(), num_documents = lengths.size();
     const int64_t* length_data = lengths.data();
     py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    builder_.Add(data, num_tokens, length_data, num_documents);
+    builder_.Add(data, num_tokens, length_data, num_documents, end_token.value_or(IndexedDatasetBuilder::kNoEndToken));
   }
 
   std::mutex mutex_;
@@ -83,7 +84,7 @@ void Merge(const std::vector<std::string>& input_prefixes, const std::string& ou
 void BindWriting(py::module_& module) {
   py::class_<Builder>(module, "IndexedDatasetBuilder")
       .def(py::init<std::string, int64_t>(), py::arg("prefix"), py::arg("vocab_size"))
-      .def("add", &Builder::Add, py::arg("tokens"), py::arg("lengths"))
+      .def("add", &Builder::Add, py::arg("tokens"), py::arg("lengths"), py::arg("end_token") = py::none())
       .def("finalize", &Builder::Finalize)
       .def("abort", &Builder::Abort)
       .def_property_readonly("num_tokens", &Builder::num_tokens)

@@ -25,10 +25,14 @@ class IndexedDatasetBuilder {
   IndexedDatasetBuilder(const IndexedDatasetBuilder&) = delete;
   IndexedDatasetBuilder& operator=(const IndexedDatasetBuilder&) = delete;
 
-  // Appends `num_documents` documents whose tokens lie one after another in tokens[0, num_tokens).
+  static constexpr int64_t kNoEndToken = -1;
+
+  // Appends `num_documents` documents whose tokens lie one after another in tokens[0, num_tokens), each followed by
+  // `end_token` unless that is kNoEndToken; `lengths` do not count it.
   // All or nothing: a batch with a bad id or lengths that do not add up throws DataError, writes nothing.
   template <typename Token>
-  void Add(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents);
+  void Add(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents,
+           int64_t end_token = kNoEndToken);
 
   // Writes the index, flushes both files to the device and gives them their names: .bin first, .idx last, so that an
   // .idx always stands beside its complete .bin. Replaces a shard of the same name.
@@ -44,9 +48,10 @@ class IndexedDatasetBuilder {
 
   void RequireOpen() const;
   template <typename Token>
-  void CheckBatch(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents) const;
+  void CheckBatch(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents,
+                  int64_t end_token) const;
   template <typename Stored, typename Token>
-  void AppendTokens(const Token* tokens, int64_t num_tokens);
+  void AppendDocuments(const Token* tokens, const int64_t* lengths, int64_t num_documents, int64_t end_token);
   void WriteIndex();
 
   std::string prefix_;

@@ -127,6 +127,7 @@ void OutputFile::AppendFile(const std::string& path, uint64_t size_bytes,
 // Lets the device begin with the last `count` bytes while the next are copied; Sync() has to wait for them anyway. Only
 // a hint: what a file system makes of it does not matter.
 void OutputFile::StartWriting(uint64_t count) const {
+  if (count == 0) return;  // to the kernel it would mean: to the end of the file
   const off_t position = lseek(descriptor_, 0, SEEK_CUR);
   if (position >= 0)
     sync_file_range(descriptor_, position - static_cast<off_t>(count), static_cast<off_t>(count),
@@ -145,6 +146,7 @@ void OutputFile::Write(const char* from, size_t count) {
 
 void OutputFile::Flush() {
   Write(buffer_.data(), buffer_.size());
+  StartWriting(buffer_.size());
   buffer_.clear();
 }
 

@@ -31,7 +31,7 @@ from illada_megatron.data.tokenizer import load_tokenizer
 
 __all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_engine"]
 
-AUDITED_SHARE = 1 / 500
+AUDITED_SHARE = 1 / 1000
 """Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
 
 _SHOWN_CHARACTERS = 30

@@ -68,10 +68,12 @@ class IndexedDatasetWriter:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self._builder.dtype)
 
-    def add(self, tokens: Tokens, lengths: ArrayLike) -> None:
+    def add(self, tokens: Tokens, lengths: ArrayLike, end_token: int | None = None) -> None:
         """Append whole documents: tokens [n] (uint16, int32 or int64) one document after another, lengths
-        [documents] in tokens, sum(lengths) == n. A batch that is refused leaves the shard as it was."""
-        self._builder.add(tokens, lengths)
+        [documents] in tokens, sum(lengths) == n. end_token: written behind each document, in addition to those.
+
+        A batch that is refused leaves the shard as it was."""
+        self._builder.add(tokens, lengths, end_token)
 
     def finish(self) -> None:
         """Make PREFIX.bin and PREFIX.idx. Nothing can be added afterwards."""

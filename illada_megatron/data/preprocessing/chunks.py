@@ -11,7 +11,7 @@ import zstandard
 
 from illada_megatron.data.errors import DataError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 """Also about the size of a batch for the tokenizer: it keeps its threads busy and stays in the caches."""
 
 # a few bytes of zstd can stand for 128 kB, so that this much can become 32 MB

@@ -1,4 +1,4 @@
-"""Texts -> tokens with their ends, for one process."""
+"""Texts -> tokens, for one process."""
 
 import itertools
 from contextlib import closing
@@ -22,7 +22,7 @@ _SAMPLE_CHARACTERS = 100_000
 
 
 class DocumentEncoder:
-    """The engine of a job, and the EOS behind each document."""
+    """The engine of a job, and what stands behind each document."""
 
     def __init__(self, job: Job, threads: int, sample: ShardTask | None = None) -> None:
         """threads: of the engine. sample: choose the engine that job.engine asks for by texts of this task; None:
@@ -33,6 +33,7 @@ class DocumentEncoder:
                 f"{job.tokenizer_path}: has changed since the job was planned (SHA-256 {tokenizer.fingerprint}, "
                 f"expected {job.tokenizer_sha256}): restart, or bring back the file"
             )
+        self.threads = threads
         self.renderer: ChatRenderer | None = None
         self.engine_name = "reference"
         self.report: tuple[str, ...] = ()
@@ -44,6 +45,8 @@ class DocumentEncoder:
         else:
             self._open_engine(job, threads, sample)
         self._eos = tokenizer.eos_id if job.append_eod else None
+        self.end_token = self._eos if self.renderer is None else None
+        """What the writer puts behind each document."""
 
     def _open_engine(self, job: Job, threads: int, sample: ShardTask | None) -> None:
         if sample is None:
@@ -55,13 +58,12 @@ class DocumentEncoder:
         self._encode = engine.encode
 
     def encode(self, texts: list[str]) -> tuple[Tokens, Lengths]:
-        """Each document ends with EOS (append_eod), once: a chat template may have placed it already."""
+        """Tokens [n] and lengths [documents], without `end_token`. A conversation ends with EOS (append_eod) already:
+        its template may have placed it."""
         tokens, lengths = self._encode(texts)
-        if self._eos is None:
+        if self._eos is None or self.renderer is None:
             return tokens, lengths
         ends = np.cumsum(lengths)
-        if self.renderer is None:
-            return np.insert(tokens, ends, self._eos), lengths + 1
         missing = (lengths == 0) | (tokens[np.maximum(ends, 1) - 1] != self._eos)
         return np.insert(tokens, ends[missing], self._eos), lengths + missing
 

@@ -3,6 +3,7 @@
 Reads a job, then tasks, one JSON object a line, from stdin; answers with messages on stdout. It imports the data side
 only. When stdin ends, the parent is gone or wants no more: the task at hand is given up and what it wrote removed."""
 
+import gc
 import os
 import queue
 import signal
@@ -79,6 +80,8 @@ class _Worker:
 
 
 def main() -> None:
+    # millions of short-lived objects, none in a cycle: looking for cycles among them would only cost time
+    gc.disable()
     # Ctrl-C goes to all processes of a terminal: the parent then ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # what a library prints must not get between the messages
