@@ -88,8 +88,10 @@ def added_names(path: Path) -> list[str]:
 
 
 def _use_threads(threads: int) -> None:
-    """Size of the thread pool of the Rust libraries: each reads it once, when it first encodes."""
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    """Size of the thread pools of the Rust libraries: each reads it once, when it first encodes. fastokens has its own
+    pool beside rayon's, whose threads each have a cache."""
+    for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
+        os.environ.setdefault(name, str(threads))
 
 
 def _untrimmed(path: Path) -> dict[str, Any]:
