@@ -36,7 +36,7 @@ import json, sys, time
 import numpy as np
 import psutil
 from illada_megatron.config.schema import DataConfig
-from illada_megatron.data import training_corpus
+from illada_megatron.data.configured import training_corpus
 first, data = int(sys.argv[1]), DataConfig.model_validate_json(sys.argv[2])
 base, started = psutil.Process().memory_info().rss, time.perf_counter()
 corpus = training_corpus(data, 1234, 155_136, None)

@@ -23,7 +23,7 @@ BAR = 0.8
 MEASURED = """
 import json, sys, time
 from pathlib import Path
-from illada_megatron.data import IndexedDataset
+from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.find_shards import find_shards
 from illada_megatron.data.merge import merge
 def status(field):

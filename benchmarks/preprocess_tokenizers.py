@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, pre_tokenizers
 
-from illada_megatron.data import train_sentencepiece
+from illada_megatron.data.train_tokenizer import train_sentencepiece
 
 # the split of Llama 3 and GPT-4: up to three digits, one sign before a word
 _WORDS = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from illada_megatron.data import IndexedDatasetWriter
+from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 
 VOCAB_SIZE = 32_000
 _WRITTEN_AT_A_TIME = 1 << 22

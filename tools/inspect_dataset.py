@@ -9,9 +9,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from illada_megatron.data import DataError, IndexedDataset, load_tokenizer
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.inspect import LengthStatistics, count_lengths, expected_bytes, sample_texts, verify_shard
 from illada_megatron.data.shards import FoundShard, find_shards
+from illada_megatron.data.tokenizer import load_tokenizer
 
 SHOWN_SHARDS = 20
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from illada_megatron.data import DataError
+from illada_megatron.data.errors import DataError
 from illada_megatron.data.merge import merge, progress_bytes
 from illada_megatron.data.shards import find_shards
 

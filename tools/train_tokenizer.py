@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from illada_megatron.data import DataError, train_sentencepiece
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.train_tokenizer import train_sentencepiece
 
 
 def main(

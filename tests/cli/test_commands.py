@@ -12,7 +12,9 @@ import yaml
 from launch import Illada, launch
 
 from illada_megatron.config import load_config
-from illada_megatron.data import IndexedDataset, load_tokenizer, train_sentencepiece
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.tokenizer import load_tokenizer
+from illada_megatron.data.train_tokenizer import train_sentencepiece
 
 COMMANDS = ("train", "evaluate", "generate", "preprocess", "doctor")
 

@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from illada_megatron.data import BlendSchedule, DataError, Proportions
+from illada_megatron.data.blend import BlendSchedule, Proportions
+from illada_megatron.data.errors import DataError
 
 
 def _shares(weights: list[float]) -> list[Fraction]:

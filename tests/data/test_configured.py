@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from illada_megatron.config.schema import DataConfig
-from illada_megatron.data import DataError, epoch_problems, load_tokenizer, training_corpus, validation_corpus
+from illada_megatron.data.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.errors import DataError
 from illada_megatron.data.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.tokenizer import load_tokenizer
 
 LENGTH = 16
 

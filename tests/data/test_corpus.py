@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import Corpus, DataError, IndexedDataset, find_shards, unigram_entropy
+from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.shards import find_shards
+from illada_megatron.data.statistics import unigram_entropy
 
 LENGTH = 16
 

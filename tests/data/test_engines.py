@@ -14,10 +14,13 @@ import pytest
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-from illada_megatron.data import DataError, engine_libraries, engines, load_tokenizer, train_sentencepiece
+from illada_megatron.data import engine_libraries, engines
 from illada_megatron.data.engine_libraries import ENGINE_NAMES, FlatIds, Library, flatten
 from illada_megatron.data.engine_probes import probe_texts
 from illada_megatron.data.engines import choose_engine, open_engine
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizer import load_tokenizer
+from illada_megatron.data.train_tokenizer import train_sentencepiece
 
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import DataError, IndexedDataset
 from illada_megatron.data._indexed_dataset import IndexFile, TokenReader
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
 
 SEEDS = sorted((Path(__file__).parents[1] / "fuzz" / "seeds").glob("*.idx"))
 HEADER_BYTES = 34

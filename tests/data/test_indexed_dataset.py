@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from illada_megatron.data import DataError, IndexedDataset, IndexedDatasetWriter
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from illada_megatron.data.manifest import file_checksum
 
 with warnings.catch_warnings():

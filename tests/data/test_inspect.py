@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import IndexedDataset, IndexedDatasetWriter, Tokenizer
+from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from illada_megatron.data.inspect import LengthStatistics, count_lengths, printable, sample_texts, verify_shard
 from illada_megatron.data.manifest import Manifest, ShardEntry, file_checksum, write_manifest
 from illada_megatron.data.shards import FoundShard, find_shards
+from illada_megatron.data.tokenizer import Tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_dataset.py"
 

@@ -7,17 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import (
-    Corpus,
-    DataError,
-    IndexedDataset,
-    Manifest,
-    ShardEntry,
-    list_shards,
-    read_manifest,
-    write_manifest,
-)
-from illada_megatron.data.manifest import file_checksum
+from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.manifest import Manifest, ShardEntry, file_checksum, read_manifest, write_manifest
+from illada_megatron.data.shards import list_shards
 
 
 @pytest.fixture

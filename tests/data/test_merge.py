@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from illada_megatron.data import DataError, IndexedDataset
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from illada_megatron.data.merge import merge, progress_bytes
 from illada_megatron.data.shards import find_shards
@@ -90,7 +91,7 @@ def test_the_index_is_merged_in_pieces(write_shard, tmp_path: Path) -> None:
     many = (1 << 20) + 3
     first = write_shard("first", [[1]] * 5)
     second = write_shard("second", [[2]])
-    from illada_megatron.data import IndexedDatasetWriter
+    from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 
     with IndexedDatasetWriter(tmp_path / "many", 10) as writer:
         writer.add(np.ones(2 * many, dtype=np.int32), np.full(many, 2))

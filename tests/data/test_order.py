@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from illada_megatron.data import derive_key, permute
+from illada_megatron.data.order import derive_key, permute
 
 MASK = 2**64 - 1
 

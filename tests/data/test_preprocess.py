@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from illada_megatron.data import DataError, IndexedDataset, PreprocessOptions, Tokenizer, load_tokenizer, preprocess
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
+from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GOOD = '{"text": "good"}'

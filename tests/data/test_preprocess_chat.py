@@ -7,7 +7,10 @@ import pytest
 import tokenizers
 import transformers
 
-from illada_megatron.data import DataError, IndexedDataset, PreprocessOptions, load_tokenizer, preprocess
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
+from illada_megatron.data.tokenizer import load_tokenizer
 
 CHATML = """{%- for message in messages %}
     {%- if message.role not in ['system', 'user', 'assistant'] %}

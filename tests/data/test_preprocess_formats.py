@@ -11,8 +11,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from illada_megatron.data import DataError, IndexedDataset, PreprocessOptions, Tokenizer, preprocess
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.manifest import file_checksum, read_manifest
+from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
+from illada_megatron.data.tokenizer import Tokenizer
 
 DOCUMENTS = [f"document {i}: naïve ✓ " + "line\n" * (i % 7) for i in range(300)]
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from illada_megatron.data import DataError, PreprocessOptions, preprocess
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
 
 ROOT = Path(__file__).parents[2]
 _ON_A_CLUSTER = """
     import sys, threading, time
     from pathlib import Path
     from ray.cluster_utils import Cluster
-    from illada_megatron.data import PreprocessOptions, preprocess
+    from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
 
     if __name__ == "__main__":
         source, prefix, tokenizer = sys.argv[1:]

@@ -12,8 +12,10 @@ import psutil
 import pytest
 import zstandard
 
-from illada_megatron.data import DataError, IndexedDataset, PreprocessOptions, preprocess
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.manifest import read_manifest
+from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
 
 ROOT = Path(__file__).parents[2]
 

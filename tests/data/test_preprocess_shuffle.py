@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import IndexedDataset, PreprocessOptions, preprocess
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.preprocessing.run import PreprocessOptions, preprocess
 from illada_megatron.data.preprocessing.shuffle import DocumentShuffle
 
 

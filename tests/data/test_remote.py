@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import Corpus, DataError, IndexedDataset, Manifest, ShardEntry, write_manifest
+from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset
+from illada_megatron.data.manifest import Manifest, ShardEntry, write_manifest
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto.server")
@@ -79,7 +82,7 @@ def _documents(seed: int) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def both(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Manifests of the same three shards: on the disk and in the bucket (under an own prefix)."""
-    from illada_megatron.data import IndexedDatasetWriter
+    from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 
     folder, entries = tmp_path_factory.mktemp("shards"), []
     for number in range(3):

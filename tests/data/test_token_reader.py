@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import DataError
 from illada_megatron.data._indexed_dataset import TokenReader
+from illada_megatron.data.errors import DataError
 
 DTYPES = ["uint16", "int16", "int32", "int64"]
 LENGTHS = [700, 1, 3, 1500]

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import DataError, Tokenizer, load_tokenizer, train_sentencepiece
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.data.train_tokenizer import train_sentencepiece
 
 HARD_TEXTS = [
     "",

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from illada_megatron.data import DataError, IndexedDataset, IndexedDatasetWriter
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
 
 def _names(directory: Path) -> list[str]:
@@ -174,7 +175,7 @@ def test_forked_child_does_not_remove_its_parents_file(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 import numpy as np
-from illada_megatron.data import IndexedDatasetWriter
+from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
@@ -197,7 +198,7 @@ def test_disk_error_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
 ENDLESS = """
 import sys
 import numpy as np
-from illada_megatron.data import IndexedDatasetWriter
+from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 with IndexedDatasetWriter(sys.argv[1], 10) as writer:
     while writer.num_tokens < 1_000_000_000:
         writer.add(np.ones(100_000, dtype=np.int32), [100_000])
@@ -227,7 +228,7 @@ def test_killed_writer_leaves_no_shard_and_the_next_one_succeeds(tmp_path: Path)
 PUBLISH = """
 import sys
 import numpy as np
-from illada_megatron.data import IndexedDatasetWriter
+from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 with IndexedDatasetWriter(sys.argv[1], 10) as writer:
     writer.add(np.ones(1000, dtype=np.int32), [1000])
 """
