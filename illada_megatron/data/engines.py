@@ -98,8 +98,13 @@ def choose_engine(
     return CheckedEngine(reference, reference, [*refused, "tokenizer engine reference: no other serves"])
 
 
+def likely_engine(tokenizer_path: Path, name: str) -> str:
+    """The engine that choose_engine will probably choose; nothing is opened."""
+    return candidates(tokenizer_path)[0] if name == "auto" else name
+
+
 def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engine:
-    """The engine `name` as choose_engine gave it, without comparing again: for the worker processes of one run.
+    """The engine `name` without comparing it: where choose_engine has done that, or is about to.
 
     The audit goes on. Raises DataError when it cannot be opened here."""
     path = Path(tokenizer_path)

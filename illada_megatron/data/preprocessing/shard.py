@@ -34,11 +34,11 @@ def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report
     if done is not None:
         return done
     parts: list[PartRecord] = []
-    with closing(ahead(_encoded(job, task, encoder), _ahead_of(encoder))) as encoded:
-        for number, batches in itertools.groupby(encoded, key=lambda batch: batch.part):
+    with closing(ahead(_encoded(job, task, encoder), _ahead_of(encoder))) as encoded_batches:
+        for number, batches in itertools.groupby(encoded_batches, key=lambda batch: batch.part):
             part = records.finished_part(job, task, number)
             if part is None:
-                part = _write_part(job, task, number, batches, encoder.end_token, report)
+                part = _write_part(job, task, number, encoder, batches, report)
                 if task.streamed:
                     record = TaskRecord(fingerprint=job.fingerprint, parts=(part,))
                     records.write_record(records.record_path(job, task.part_name(number)), record)
@@ -107,15 +107,16 @@ def _gathered(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _write_part(
-    job: Job, task: ShardTask, part: int, batches: Iterator[_Encoded], end_token: int | None, report: Report
+    job: Job, task: ShardTask, part: int, encoder: DocumentEncoder, batches: Iterator[_Encoded], report: Report
 ) -> PartRecord:
     prefix = job.prefix + task.part_name(part)
     counts = _Counting(report)
     writer = IndexedDatasetWriter(prefix, job.vocab_size)
     try:
         for tokens, lengths in _shuffled(job, task, part, counts.count(batches)):
-            writer.add(tokens, lengths, end_token)
+            writer.add(tokens, lengths, encoder.end_token)
         documents, num_tokens = writer.num_documents, writer.num_tokens
+        encoder.wait_until_chosen()
         if num_tokens:
             writer.finish()
     except BaseException:

@@ -9,7 +9,7 @@ import queue
 import signal
 import sys
 import threading
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
 
@@ -17,6 +17,9 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.shard import run_task
 from illada_megatron.data.preprocessing.tokens import DocumentEncoder
+
+ENGINE_IS_CHOSEN = b'"engine is chosen"'
+"""A line on stdin: the engine that the job names is the one to use. Before it no shard is finished."""
 
 
 class _GivenUpError(Exception):
@@ -28,12 +31,17 @@ class _Worker:
         self._answers = answers
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._ended = threading.Event()
+        self._chosen = threading.Event()
 
     def listen(self) -> None:
         """In a thread: stdin to the queue."""
         for line in sys.stdin.buffer:
-            self._lines.put(line)
+            if line.rstrip() == ENGINE_IS_CHOSEN:
+                self._chosen.set()
+            else:
+                self._lines.put(line)
         self._ended.set()
+        self._chosen.set()
         self._lines.put(None)
 
     def run(self) -> None:
@@ -41,11 +49,14 @@ class _Worker:
         first = self._lines.get()
         if first is None:
             return
+        job = Job.model_validate_json(first)
         try:
-            job, encoder = self._prepare(orjson.loads(first))
+            encoder = DocumentEncoder(job, int(sys.argv[1]))
         except (DataError, OSError) as error:
+            self._chosen.wait()  # with another engine it may be none
             self._answer({"error": str(error)})
             return
+        encoder.wait_until_chosen = self._wait_until_chosen
         while (line := self._lines.get()) is not None and not self._ended.is_set():
             task = ShardTask.model_validate_json(line)
             try:
@@ -57,14 +68,10 @@ class _Worker:
             else:
                 self._answer({"done": record.model_dump(mode="json")})
 
-    def _prepare(self, start: dict[str, Any]) -> tuple[Job, DocumentEncoder]:
-        """start: {"job": ..., "sample": a task to choose the engine by, or null}."""
-        job = Job.model_validate(start["job"])
-        sample = start["sample"] and ShardTask.model_validate(start["sample"])
-        encoder = DocumentEncoder(job, int(sys.argv[1]), sample)
-        if sample:
-            self._answer({"engine": encoder.engine_name, "report": encoder.report})
-        return job, encoder
+    def _wait_until_chosen(self) -> None:
+        self._chosen.wait()
+        if self._ended.is_set():
+            raise _GivenUpError
 
     def _report(self, read_bytes: int, tokens: int) -> None:
         if self._ended.is_set():

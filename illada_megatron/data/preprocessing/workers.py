@@ -3,6 +3,7 @@
 They are plain commands and not multiprocessing's children: those would import the caller's main module (with torch,
 for the `illada` command) once in each process."""
 
+import ctypes
 import os
 import queue
 import signal
@@ -10,15 +11,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
 
+from illada_megatron.data.engines import likely_engine
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard import Report, run_task
 from illada_megatron.data.preprocessing.tokens import DocumentEncoder
+from illada_megatron.data.preprocessing.worker import ENGINE_IS_CHOSEN
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
@@ -37,22 +41,41 @@ def run_here(
 def run_workers(
     job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, say: Callable[..., None], report: Report
 ) -> Iterator[tuple[ShardTask, TaskRecord]]:
-    """All tasks in `workers` processes with engines of `threads` threads, as they finish. The first worker chooses
-    the engine, so that this process holds none; `say` is told what was chosen.
+    """All tasks in `workers` processes with engines of `threads` threads, as they finish.
+
+    Comparing engines with the reference takes a second. Meanwhile the workers have begun with the engine that is likely
+    to be chosen; no shard is finished before it is. Where another is chosen they begin anew. `say` is told.
 
     Raises DataError when a task fails or a worker dies; the other workers then give up what they are at."""
-    pool = _Pool(job, tasks, workers, threads)
+    likely = job.engine if job.chat else likely_engine(Path(job.tokenizer_path), job.engine)
+    pool = _Pool(job.model_copy(update={"engine": likely}), tasks, workers, threads)
     try:
-        yield from pool.run(say, report)
+        encoder = DocumentEncoder(job, threads, sample=tasks[0])
+        chosen, chosen_report = encoder.engine_name, encoder.report
+        del encoder
+        _return_memory()
+        say(*chosen_report)
+        if chosen != likely and not job.chat:
+            pool.close()
+            pool = _Pool(job.model_copy(update={"engine": chosen}), tasks, workers, threads)
+        yield from pool.run(report)
     finally:
         pool.close()
 
 
+def _return_memory() -> None:
+    """What choosing took is free, but glibc keeps it: some 50 MB, for as long as the workers run."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class _Pool:
+    """Workers that have begun, but finish no shard before `run`."""
+
     def __init__(self, job: Job, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
         defaults = {"RAYON_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": _MALLOC_ARENAS}
         environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}
-        self._job = job
         self._waiting = list(reversed(tasks))
         self._at_work: dict[int, ShardTask] = {}
         self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
@@ -65,9 +88,13 @@ class _Pool:
             self._processes.append(process)
             self._threads.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
             self._threads[-1].start()
+            self._send(number, job.model_dump_json().encode())
+            self._next_task(number)
 
-    def run(self, say: Callable[..., None], report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
-        self._begin(0, self._waiting[-1])
+    def run(self, report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
+        """All tasks, with the engine that the job names."""
+        for number in range(len(self._processes)):
+            self._send(number, ENGINE_IS_CHOSEN)
         while self._at_work:
             number, message = self._messages.get()
             if message is None:
@@ -79,11 +106,6 @@ class _Pool:
                 yield task, TaskRecord.model_validate_json(orjson.dumps(message["done"]))
             elif "error" in message:
                 raise DataError(message["error"])
-            elif "engine" in message:
-                say(*message["report"])
-                self._job = self._job.model_copy(update={"engine": message["engine"]})
-                for other in range(1, len(self._processes)):
-                    self._begin(other, None)
             else:
                 report(message["read_bytes"], message["tokens"])
 
@@ -111,11 +133,6 @@ class _Pool:
                     self._messages.put((number, orjson.loads(line)))
         stdout.close()
         self._messages.put((number, None))
-
-    def _begin(self, number: int, sample: ShardTask | None) -> None:
-        start = {"job": self._job.model_dump(mode="json"), "sample": sample and sample.model_dump(mode="json")}
-        self._send(number, orjson.dumps(start))
-        self._next_task(number)
 
     def _next_task(self, number: int) -> None:
         if self._waiting:
