@@ -26,7 +26,7 @@ from preprocess_runs import cpu_seconds
 HERE = Path(__file__).resolve().parent
 WORKERS = 2
 GOALS = {"bpe_times_peer": 12.0, "sentencepiece_times_peer": 2.5, "share_of_engine": 0.4, "peak_mb": 600.0}
-_SAMPLE_SECONDS = 0.5  # the kernel adds up all pages for each: more often, it takes part in the timing
+_SAMPLE_SECONDS = 0.1
 SPACE_SIGN = "\u2581"
 
 
@@ -75,13 +75,14 @@ def main(
     work_dir: Annotated[Path, typer.Option(help="Corpus, tokenizers and shards; kept for the next time.")] = Path(
         "/tmp/illada-preprocess"
     ),
-    corpus_mb: Annotated[int, typer.Option(help="Text in the file.")] = 800,
+    corpus_mb: Annotated[int, typer.Option(help="Different text in the file.")] = 800,
+    repeat: Annotated[int, typer.Option(help="How often the file holds it.")] = 2,
     part_mb: Annotated[int, typer.Option(help="Of it for the peer.")] = 40,
     rounds: int = 2,
 ) -> None:
     """Measure, print a table and one line of JSON."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    corpus, part, text_bytes = _corpora(work_dir, corpus_mb, part_mb)
+    corpus, part, text_bytes = _corpora(work_dir, corpus_mb, repeat, part_mb)
     cases = [
         Case(name, path, corpus, part, text_bytes, work_dir) for name, path in _tokenizers(work_dir, corpus).items()
     ]
@@ -93,10 +94,10 @@ def main(
     for case in cases:
         _compare_ids(case, figures[case.name])
         print(f"{case.name}: {_line(figures[case.name])}")
-    print(json.dumps(_result(figures, corpus_mb, part_mb)))
+    print(json.dumps(_result(figures, corpus_mb, part_mb) | {"repeat": repeat}))
 
 
-def _corpora(work_dir: Path, corpus_mb: int, part_mb: int) -> tuple[Path, Path, int]:
+def _corpora(work_dir: Path, corpus_mb: int, repeat: int, part_mb: int) -> tuple[Path, Path, int]:
     """The file, its first `part_mb`, and the bytes of text in the file."""
     corpus, part = work_dir / f"text_{corpus_mb}.jsonl", work_dir / f"text_{corpus_mb}_part_{part_mb}.jsonl"
     if not corpus.exists():
@@ -107,7 +108,13 @@ def _corpora(work_dir: Path, corpus_mb: int, part_mb: int) -> tuple[Path, Path, 
             if text_bytes < part_mb * 10**6:
                 part_stream.write(line)
             text_bytes += len(json.loads(line)["text"].encode())
-    return corpus, part, text_bytes
+    if repeat == 1:
+        return corpus, part, text_bytes
+    repeated = work_dir / f"text_{corpus_mb}_times_{repeat}.jsonl"
+    with repeated.open("wb") as output:
+        for _ in range(repeat):
+            output.write(corpus.read_bytes())
+    return repeated, part, text_bytes * repeat
 
 
 def _tokenizers(work_dir: Path, corpus: Path) -> dict[str, Path]:
@@ -137,11 +144,15 @@ def _round(case: Case, figures: Figures) -> None:
     figures.peer_mb_per_cpu_s.append(peer["text_bytes"] / 1e6 / peer["cpu_seconds"])
 
     command = [sys.executable, "-m", "illada_megatron", "preprocess", case.corpus, "--output-prefix", our_prefix]
-    started, started_cpu = time.perf_counter(), cpu_seconds()
-    output, peak_mb = _run([*command, "--tokenizer", case.tokenizer, "--workers", WORKERS, "--overwrite"])
-    figures.ours_mb_s.append(case.text_bytes / 1e6 / (time.perf_counter() - started))
+    command += ["--tokenizer", case.tokenizer, "--workers", WORKERS]
+    if not figures.peak_mb:  # in a run of its own: adding up the pages of processes holds them up
+        _remove(our_prefix)
+        figures.peak_mb.append(_run(command, sample_memory=True)[1])
+    _remove(our_prefix)
+    started_cpu = cpu_seconds()
+    output, _, seconds = _run(command)
+    figures.ours_mb_s.append(case.text_bytes / 1e6 / seconds)
     figures.ours_mb_per_cpu_s.append(case.text_bytes / 1e6 / (cpu_seconds() - started_cpu))
-    figures.peak_mb.append(peak_mb)
     figures.engine = next(
         line.split()[2].rstrip(":") for line in output.splitlines() if " ids on " in line or "reference:" in line
     )
@@ -150,26 +161,36 @@ def _round(case: Case, figures: Figures) -> None:
     figures.engine_mb_per_cpu_s.append(bare["text_bytes"] / 1e6 / bare["cpu_seconds"])
 
 
+def _remove(prefix: Path) -> None:
+    """What the run before has written: the file system frees it outside of the time."""
+    for path in prefix.parent.glob(f"{prefix.name}[._]*"):
+        path.unlink()
+
+
 def _json(output: str) -> dict[str, float]:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def _run(command: list[Any]) -> tuple[str, float]:
-    """Output of both streams, and the peak of the memory of the process and its children in MB (PSS: shared pages
-    count once)."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "500"}
+def _run(command: list[Any], sample_memory: bool = False) -> tuple[str, float, float]:
+    """Output of both streams, the peak of the memory of the process and its children in MB (PSS: shared pages count
+    once; 0 unless sample_memory), and the seconds from its start to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "COLUMNS": "500"}
     environment.pop("RAYON_NUM_THREADS", None)
+    started = time.perf_counter()
     process = subprocess.Popen(
         [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     peak = [0.0]
     sampler = threading.Thread(target=_sample_memory, args=(process, peak))
-    sampler.start()
+    if sample_memory:
+        sampler.start()
     output, _ = process.communicate()
-    sampler.join()
+    seconds = time.perf_counter() - started
+    if sample_memory:
+        sampler.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {output[-3000:]}")
-    return output, peak[0] / 1e6
+    return output, peak[0] / 1e6, seconds
 
 
 def _sample_memory(process: "subprocess.Popen[str]", peak: list[float]) -> None:
