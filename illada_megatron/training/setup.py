@@ -81,7 +81,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         )
     state.schedule.begin(state.step)
     _check_epochs(state)
-    state.loader = source.prefetch(_slices(config, runtime, state.step, state.consumed_samples))
+    state.loader = source.prefetch(_slices(config, runtime, state.consumed_samples))
     return state
 
 
@@ -155,10 +155,10 @@ def _check_epochs(state: TrainingState) -> None:
     state.notes += [f"warning: {problem}" for problem in problems]
 
 
-def _slices(config: RunConfig, runtime: Runtime, step: int, consumed_samples: int) -> Iterator[BatchSlice]:
-    """All micro-batches from `step` to the end of the run."""
+def _slices(config: RunConfig, runtime: Runtime, consumed_samples: int) -> Iterator[BatchSlice]:
+    """All micro-batches behind `consumed_samples`, without end: the loop knows when to stop."""
     per_microbatch = config.training.micro_batch_size * runtime.layout.data
-    for _ in range(step, config.training.train_steps):
+    while True:
         size = global_batch_size(config, consumed_samples)
         for microbatch in range(size // per_microbatch):
             yield BatchSlice(consumed_samples, size, microbatch)
