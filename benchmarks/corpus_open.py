@@ -169,7 +169,7 @@ def main(
     for name, found in figures.items():
         print(
             f"{name:30}{found['tokens']:8.1e}{found['open_seconds']:8.3f} s{found['first_batch_seconds']:8.3f} s"
-            f"{found['memory_mb']:7.1f} MB{found.get('sample_microseconds', float('nan')):9.1f} us"
+            f"{found['memory_mb']:7.1f} MB{found.get('sample_microseconds', 0.0):9.1f} us"
         )
     ratios = {
         name: figures[f"{name}, sample 1e9"]["sample_microseconds"] / figures[name]["sample_microseconds"]
