@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h tests/fuzz/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/fuzz/*.cpp tests/simt/*.h tests/simt/*.cpp)
 FUZZ_SECONDS ?= 600
 
 .PHONY: help demo test test-all check format fuzz clean
@@ -53,4 +53,4 @@ fuzz:
 	    -print_final_stats=1 build/fuzz/corpus tests/fuzz/seeds
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo illada_megatron/data/*.so
+	rm -rf $(VENV) build *.egg-info demo illada_megatron/*/*.so

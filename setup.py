@@ -1,19 +1,105 @@
-"""Builds the C++ extension; everything else about the package is in pyproject.toml."""
+"""Builds the C++ and CUDA extensions; everything else about the package is in pyproject.toml.
 
+`illada_megatron.ops._kernels` is built against the torch that is installed: `pip install --no-build-isolation`.
+ILLADA_CUDA=1 demands its CUDA part, ILLADA_CUDA=0 leaves it out; unset, it is built where torch is a CUDA build and nvcc
+is found.
+"""
+
+import os
+import platform
+import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
+
+try:
+    from pybind11.setup_helpers import Pybind11Extension
+    from torch.utils import cpp_extension
+    from torch.version import cuda as torch_cuda
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"building illada-megatron needs {missing.name}: install torch and pybind11 first, then run pip with "
+        "--no-build-isolation (`make` does both)"
+    )
+
+# ATen's names and flags of the instruction sets that vectorised kernels are compiled for; each is chosen at run time
+_X86_CAPABILITIES = {
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+_CAPABILITIES = {"DEFAULT": []} | (_X86_CAPABILITIES if _IS_X86 else {})
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's, which also compiles an extension's `kernels` once for each instruction set."""
+
+    def build_extension(self, extension: Extension) -> None:
+        for kernel in getattr(extension, "kernels", []):
+            for capability, flags in _CAPABILITIES.items():
+                extension.extra_objects += self.compiler.compile(
+                    [kernel],
+                    output_dir=str(Path(self.build_temp) / capability),
+                    macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
+                    include_dirs=extension.include_dirs,
+                    extra_postargs=[*extension.extra_compile_args["cxx"], *flags],
+                    depends=extension.depends,
+                )
+        super().build_extension(extension)
+
+
+def indexed_dataset() -> Extension:
+    """The reader, writer and merger of shards; knows no torch."""
+    return Pybind11Extension(
+        "illada_megatron.data._indexed_dataset",
+        _sources("csrc/indexed_dataset/*.cpp"),
+        depends=_sources("csrc/indexed_dataset/*.h"),
+        cxx_std=17,
+        extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    )
+
+
+def kernels() -> Extension:
+    """The operators of torch.ops.illada."""
+    with_cuda = _wants_cuda()
+    make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    vectorised = _sources("csrc/*/cpu_kernels*.cpp")
+    sources = {*_sources("csrc/masked_cross_entropy/*.cpp"), *_sources("csrc/layer_kernels/*.cpp")} - {*vectorised}
+    cuda = {*_sources("csrc/*/cuda_*.cpp"), *_sources("csrc/*/cuda_*.cu")}
+    # -fopenmp only compiles: the one OpenMP runtime of the process is the one that torch's libraries bring
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
+    flags += [f"-DHAVE_{capability}_CPU_DEFINITION" for capability in _CAPABILITIES if capability != "DEFAULT"]
+    extension = make(
+        "illada_megatron.ops._kernels",
+        sorted((sources | cuda) if with_cuda else (sources - cuda)),
+        depends=_sources("csrc/*/*.h") + _sources("csrc/*/*.cuh"),
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
+    )
+    extension.kernels = vectorised
+    return extension
+
+
+def _wants_cuda() -> bool:
+    wish = os.environ.get("ILLADA_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        sys.exit(f"ILLADA_CUDA must be 0 or 1 (or unset), found {wish!r}")
+    missing = [
+        what
+        for what, found in (("a CUDA build of torch", torch_cuda), ("nvcc (CUDA_HOME)", cpp_extension.CUDA_HOME))
+        if not found
+    ]
+    if wish == "1" and missing:
+        sys.exit(f"ILLADA_CUDA=1, but {' and '.join(missing)} was not found: install it, or unset ILLADA_CUDA")
+    if wish == "auto" and missing:
+        print(f"illada_megatron.ops._kernels is built without CUDA: {' and '.join(missing)} was not found")
+    return wish != "0" and not missing
+
+
+def _sources(pattern: str) -> list[str]:
+    return sorted(map(str, Path().glob(pattern)))
+
 
 setup(
-    ext_modules=[
-        Pybind11Extension(
-            "illada_megatron.data._indexed_dataset",
-            sorted(map(str, Path("csrc/indexed_dataset").glob("*.cpp"))),
-            depends=sorted(map(str, Path("csrc/indexed_dataset").glob("*.h"))),
-            cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
-        )
-    ],
-    cmdclass={"build_ext": build_ext},
+    ext_modules=[indexed_dataset(), kernels()],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
 )
