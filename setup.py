@@ -66,8 +66,9 @@ def kernels() -> Extension:
     vectorised = _sources("csrc/*/cpu_kernels*.cpp")
     sources = {*_sources("csrc/masked_cross_entropy/*.cpp"), *_sources("csrc/layer_kernels/*.cpp")} - {*vectorised}
     cuda = {*_sources("csrc/*/cuda_*.cpp"), *_sources("csrc/*/cuda_*.cu")}
-    # -fopenmp only compiles: the one OpenMP runtime of the process is the one that torch's libraries bring
+    # at::vec's intrinsics look uninitialised to GCC 12; -fopenmp only compiles: the one OpenMP runtime of the process is the one that torch's libraries bring
     flags = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     flags += [f"-DHAVE_{capability}_CPU_DEFINITION" for capability in _CAPABILITIES if capability != "DEFAULT"]
     extension = make(
         "illada_megatron.ops._kernels",
