@@ -114,7 +114,8 @@ def test_the_target_may_be_in_any_column(machine: Machine, v: int, dtype: torch.
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_whole_vocabulary(machine: Machine, dtype: torch.dtype, softcap: float) -> None:
-    """iLLaDA's 155,136 columns. The log of the normalizer errs no more than torch's plain fp32 one, or one rounding."""
+    """iLLaDA's 155,136 columns. The log of the normalizer errs no more than torch's plain fp32 evaluation, or than
+    fp32 rounds it."""
     logits, targets = random_logits(2, 155_136, dtype)
     found = machine.logit_statistics(logits, targets, softcap, Layout(155_136))
     reference.assert_statistics(found, logits, targets, softcap)
@@ -126,7 +127,7 @@ def test_a_whole_vocabulary(machine: Machine, dtype: torch.dtype, softcap: float
             reference.statistics(logits.float(), targets, softcap).double(),
         )
     )
-    assert (ours - expected).abs().max() <= max((plain - expected).abs().max(), 2**-23)
+    assert (ours - expected).abs().max() <= max((plain - expected).abs().max(), 2**-24 * expected.abs().max())
     rows = row_values(logits, targets, softcap)
     gradient = machine.logits_to_gradient(logits, targets, rows, softcap, Layout(155_136))
     reference.assert_gradient(gradient, logits, targets, rows, softcap)
@@ -175,7 +176,7 @@ def test_nan_is_not_lost(machine: Machine, dtype: torch.dtype, softcap: float) -
     assert found[:2, :-1].isnan().all()
     reference.assert_statistics(found[:, -1:], logits[-1:], targets[-1:], softcap)
 
-    rows = tuple(torch.ones(3, logits.shape[0]))
+    rows = tuple(torch.tensor([20.0, 1.0, 1.0])[:, None].repeat(1, logits.shape[0]))
     gradient = machine.logits_to_gradient(logits, targets, rows, softcap, layout)
     reference.assert_gradient(gradient, logits, targets, rows, softcap)
     assert torch.equal(gradient.isnan(), logits.isnan())
