@@ -1,14 +1,15 @@
 // Kernels of the masked cross-entropy for NVIDIA GPUs (sm_80 and later). No torch: nvcc alone compiles them, and
-// tests/simt runs this very source on a CPU. One block works on one row, in two passes a row:
+// tests/simt runs this very source on a CPU. One block works on one row, in two passes of m rows by v columns of b
+// bytes:
 //
-//                      reads      writes     1,024 x 155,136 bf16     at 3.35 TB/s (H100)
-//   logit_statistics_kernel    m v b      12 m       318 MB                   95 us
-//   logits_to_gradient_kernel   m v b      m v b      635 MB                   190 us          b: bytes of a logit
+//                               reads    writes    1,024 x 155,136 bf16    at an H100's 3.35 TB/s
+//   logit_statistics_kernel     m v b    12 m      318 MB                   95 us
+//   logits_to_gradient_kernel   m v b    m v b     635 MB                  190 us
 //
-// Those times are the floor as long as the instructions fit under them: 132 SMs at 1.76 GHz issue 18 thread
-// instructions for each bf16 logit that HBM delivers, and docs/masked_loss.md counts what the compiler made of these
-// loops. To keep HBM busy an SM must have about 40 kB on the way: 1,024 threads (two blocks) with 4 loads of 16 bytes
-// are 64 kB.
+// These times are the floor as long as the instructions fit under them: 132 SMs at 1.76 GHz issue 18 instructions of a
+// thread for each bf16 logit that HBM delivers, and docs/masked_loss.md counts what the compiler made of these loops.
+// To keep HBM busy an SM needs 25 kB on the way (1 us of latency under load); two blocks, each thread with four loads
+// of 16 bytes, are 64 kB.
 //
 // Cache: a logit is used by one thread of one SM, so loads and stores pass the L1 by (ld.cg, st.cg). None is marked
 // evict-first: the gradient overwrites the lines it read, and the matrix products that follow read those. The second
