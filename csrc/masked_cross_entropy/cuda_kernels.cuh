@@ -16,7 +16,8 @@
 // pass goes from the last row to the first: of a matrix larger than the L2 (50 MB) the last rows are still there.
 //
 // expf, not exp2f of a product with log2(e): the product's rounding grows with |d| (3e-7 at d = -10, against 1e-7 of
-// expf), more than a plain fp32 evaluation errs. Every order of summation is fixed: equal inputs give equal bits.
+// expf), more than a plain fp32 evaluation errs. Every order of summation is fixed: equal inputs at
+// equal alignment give equal bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -112,8 +113,7 @@ __device__ __forceinline__ void visit_runs(const Row<T>& row, int64_t column, Vi
   }
 }
 
-// This thread's share of the columns [begin, end), whose number is a multiple of kWidth: kRuns at a time, then the
-// rest.
+// This thread's share of the columns [begin, end), a multiple of kWidth: kRuns runs at a time, then single ones.
 template <int kRuns, int kWidth, typename T, typename Visitor>
 __device__ __forceinline__ void visit_columns(const Row<T>& row, int64_t begin, int64_t end, Visitor& visitor) {
   constexpr int64_t kStep = kThreads * kWidth;
@@ -214,10 +214,10 @@ struct StatisticsVisitor {
       }
     }
     const float reference = Partial::reference_of(seen.maximum);
+    // A sum for each run: less rounding than one long sum, and shorter chains of additions that wait for one another
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      float of_run =
-          0.0f;  // short sums of their own: less rounding, and no chain of additions that wait for each other
+      float of_run = 0.0f;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) of_run += expf(values[run][i] - reference);
       seen.sum += of_run;
