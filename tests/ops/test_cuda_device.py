@@ -1,7 +1,7 @@
 """torch.ops.illada on a real GPU, compared with fp64: skipped without one.
 
 Memory errors, races and uninitialised reads are looked for by running this file under each tool of compute-sanitizer
-(of the CUDA toolkit), which makes torch allocate every tensor on its own so that overruns are seen:
+(of the CUDA toolkit); without torch's cache every tensor is an allocation of its own, so that overruns are seen:
 
     for tool in memcheck racecheck synccheck initcheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \\
