@@ -1,0 +1,338 @@
+// Kernels of the masked cross-entropy for NVIDIA GPUs (sm_80 and later). No torch: nvcc alone compiles them, and
+// tests/simt runs this very source on a CPU. One block works on one row, in two passes of m rows by v columns of b
+// bytes:
+//
+//                               reads    writes    1,024 x 155,136 bf16    at an H100's 3.35 TB/s
+//   logit_statistics_kernel     m v b    12 m      318 MB                   95 us
+//   logits_to_gradient_kernel   m v b    m v b     635 MB                  190 us
+//
+// These times are the floor as long as the instructions fit under them: 132 SMs at 1.76 GHz issue 18 instructions of a
+// thread for each bf16 logit that HBM delivers, and docs/masked_loss.md counts what the compiler made of these loops.
+// To keep HBM busy an SM needs 25 kB on the way (1 us of latency under load); two blocks, each thread with four loads
+// of 16 bytes, are 64 kB.
+//
+// Cache: a logit is used by one thread of one SM, so loads and stores pass the L1 by (ld.cg, st.cg). None is marked
+// evict-first: the gradient overwrites the lines it read, and the matrix products that follow read those. The second
+// pass goes from the last row to the first: of a matrix larger than the L2 (50 MB) the last rows are still there.
+//
+// expf, not exp2f of a product with log2(e): the product's rounding grows with |d| (3e-7 at d = -10, against 1e-7 of
+// expf), more than a plain fp32 evaluation errs. Every order of summation is fixed: equal inputs at
+// equal alignment give equal bits.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_kernels.h"
+
+namespace illada {
+namespace {
+
+constexpr int kWarpLanes = 32;
+constexpr int kThreads = 512;
+constexpr int kBlocksPerSm = 2;  // 64 registers a thread
+constexpr int kLoadsInFlight = 4;
+constexpr int kLoadBytes = 16;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void round_to(float value, float* rounded) { *rounded = value; }
+__device__ __forceinline__ void round_to(float value, __half* rounded) { *rounded = __float2half_rn(value); }
+__device__ __forceinline__ void round_to(float value, __nv_bfloat16* rounded) { *rounded = __float2bfloat16_rn(value); }
+
+// Neighbouring logits moved by one instruction: 16 bytes at an address divisible by 16, or a single one.
+template <typename T, int kWidth>
+struct Run {
+  static_assert(kWidth == 1 || kWidth * sizeof(T) == kLoadBytes, "a run is one logit or one 16-byte access");
+  T logit[kWidth];
+
+  __device__ __forceinline__ void load(const T* from) {
+    if constexpr (kWidth == 1) {
+      logit[0] = *from;
+    } else {
+      const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from));
+      memcpy(logit, &bits, sizeof(bits));
+    }
+  }
+
+  __device__ __forceinline__ void store(T* to) const {
+    if constexpr (kWidth == 1) {
+      *to = logit[0];
+    } else {
+      uint4 bits;
+      memcpy(&bits, logit, sizeof(bits));
+      __stcg(reinterpret_cast<uint4*>(to), bits);
+    }
+  }
+};
+
+template <typename T>
+struct Row {
+  T* logits;
+  int64_t columns;
+  int64_t column_stride;
+};
+
+template <typename T, bool kUnitStride>
+__device__ __forceinline__ Row<T> row_of(const LogitMatrix& matrix, int64_t row) {
+  return {static_cast<T*>(matrix.data) + row * matrix.row_stride, matrix.columns,
+          kUnitStride ? 1 : matrix.column_stride};
+}
+
+// A visitor is shown values[run][i], the logit of column + run * kThreads * kWidth + i; where it writes, what it leaves
+// there is stored. All loads come before the first use, so that they travel together.
+template <int kRuns, int kWidth, typename T, typename Visitor>
+__device__ __forceinline__ void visit_runs(const Row<T>& row, int64_t column, Visitor& visitor) {
+  T* const first = row.logits + column * row.column_stride;
+  const int64_t step = kThreads * kWidth * row.column_stride;
+  Run<T, kWidth> runs[kRuns];
+#pragma unroll
+  for (int run = 0; run < kRuns; ++run) runs[run].load(first + run * step);
+
+  float values[kRuns][kWidth];
+#pragma unroll
+  for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) values[run][i] = to_float(runs[run].logit[i]);
+  }
+  visitor.visit(values, column);
+  if constexpr (Visitor::kWrites) {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) round_to(values[run][i], &runs[run].logit[i]);
+      runs[run].store(first + run * step);
+    }
+  }
+}
+
+// This thread's share of the columns [begin, end), a multiple of kWidth: kRuns runs at a time, then single ones.
+template <int kRuns, int kWidth, typename T, typename Visitor>
+__device__ __forceinline__ void visit_columns(const Row<T>& row, int64_t begin, int64_t end, Visitor& visitor) {
+  constexpr int64_t kStep = kThreads * kWidth;
+  int64_t column = begin + static_cast<int64_t>(threadIdx.x) * kWidth;
+  if constexpr (kRuns > 1) {
+    for (; column + (kRuns - 1) * kStep < end; column += kRuns * kStep) visit_runs<kRuns, kWidth>(row, column, visitor);
+  }
+#pragma unroll 1
+  for (; column < end; column += kStep) visit_runs<1, kWidth>(row, column, visitor);
+}
+
+// This thread's share of a row: 16 bytes at a time, single logits before the first aligned address and after the last.
+template <bool kUnitStride, typename T, typename Visitor>
+__device__ __forceinline__ void visit_row(const Row<T>& row, Visitor& visitor) {
+  if constexpr (kUnitStride) {
+    constexpr int kWidth = kLoadBytes / sizeof(T);
+    const int beyond = reinterpret_cast<uintptr_t>(row.logits) % kLoadBytes / sizeof(T);
+    const int64_t unaligned = (kWidth - beyond) % kWidth;
+    const int64_t begin = unaligned < row.columns ? unaligned : row.columns;
+    const int64_t end = row.columns - (row.columns - begin) % kWidth;
+    visit_columns<1, 1>(row, 0, begin, visitor);
+    visit_columns<kLoadsInFlight, kWidth>(row, begin, end, visitor);
+    visit_columns<1, 1>(row, end, row.columns, visitor);
+  } else {
+    visit_columns<kLoadsInFlight, 1>(row, 0, row.columns, visitor);
+  }
+}
+
+struct CappedLogit {
+  float z;
+  float slope;  // dz / dlogit
+};
+
+// z = softcap * tanh(logit / softcap), Gemma 2 (arXiv 2408.00118, section 2).
+template <bool kCapped>
+struct Cap {
+  float softcap;
+  float inverse;
+
+  __device__ __forceinline__ explicit Cap(float softcap) : softcap(softcap), inverse(1.0f / softcap) {}
+
+  __device__ __forceinline__ CappedLogit operator()(float logit) const {
+    if constexpr (kCapped) {
+      // The product and a correction by its remainder round as a division does, for a third of its instructions
+      const float product = logit * inverse;
+      const float quotient = fmaf(fmaf(-product, softcap, logit), inverse, product);
+      const float tangent = tanhf(fabsf(product) < INFINITY ? quotient : product);
+      return {softcap * tangent, fmaf(-tangent, tangent, 1.0f)};
+    } else {
+      return {logit, 1.0f};
+    }
+  }
+};
+
+// The softmax's maximum and sum of exp(z - maximum) of the columns seen so far. The sum carries NaN, fmaxf drops it.
+struct Partial {
+  float maximum;
+  float sum;
+
+  // Terms are taken relative to this; -inf - -inf would be NaN
+  __device__ __forceinline__ static float reference_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+  __device__ __forceinline__ void merge(const Partial& other) {
+    const float largest = fmaxf(maximum, other.maximum);
+    const float reference = reference_of(largest);
+    sum = sum * expf(maximum - reference) + other.sum * expf(other.maximum - reference);
+    maximum = largest;
+  }
+
+  // Lane 0 gets the merge of `kLanes` lanes, in a fixed order.
+  template <int kLanes>
+  __device__ __forceinline__ void merge_lanes() {
+    constexpr unsigned kAllLanes = 0xffffffffu;
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      const Partial other{__shfl_down_sync(kAllLanes, maximum, distance), __shfl_down_sync(kAllLanes, sum, distance)};
+      merge(other);
+    }
+  }
+};
+
+// Online softmax (Milakov and Gimelshein, arXiv 1805.02867), one rescaling for all the runs of a visit.
+template <bool kCapped>
+struct StatisticsVisitor {
+  static constexpr bool kWrites = false;
+  Cap<kCapped> cap;
+  Partial partial;
+
+  template <int kRuns, int kWidth>
+  __device__ __forceinline__ void visit(float (&values)[kRuns][kWidth], int64_t) {
+    Partial seen{partial.maximum, 0.0f};
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        values[run][i] = cap(values[run][i]).z;
+        seen.maximum = fmaxf(seen.maximum, values[run][i]);
+      }
+    }
+    const float reference = Partial::reference_of(seen.maximum);
+    // A sum for each run: less rounding than one long sum, and shorter chains of additions that wait for one another
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      float of_run = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) of_run += expf(values[run][i] - reference);
+      seen.sum += of_run;
+    }
+    seen.sum += partial.sum * expf(partial.maximum - reference);
+    partial = seen;
+  }
+};
+
+// Thread 0 gets the merge of the block's partials. Once a kernel: shared memory is written once.
+__device__ __forceinline__ void merge_block(Partial* partial) {
+  constexpr int kWarps = kThreads / kWarpLanes;
+  static_assert(kWarps <= kWarpLanes && kThreads % kWarpLanes == 0, "one warp merges the block's warps");
+  __shared__ float maxima[kWarps];
+  __shared__ float sums[kWarps];
+  const int lane = threadIdx.x % kWarpLanes;
+  const int warp = threadIdx.x / kWarpLanes;
+
+  partial->merge_lanes<kWarpLanes>();
+  if (lane == 0) {
+    maxima[warp] = partial->maximum;
+    sums[warp] = partial->sum;
+  }
+  __syncthreads();
+  if (warp > 0) return;
+  *partial = lane < kWarps ? Partial{maxima[lane], sums[lane]} : Partial{-INFINITY, 0.0f};
+  partial->merge_lanes<kWarps>();
+}
+
+template <typename T, bool kUnitStride, bool kCapped>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    logit_statistics_kernel(LogitMatrix matrix, const int64_t* __restrict__ targets, float softcap,
+                            float* __restrict__ statistics) {
+  const int64_t index = blockIdx.x;
+  const Row<T> row = row_of<T, kUnitStride>(matrix, index);
+  StatisticsVisitor<kCapped> visitor{Cap<kCapped>(softcap), Partial{-INFINITY, 0.0f}};
+
+  float label_z = -INFINITY;
+  if (threadIdx.x == 0) {  // before the walk, which hides the latency of two dependent loads
+    const int64_t target = targets[index];
+    if (0 <= target && target < row.columns) label_z = visitor.cap(to_float(row.logits[target * row.column_stride])).z;
+  }
+  visit_row<kUnitStride>(row, visitor);
+  merge_block(&visitor.partial);
+
+  if (threadIdx.x == 0) {
+    const Partial total = visitor.partial;
+    // fmaxf passed over NaN, the sum did not; a sum that only +inf spoiled keeps its maximum
+    statistics[index] = isnan(total.sum) && total.maximum < INFINITY ? total.sum : total.maximum;
+    statistics[matrix.rows + index] = total.sum;
+    statistics[2 * matrix.rows + index] = label_z;
+  }
+}
+
+template <bool kCapped>
+struct GradientVisitor {
+  static constexpr bool kWrites = true;
+  Cap<kCapped> cap;
+  int64_t target;  // -1: another rank's
+  float log_normalizer;
+  float softmax_scale;
+  float label_scale;
+
+  __device__ __forceinline__ float elsewhere(float logit) const {
+    const CappedLogit capped = cap(logit);
+    return softmax_scale * expf(capped.z - log_normalizer) * capped.slope;
+  }
+
+  // softmax_scale * exp(d) - label_scale without its cancellation where the label's probability is near 1
+  __device__ __forceinline__ float at_target(float logit) const {
+    const CappedLogit capped = cap(logit);
+    const float d = capped.z - log_normalizer;
+    return (label_scale * expm1f(d) + (softmax_scale - label_scale) * expf(d)) * capped.slope;
+  }
+
+  // `values` stays in registers only while every index is a constant after unrolling: hence the searches for `held`.
+  template <int kRuns, int kWidth>
+  __device__ __forceinline__ void visit(float (&values)[kRuns][kWidth], int64_t column) const {
+    int held = -1;  // where the target is among these values
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const int64_t i = target - column - run * kThreads * kWidth;
+      if (0 <= i && i < kWidth) held = run * kWidth + static_cast<int>(i);
+    }
+    float label_gradient = 0.0f;
+    if (held >= 0) {
+      float logit = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kRuns * kWidth; ++i)
+        if (i == held) logit = values[i / kWidth][i % kWidth];
+      label_gradient = at_target(logit);
+    }
+#pragma unroll
+    for (int i = 0; i < kRuns * kWidth; ++i) values[i / kWidth][i % kWidth] = elsewhere(values[i / kWidth][i % kWidth]);
+    if (held >= 0) {
+#pragma unroll
+      for (int i = 0; i < kRuns * kWidth; ++i)
+        if (i == held) values[i / kWidth][i % kWidth] = label_gradient;
+    }
+  }
+};
+
+template <typename T, bool kUnitStride, bool kCapped>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    logits_to_gradient_kernel(LogitMatrix matrix, const int64_t* __restrict__ targets,
+                              const float* __restrict__ log_normalizer, const float* __restrict__ softmax_scale,
+                              const float* __restrict__ label_scale, float softcap) {
+  const int64_t index = matrix.rows - 1 - blockIdx.x;
+  const Row<T> row = row_of<T, kUnitStride>(matrix, index);
+  const int64_t target = targets[index];
+  const bool held = 0 <= target && target < row.columns;
+  GradientVisitor<kCapped> visitor{Cap<kCapped>(softcap), held ? target : -1, log_normalizer[index],
+                                   softmax_scale[index], label_scale[index]};
+  visit_row<kUnitStride>(row, visitor);
+}
+
+}  // namespace
+}  // namespace illada
