@@ -10,8 +10,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-Fp32Precision = StrEnum("Fp32Precision", {name: name for name in ("highest", "high", "medium")})
-"""torch.set_float32_matmul_precision"""
+
+class Fp32Precision(StrEnum):
+    """torch.set_float32_matmul_precision"""
+
+    highest = "highest"
+    high = "high"
+    medium = "medium"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from measuring import Fp32Precision, MeasuringProcess
 from rich.console import Console
 from step_bars import check_losses, step_bars
 from step_figures import Figures, show
-from step_variants import BARE, FASTEST_PEER, OURS, SUBJECTS, Settings, Variant
+from step_variants import BARE, MEGATRON, OURS, SUBJECTS, Settings, Variant
 from step_worker import measure
 from workloads import PRECISIONS, TINY_WORKLOADS, WORKLOADS, Workload
 
@@ -39,9 +39,7 @@ def main(
     precision: Annotated[
         list[Precision] | None, typer.Option("--precision", "-p", help="bf16, fp32; again for more. Default: all.")
     ] = None,
-    who: Annotated[
-        list[Who] | None, typer.Option(help=f"Again for more. Default: {OURS}; {FASTEST_PEER}; {BARE}.")
-    ] = None,
+    who: Annotated[list[Who] | None, typer.Option(help=f"Again for more. Default: {OURS}; {MEGATRON}; {BARE}.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each variant.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before them that are not counted.")] = 1,
     breakdown: Annotated[bool, typer.Option(help="One more step of ours, followed part by part.")] = True,
@@ -57,7 +55,7 @@ def main(
     Example: python benchmarks/train_step.py --workload W1 --precision bf16 --precision fp32 --rounds 3
     """
     shapes = TINY_WORKLOADS if tiny else WORKLOADS
-    subjects = who or [OURS, FASTEST_PEER, BARE]
+    subjects = who or [Who(one) for one in (OURS, MEGATRON, BARE)]
     prepare_environment(huge_pages)
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # a file is taken for 80 columns, too few for four variants
@@ -69,7 +67,7 @@ def main(
         "settings": {"tiny": tiny, "warmup": warmup, "rounds": rounds, "huge_pages": huge_pages},
     }
     figures: list[Figures] = []
-    for name in workload or list(WORKLOADS):
+    for name in workload or list(WorkloadName):
         variants = [Variant(name, kind, one) for kind in precision or PRECISIONS for one in subjects]
         settings = Settings(threads, fp32_precision)
         figures += _measure_in_turns(console, shapes[name], variants, settings, rounds, warmup, breakdown)
