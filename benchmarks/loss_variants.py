@@ -77,19 +77,26 @@ class _ChunkedLoss(torch.autograd.Function):
         total = loss_weight.new_zeros(())
         for start in range(0, len(hidden), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
-            rows, column, row_weight = hidden[chunk], labels[chunk, None], loss_weight[chunk, None]
-            log_p = torch.log_softmax(rows @ weight.T, dim=1, dtype=torch.float32)
-            total -= (row_weight * log_p.gather(1, column)).sum()
-            grad = log_p.exp_().scatter_add_(1, column, -torch.ones_like(row_weight)).mul_(row_weight).to(hidden.dtype)
+            loss, grad = _loss_and_gradient(hidden[chunk] @ weight.T, labels[chunk, None], loss_weight[chunk, None])
+            total += loss
             torch.mm(grad, weight, out=grad_hidden[chunk])
-            grad_weight.addmm_(grad.T, rows)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            grad_weight.addmm_(grad.T, hidden[chunk])
+            del grad  # before the next chunk's logits
+        ctx.gradients = grad_hidden, grad_weight
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # given away: nobody has to copy them
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
+
+
+def _loss_and_gradient(logits: Tensor, column: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [m, v], labels and weights [m, 1] -> the loss in fp32, and its gradient [m, v] in the logits' dtype."""
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    loss = -(row_weight * log_p.gather(1, column)).sum()
+    grad = log_p.exp_().scatter_add_(1, column, -torch.ones_like(row_weight)).mul_(row_weight)
+    return loss, grad.to(logits.dtype)
 
 
 _PEERS: dict[str, Loss] = {

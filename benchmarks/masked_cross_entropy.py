@@ -31,7 +31,7 @@ Dtype = StrEnum("Dtype", {name: name for name in DTYPES})
 DeviceName = StrEnum("DeviceName", {name: name for name in SHAPES})
 MASKED_SHARES = (0.15, 0.5, 0.85)
 # bf16: cross-entropies that F.cross_entropy rounds to bf16, summed
-_LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+_LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 
 
 def main(
@@ -74,7 +74,9 @@ def main(
         report["missing"] |= missing
         report["machine"] |= environment
         report["holds"] |= loss_bars(place, kind, figures)
-        _show(console, f"{place} {kind}, {shape.rows:,} rows, {shape.vocab_size:,} x {shape.hidden_size}", figures)
+        _show(
+            console, f"{place} {kind}, {shape.rows:,} rows, head {shape.vocab_size:,} x {shape.hidden_size:,}", figures
+        )
     report["machine"] |= {"load_after": os.getloadavg()[0], "python": platform.python_version()}
     for name, reason in report["missing"].items():
         console.print(f"missing: {name}: {reason}")
@@ -121,7 +123,7 @@ def _check_losses(figures: list[LossFigures]) -> None:
 def _show(console: Console, title: str, figures: list[LossFigures]) -> None:
     """A table a masked share: wall seconds, their ratio to the products', CPU seconds and extra memory."""
     for share in dict.fromkeys(one.share for one in figures):
-        table = Table(title=f"Masked loss, forward and backward, {share:g} masked: {title}", title_justify="left")
+        table = Table(title=f"{title}, {share:g} masked (medians)", title_justify="left")
         for heading in ("", "s", "x GEMMs", "CPU s", "extra MiB"):
             table.add_column(heading, justify="right" if heading else "left")
         found = {one.case.variant: one for one in figures if one.share == share}

@@ -15,8 +15,21 @@ from illada_megatron.runtime import Runtime
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from loss_cases import FUSED, GATHERED_HIDDEN, GEMMS, MAIN_GRAD, PEERS, REFERENCE, VARIANTS
+from loss_bars import LossFigures, loss_bars
+from loss_cases import (
+    FUSED,
+    GATHERED_HIDDEN,
+    GEMMS,
+    MAIN_GRAD,
+    PEERS,
+    REFERENCE,
+    TINY_SHAPE,
+    VARIANTS,
+    LossCase,
+    Repetition,
+)
 from loss_variants import MissingError, make_loss
+from measuring import Timing
 from process_memory import PeakMemory
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +75,21 @@ def test_bars_are_there_and_do_not_hold_unmeasured(report: dict[str, Any]) -> No
         assert not (bar["holds"] and bar["value"] is None)
 
 
+def test_bars_compare_with_the_products_the_fastest_peer_and_gathered_hidden() -> None:
+    figures = [
+        _figures(GEMMS, [2.0, 2.0, 1.0]),
+        _figures(GATHERED_HIDDEN, [4.0, 4.0, 4.0], extra_bytes=800),
+        _figures("chunked torch", [3.0, 2.6, 3.0], extra_bytes=100),
+        _figures(FUSED, [2.2, 2.0, 2.0], extra_bytes=101),
+        _figures(MAIN_GRAD, [1.0, 1.0, 1.0], extra_bytes=0),
+        _figures(GEMMS, [9.0, 9.0, 9.0], share=0.85),
+    ]
+    time, speed, memory = loss_bars("cpu", "bf16", figures).values()
+    assert (time["value"], time["into_main_grad"][0], time["holds"]) == (1.1, 0.5, True)
+    assert (speed["value"], speed["peer"], speed["holds"]) == (pytest.approx(3.0 / 2.2), "chunked torch", True)
+    assert (memory["value"], memory["bytes"], memory["holds"]) == (101 / 800, [101, 800], False)
+
+
 @pytest.mark.parametrize("variant", [*PEERS, REFERENCE, FUSED, MAIN_GRAD])
 def test_each_variant_has_the_exact_loss_and_gradients(variant: str, single_process: Runtime) -> None:
     if variant.startswith("megatron-core fused"):
@@ -92,3 +120,9 @@ def test_extra_memory_is_what_was_held_at_most_since() -> None:
     del block
     assert memory.extra_bytes() == pytest.approx(64 << 20, rel=0.1)
     assert PeakMemory(on_cuda=False).extra_bytes() < 8 << 20
+
+
+def _figures(variant: str, seconds: list[float], share: float = 0.5, extra_bytes: int | None = None) -> LossFigures:
+    case = LossCase(variant, "cpu", "bf16", TINY_SHAPE, None, "highest")
+    repetitions = [Repetition(Timing(one, one, 1.0), extra_bytes) for one in seconds]
+    return LossFigures(case, share, 1.0, repetitions)
