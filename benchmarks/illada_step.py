@@ -1,20 +1,17 @@
 """The package's own training step, as the benchmark sees it: setup, `train_step`, and where its time goes."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from part_clock import Key, PartClock
-from step_figures import Work
-from workloads import Workload, write_corpus
+from step_batches import batch_slices, count_work, global_batch
 
-from illada_megatron.config import ModelConfig, RunConfig, load_config
+from illada_megatron.config import RunConfig
 from illada_megatron.data.prefetch import Prefetcher
 from illada_megatron.model import MaskPredictor
-from illada_megatron.runtime import Runtime, runtime
-from illada_megatron.training.flops import training_flops
-from illada_megatron.training.forward_step import BatchSlice
+from illada_megatron.runtime import Runtime
 from illada_megatron.training.setup import TrainingState, setup
 from illada_megatron.training.trainer import train_step
 
@@ -33,12 +30,15 @@ class IlladaStep:
         self.config = config
         self.run = run
         self.state: TrainingState = setup(config, run)
-        self.work = self._count_work()
+        self.state.loader.close()
+        self.state.loader = self.state.source.prefetch(itertools.cycle(batch_slices(config)))
+        self.work = count_work(config, global_batch(config, run))
 
-    def step(self) -> None:
-        """One optimizer step; returns when the device is done."""
+    def step(self) -> float:
+        """One optimizer step; returns its loss in nats/token when the device is done."""
         self.state.consumed_samples = 0
-        train_step(self.state)  # its metrics are read on the CPU, which waits for a GPU
+        record, _ = train_step(self.state)  # its metrics are read on the CPU, which waits for a GPU
+        return record.loss
 
     @contextmanager
     def followed(self) -> Iterator[PartClock]:
@@ -89,34 +89,3 @@ class IlladaStep:
             owner = next((part for word, part in owners.items() if word in name), "other")
             part = "head and loss" if owner == "head" else owner
             clock.follow_accumulation(parameter, Key(part, "gradient accumulation"))
-
-    def _count_work(self) -> Work:
-        """Matrix products of a step, by part: what the whole would lose without the part."""
-        training, model = self.config.training, self.config.model
-        size = training.global_batch_size
-        slices = [BatchSlice(0, size, microbatch) for microbatch in range(size // training.micro_batch_size)]
-        with self.state.source.prefetch(slices) as microbatches:
-            batches = [one.batch for one in microbatches]
-        masked = sum(int((batch.loss_weight > 0).sum()) for batch in batches if batch)
-        pairs = sum(int(batch.cu_seqlens.diff().long().square().sum()) for batch in batches if batch)
-        tokens = size * self.config.data.sequence_length
-
-        def flops(shape: ModelConfig = model, masked: int = masked) -> float:
-            return training_flops(shape, tokens, pairs, masked)
-
-        total, head = flops(), flops() - flops(masked=0)
-        mlp = total - flops(model.model_copy(update={"ffn_hidden_size": 0}))
-        parts = {"attention": total - head - mlp, "MLP": mlp, "head and loss": head}
-        return Work(tokens, masked, pairs, model.num_parameters, total, parts)
-
-
-@contextmanager
-def open_illada_step(workload: Workload, precision: str, threads: int | None, folder: Path) -> Iterator[IlladaStep]:
-    """Set up a run of one process; `folder` takes its corpus."""
-    prefix = write_corpus(folder / "train", workload)
-    settings = [*workload.overrides(), f"data.train_paths=[{prefix}]", f"training.precision={precision}"]
-    if threads is not None:
-        settings.append(f"runtime.num_threads={threads}")
-    config = load_config("tiny", settings)
-    with runtime(config) as run:
-        yield IlladaStep(config, run)

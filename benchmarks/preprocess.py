@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
+from machine import cpu_model
 from machine_text import write_corpus
 from preprocess_runs import cpu_seconds
 
@@ -259,14 +260,9 @@ def _result(figures: dict[str, Figures], corpus_mb: int, part_mb: int) -> dict[s
         and values.documents_that_differ == 0
         for name, values in figures.items()
     )
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0]}
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0]}
     sizes = {"corpus_mb": corpus_mb, "part_mb": part_mb, "workers": WORKERS}
     return {"benchmark": "preprocess", **sizes, "tokenizers": shown, "goals": GOALS, "machine": machine, "holds": holds}
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import commit, cpu_model
 
 from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
 
@@ -29,16 +29,12 @@ def write_shard(prefix: Path, tokens: int, seed: int = 0) -> Path:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    run = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(run, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         **{package: version(package) for package in ("numpy", "xxhash", "megatron-core")},
     }

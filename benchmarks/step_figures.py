@@ -1,26 +1,15 @@
-"""The figures of the step benchmark, and what becomes of them: a table for people, JSON for programs. No torch here:
-the process that starts the measuring ones has to stay small."""
+"""The figures of the step benchmark, and what becomes of them: tables for people, JSON for programs. No torch here."""
 
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from measuring import Timing
 from rich.console import Console
 from rich.table import Table
+from step_variants import Variant
 
 PARTS = ("attention", "MLP", "head and loss", "embedding", "optimizer", "other")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is measured in a process of its own."""
-
-    workload: str
-    precision: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.workload} {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -46,15 +35,6 @@ class Part:
     detail: str
     seconds: float
     cpu_seconds: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One step."""
-
-    seconds: float
-    cpu_seconds: float
-    """All threads of the process."""
 
 
 @dataclass
@@ -86,12 +66,14 @@ class Figures:
         return {
             "workload": self.variant.workload,
             "precision": self.variant.precision,
+            "who": self.variant.who,
             "parameters": self.work.parameters,
             "tokens_per_step": self.work.tokens,
             "masked_tokens_per_step": self.work.masked_tokens,
             "flops_per_step": self.work.flops,
             "step_seconds": [timing.seconds for timing in self.timings],
             "step_cpu_seconds": [timing.cpu_seconds for timing in self.timings],
+            "losses": [timing.loss for timing in self.timings],
             "tokens_per_second": self.work.tokens / self.seconds,
             "cpu_seconds_per_token": self.cpu_seconds / self.work.tokens,
             "achieved_tflops": self.work.flops / self.seconds / 1e12,
@@ -128,8 +110,8 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
             f"{len(result['step_seconds'])}",
         )
     console.print(table)
-    if all(result["parts"] for result in results):
-        console.print(_parts_table(results))
+    if followed := [result for result in results if result["parts"]]:
+        console.print(_parts_table(followed))
 
 
 def _parts_table(results: list[dict[str, Any]]) -> Table:
@@ -155,4 +137,4 @@ def _cell(result: dict[str, Any], spent: dict[str, Any]) -> str:
 
 
 def _name(result: dict[str, Any]) -> str:
-    return f"{result['workload']} {result['precision']}"
+    return Variant(result["workload"], result["precision"], result["who"]).name

@@ -1,48 +1,94 @@
-"""A measuring process: one variant, one command at a time, so that the variants can take turns.
-
-Started by train_step.py as a process of its own: its peak memory is then the variant's.
-"""
+"""A process of the step benchmark: one variant, one command at a time, so that the variants can take turns."""
 
 import resource
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
-from step_figures import Figures, Part, Timing, Variant
-from workloads import Workload
+from measuring import timed
+from step_figures import Figures, Part, Work
+from step_variants import BARE, OURS, PEER_SETTINGS, Settings, Variant
+from workloads import Workload, write_corpus
+
+from illada_megatron.config import RunConfig, load_config
+
+if TYPE_CHECKING:  # the process that starts the measuring ones imports this module, and has to stay small
+    from part_clock import PartClock
+
+    from illada_megatron.runtime import Runtime
 
 
-def measure(connection: Connection, variant: Variant, workload: Workload, threads: int | None) -> None:
+class Subject(Protocol):
+    """Whose step is measured."""
+
+    work: Work
+
+    def step(self) -> float | None:
+        """One step over the global batch; returns its loss (nats/token) when the device is done."""
+
+
+class FollowedSubject(Subject, Protocol):
+    """One that says where its time goes."""
+
+    def followed(self) -> AbstractContextManager["PartClock"]:
+        """Within the context, a step's time is charged part by part to the clock."""
+
+
+def measure(connection: Connection, variant: Variant, workload: Workload, settings: Settings) -> None:
     """Answer "warm up" and "step" with a Timing, "finish" (with whether a breakdown is wanted) with Figures."""
-    _silence_known_warnings()
-    from illada_step import open_illada_step
+    silence_known_warnings()
+    import torch
+    from arithmetic import environment
 
-    with (
-        tempfile.TemporaryDirectory(prefix="illada-bench-") as folder,
-        open_illada_step(workload, variant.precision, threads, Path(folder)) as subject,
-    ):
-        figures = Figures(variant, subject.work, _environment(subject.run.device.name))
-        connection.send("ready")
-        while (command := connection.recv())[0] != "finish":
-            timing = _timed(subject.step)
-            if command[0] == "step":
-                figures.timings.append(timing)
-            connection.send(timing)
-        figures.peak_memory_bytes = _peak_memory_bytes(subject.run.device.is_cuda)
-        if command[1]:
-            with subject.followed() as clock:
-                figures.followed = _timed(subject.step)
-            figures.parts = [Part(*key, spent.seconds, spent.cpu_seconds) for key, spent in clock.spent.items()]
-        connection.send(figures)
+    from illada_megatron.runtime import runtime
+
+    torch.set_float32_matmul_precision(settings.fp32_precision)
+    with tempfile.TemporaryDirectory(prefix="illada-bench-") as folder:
+        config = run_config(workload, variant.precision, settings.threads, Path(folder))
+        with runtime(config) as run:
+            subject = open_subject(variant.who, config, run)
+            figures = Figures(variant, subject.work, environment(run.device.name))
+            connection.send("ready")
+            while (command := connection.recv())[0] != "finish":
+                timing = timed(subject.step)
+                if command[0] == "step":
+                    figures.timings.append(timing)
+                connection.send(timing)
+            figures.peak_memory_bytes = _peak_memory_bytes(run.device.is_cuda)
+            if command[1] and variant.who == OURS:
+                _follow(subject, figures)  # type: ignore[arg-type]
+    connection.send(figures)
 
 
-def _silence_known_warnings() -> None:
+def run_config(workload: Workload, precision: str, threads: int | None, folder: Path) -> RunConfig:
+    """The run of one process; `folder` takes its corpus."""
+    prefix = write_corpus(folder / "train", workload)
+    settings = [*workload.overrides(), f"data.train_paths=[{prefix}]", f"training.precision={precision}"]
+    if threads is not None:
+        settings.append(f"runtime.num_threads={threads}")
+    return load_config("tiny", settings)
+
+
+def open_subject(who: str, config: RunConfig, run: "Runtime") -> Subject:
+    """Imported here: megatron-core binds names of torch.cuda, which the CPU adaptor has to replace before."""
+    if who == OURS:
+        from illada_step import IlladaStep
+
+        return IlladaStep(config, run)
+    if who == BARE:
+        from bare_gemms import BareGemms
+
+        return BareGemms(config, run)
+    from megatron_step import MegatronStep
+
+    return MegatronStep(config, run, PEER_SETTINGS[who])
+
+
+def silence_known_warnings() -> None:
     """Of megatron-core about what is not installed and names it uses, and of torch about an embedding's hooks, which
     are called as part_clock.py expects."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -51,10 +97,11 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
-def _timed(function: Callable[[], None]) -> Timing:
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    function()
-    return Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+def _follow(subject: FollowedSubject, figures: Figures) -> None:
+    """One more step, part by part."""
+    with subject.followed() as clock:
+        figures.followed = timed(subject.step)
+    figures.parts = [Part(*key, spent.seconds, spent.cpu_seconds) for key, spent in clock.spent.items()]
 
 
 def _peak_memory_bytes(on_cuda: bool) -> int:
@@ -64,14 +111,3 @@ def _peak_memory_bytes(on_cuda: bool) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _environment(device: str) -> dict[str, Any]:
-    import torch
-
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "megatron_core": version("megatron-core"),
-    }
