@@ -1,10 +1,8 @@
 // Schemas of the layers' operators, their checks and their CPU implementations.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -199,6 +197,41 @@ at::Tensor swiglu_backward(const at::Tensor& grad, const at::Tensor& x) {
   return grad_x;
 }
 
+// What the operators return of tensors without data; the checks are the CPU implementations'.
+
+std::tuple<at::Tensor, at::Tensor> segment_attention_meta(const at::Tensor& qkv, const at::Tensor&, const at::Tensor&,
+                                                          const at::Tensor&, double) {
+  const c10::SymInt tokens = qkv.sym_size(0), heads = qkv.sym_size(1) * (qkv.sym_size(2) - 2);
+  return {at::empty_symint({tokens, heads, qkv.sym_size(3)}, qkv.options()),
+          at::empty_symint({heads, tokens}, qkv.options().dtype(at::kFloat))};
+}
+
+at::Tensor segment_attention_backward_meta(const at::Tensor&, const at::Tensor& qkv, const at::Tensor&,
+                                           const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                           double) {
+  return at::empty_symint(qkv.sym_sizes(), qkv.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> rms_norm_meta(const at::Tensor& x, const at::Tensor& weight, double) {
+  return {at::empty_symint(x.sym_sizes(), x.options()),
+          at::empty_symint({x.sym_numel() / weight.sym_size(0)}, x.options().dtype(at::kFloat))};
+}
+
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward_meta(const at::Tensor&, const at::Tensor& x,
+                                                          const at::Tensor& weight, const at::Tensor&) {
+  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(weight.sym_sizes(), weight.options())};
+}
+
+at::Tensor swiglu_meta(const at::Tensor& x) {
+  std::vector<c10::SymInt> shape = x.sym_sizes().vec();
+  shape.back() = shape.back() / 2;
+  return at::empty_symint(shape, x.options());
+}
+
+at::Tensor swiglu_backward_meta(const at::Tensor&, const at::Tensor& x) {
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(illada, library) {
@@ -221,6 +254,15 @@ TORCH_LIBRARY_IMPL(illada, CPU, library) {
   library.impl("rms_norm_backward", &rms_norm_backward);
   library.impl("swiglu", &swiglu);
   library.impl("swiglu_backward", &swiglu_backward);
+}
+
+TORCH_LIBRARY_IMPL(illada, Meta, library) {
+  library.impl("segment_attention", &segment_attention_meta);
+  library.impl("segment_attention_backward", &segment_attention_backward_meta);
+  library.impl("rms_norm", &rms_norm_meta);
+  library.impl("rms_norm_backward", &rms_norm_backward_meta);
+  library.impl("swiglu", &swiglu_meta);
+  library.impl("swiglu_backward", &swiglu_backward_meta);
 }
 
 }  // namespace illada

@@ -56,16 +56,5 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, Te
     return grad_x, grad_weight, None
 
 
-def _meta(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // weight.shape[0]
-    return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
-
-
-def _backward_meta(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
 if kernels.load_error() is None:
-    torch.library.register_fake(f"illada::{_OPERATOR}", _meta)
-    torch.library.register_fake(f"illada::{_OPERATOR}_backward", _backward_meta)
     torch.library.register_autograd(f"illada::{_OPERATOR}", _backward, setup_context=_setup_context)

@@ -66,7 +66,7 @@ def segment_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlen
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [count, length, ng, heads, d] turned by angles [length, d / 2]: the halves of a head are the two coordinates."""
+    """x [count, length, ng, heads, d] turned by angles [length, d / 2]; a head's halves are the two coordinates."""
     cos, sin = (table[:, None, None, :] for table in (cos, sin))
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -99,17 +99,5 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     return (grad_qkv, None, None, None, None)
 
 
-def _meta(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    tokens, groups, heads, dim = qkv.shape
-    out = qkv.new_empty(tokens, groups * (heads - 2), dim)
-    return out, qkv.new_empty(groups * (heads - 2), tokens, dtype=torch.float32)
-
-
-def _backward_meta(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
 if kernels.load_error() is None:
-    torch.library.register_fake(f"illada::{_OPERATOR}", _meta)
-    torch.library.register_fake(f"illada::{_OPERATOR}_backward", _backward_meta)
     torch.library.register_autograd(f"illada::{_OPERATOR}", _backward, setup_context=_setup_context)

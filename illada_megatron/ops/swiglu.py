@@ -41,7 +41,7 @@ def swiglu_reference(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor], _: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -49,15 +49,5 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.illada.swiglu_backward(grad, *ctx.saved_tensors)
 
 
-def _meta(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-def _backward_meta(grad: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 if kernels.load_error() is None:
-    torch.library.register_fake(f"illada::{_OPERATOR}", _meta)
-    torch.library.register_fake(f"illada::{_OPERATOR}_backward", _backward_meta)
     torch.library.register_autograd(f"illada::{_OPERATOR}", _backward, setup_context=_setup_context)

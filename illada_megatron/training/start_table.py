@@ -10,7 +10,6 @@ from illada_megatron.runtime import Device, capabilities
 from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.setup import TrainingState, count_held_parameters
 
-
 _TRANSFORMER_ENGINE = [
     ("attention", "Transformer Engine, packed segments"),
     ("norm", "RMSNorm (Transformer Engine)"),

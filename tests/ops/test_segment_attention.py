@@ -27,7 +27,9 @@ def _offsets(lengths: list[int]) -> Tensor:
 
 def _with_gradient(function, qkv: Tensor, grad: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     qkv = qkv.clone().requires_grad_()
-    cos, sin = (table.to(torch.promote_types(qkv.dtype, torch.float32)) for table in _angles(max(lengths), qkv.shape[3]))
+    cos, sin = (
+        table.to(torch.promote_types(qkv.dtype, torch.float32)) for table in _angles(max(lengths), qkv.shape[3])
+    )
     out = function(qkv, cos, sin, _offsets(lengths), qkv.shape[3] ** -0.5)
     out.backward(grad.to(qkv.dtype))
     assert qkv.grad is not None
@@ -125,7 +127,8 @@ def test_operator_is_well_defined(dtype: torch.dtype) -> None:
     out, lse = torch.ops.illada.segment_attention(*arguments)
     arguments = (torch.randn_like(out), qkv, *_angles(30, 16), _offsets([30, 10]), out, lse, 0.25)
     torch.library.opcheck(
-        torch.ops.illada.segment_attention_backward.default, tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        torch.ops.illada.segment_attention_backward.default,
+        tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments),
     )
 
 
