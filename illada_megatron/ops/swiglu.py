@@ -41,7 +41,7 @@ def swiglu_reference(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], _: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG001 - called by name
     ctx.save_for_backward(*inputs)
 
 
