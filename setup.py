@@ -72,7 +72,7 @@ def kernels() -> Extension:
     extension = make(
         "illada_megatron.ops._kernels",
         sorted((sources | cuda) if with_cuda else (sources - cuda)),
-        depends=_sources("csrc/*/*.h") + _sources("csrc/*/*.cuh"),
+        depends=[*vectorised, *_sources("csrc/*/*.h"), *_sources("csrc/*/*.cuh")],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
     )
     extension.kernels = vectorised

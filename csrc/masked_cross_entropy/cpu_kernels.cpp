@@ -116,31 +116,50 @@ float largest_lane(const Floats& x) {
   return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return at::vec::maximum(a, b); }, x);
 }
 
+// z of one vector of elements; those beyond the `left` real ones are -inf, which a softcap would lift to -softcap.
 template <typename T, bool kCapped>
-float block_maximum(const T* block, int64_t padded, float softcap) {
+typename Pack<T>::Parts load_capped(const T* from, int64_t left, float softcap) {
+  auto parts = Pack<T>::load(from);
+  if constexpr (kCapped) {
+    for (int k = 0; k < Pack<T>::kParts; ++k) {
+      parts[k] = capped<kCapped>(parts[k], softcap);
+      if (left < Pack<T>::kSize) {
+        const int64_t real = std::clamp(left - k * kLanes, int64_t{0}, kLanes);
+        parts[k] = Floats::set(Floats(-kInfinity), parts[k], real);
+      }
+    }
+  }
+  return parts;
+}
+
+template <typename T, bool kCapped>
+float block_maximum(const T* block, int64_t count, float softcap) {
   typename Pack<T>::Parts largest;
   largest.fill(Floats(-kInfinity));
-  for (int64_t i = 0; i < padded; i += Pack<T>::kSize) {
-    const auto parts = Pack<T>::load(block + i);
+  for (int64_t i = 0; i < count; i += Pack<T>::kSize) {
+    const auto parts = load_capped<T, kCapped>(block + i, count - i, softcap);
     for (int k = 0; k < Pack<T>::kParts; ++k) {
-      largest[k] = at::vec::maximum(largest[k], capped<kCapped>(parts[k], softcap));
+      largest[k] = at::vec::maximum(largest[k], parts[k]);
     }
   }
   return largest_lane(Pack<T>::kParts == 1 ? largest[0] : at::vec::maximum(largest[0], largest[Pack<T>::kParts - 1]));
 }
 
 template <typename T, bool kCapped>
-float block_exp_sum(const T* block, int64_t padded, float maximum, float softcap) {
+float block_exp_sum(const T* block, int64_t count, float maximum, float softcap) {
   typename Pack<T>::Parts sum;
   sum.fill(Floats(0.0f));
-  for (int64_t i = 0; i < padded; i += Pack<T>::kSize) {
-    const auto parts = Pack<T>::load(block + i);
+  for (int64_t i = 0; i < count; i += Pack<T>::kSize) {
+    const auto parts = load_capped<T, kCapped>(block + i, count - i, softcap);
     for (int k = 0; k < Pack<T>::kParts; ++k) {
-      sum[k] = sum[k] + exponential<T>(capped<kCapped>(parts[k], softcap) - Floats(maximum));
+      sum[k] = sum[k] + exponential<T>(parts[k] - Floats(maximum));
     }
   }
   return sum_lanes(Pack<T>::kParts == 1 ? sum[0] : sum[0] + sum[Pack<T>::kParts - 1]);
 }
+
+// NaN where one of them is
+float larger_of(float a, float b) { return std::isnan(a) || a > b ? a : b; }
 
 template <typename T, bool kCapped>
 void statistics_of_rows(float* statistics, const at::TensorBase& logits, const int64_t* targets, float softcap) {
@@ -152,13 +171,12 @@ void statistics_of_rows(float* statistics, const at::TensorBase& logits, const i
       float maximum = -kInfinity, sum = 0.0f;
       for (int64_t first = 0; first < width; first += kBlock) {
         const int64_t count = std::min(kBlock, width - first);
-        const int64_t padded = Block<T>::padded(count);
         const T* block = buffer.read(logit + first * step, step, count);
-        const float larger = std::max(block_maximum<T, kCapped>(block, padded, softcap), maximum);
+        const float larger = larger_of(maximum, block_maximum<T, kCapped>(block, count, softcap));
         if (larger == -kInfinity) {
           continue;  // nothing but -inf so far: no exponential of inf - inf
         }
-        sum = sum * std::exp(maximum - larger) + block_exp_sum<T, kCapped>(block, padded, larger, softcap);
+        sum = sum * std::exp(maximum - larger) + block_exp_sum<T, kCapped>(block, count, larger, softcap);
         maximum = larger;
       }
       const int64_t target = targets[row];
@@ -260,7 +278,7 @@ void logits_to_gradient(const at::TensorBase& logits, const at::TensorBase& targ
 
 namespace at::native {
 
-REGISTER_DISPATCH(illada_logit_statistics_stub, &illada::logit_statistics)
-REGISTER_DISPATCH(illada_logits_to_gradient_stub, &illada::logits_to_gradient)
+ALSO_REGISTER_AVX512_DISPATCH(illada_logit_statistics_stub, &illada::logit_statistics)
+ALSO_REGISTER_AVX512_DISPATCH(illada_logits_to_gradient_stub, &illada::logits_to_gradient)
 
 }  // namespace at::native

@@ -1,4 +1,5 @@
-"""Cross-entropy of the masked tokens straight from hidden states: the logits of unmasked tokens never exist.
+"""Cross-entropy of the masked tokens straight from hidden states: the logits of unmasked tokens never exist, those of
+masked tokens a chunk at a time.
 
 The objective of a masked-diffusion language model (arXiv 2502.09992, equation 3) is
 
@@ -8,22 +9,30 @@ so the head is applied to masked rows only. With the head's rows cut over a tens
 logits of its own vocabulary range, and three numbers a row (maximum, sum of exponentials, label's logit) are exchanged.
 """
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from illada_megatron.ops import kernels
+from illada_megatron.ops.loss_operators import Rows, Settings, apply
 from illada_megatron.ops.masked_rows import MaskedRows
 
-# Elements of the fp32 temporary: rows are turned to fp32 in pieces of at most this many (64 MiB)
-_PIECE_ELEMENTS = 1 << 24
+Implementation = Literal["auto", "reference", "fused"]
+
+# What the logits of a chunk may take by default. CPU: 512 rows of iLLaDA's vocabulary in bf16, where the speed of the
+# products levels off (benchmarks/README.md). GPU: a share of its memory, 5,000 such rows on 80 GB; each chunk rewrites the
+# weight's gradient, which small chunks would do too often.
+_CPU_CHUNK_BYTES = 160_000_000
+_GPU_CHUNK_SHARE = 0.02
 
 
 class MaskedLoss(NamedTuple):
     """What the training step and its metrics need of a batch. fp64 instead of fp32 where the inputs are fp64."""
 
-    loss_sum: Tensor  # scalar fp32, sum_i w_i CE_i in nats, differentiable; the same on every rank of the group
+    loss_sum: Tensor  # scalar fp32, differentiable: sum_i w_i (CE_i + z_loss (log Z_i)^2); the same on all ranks
+    weighted_cross_entropy: Tensor  # scalar fp32, detached: sum_i w_i CE_i in nats
     cross_entropy: Tensor  # [m] fp32, detached, CE of each masked row in nats
     rows: Tensor  # [m] int64, positions of the masked rows in the flattened tokens, ascending
 
@@ -37,8 +46,16 @@ def masked_linear_cross_entropy(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    implementation: Implementation = "auto",
+    chunk_memory_bytes: int | None = None,
+    z_loss: float = 0.0,
+    logit_softcap: float = 0.0,
+    main_grad: Tensor | None = None,
+    grad_scale: float | None = None,
 ) -> MaskedLoss:
     """Weighted cross-entropy of the rows whose `loss_weight` is not 0.
+
+    The gradients are made in the forward pass; the backward pass only scales them.
 
     Args:
         hidden: `[n, h]` final hidden states; with `sequence_parallel` this rank's slice of them, `[n/tp, h]`.
@@ -49,136 +66,96 @@ def masked_linear_cross_entropy(
             softmax and get zero gradient, so the result does not depend on how much padding a layout needs.
         tp_group: the tensor-parallel group; None: the head is whole.
         sequence_parallel: hidden is cut along n over the group.
+        implementation: "reference" (torch operations, any device and floating dtype), "fused" (compiled passes over
+            the logits; fp32, bf16, fp16) or "auto" (fused where it can run; `chosen_implementation` says which).
+        chunk_memory_bytes: what the logits that exist at a time may take (at least 16 rows are); None: 160 MB on a
+            CPU, 2 % of the memory of a GPU.
+        z_loss: c of the penalty w_i c (log Z_i)^2 (arXiv 2204.02311, section 5).
+        logit_softcap: logits become s tanh(logit / s); 0: they stay.
+        main_grad: `[v_padded/tp, h]` float32. The weight's gradient is added to it, in fp32 and at once, and weight
+            gets none from autograd: what Megatron calls gradient accumulation fusion.
+        grad_scale: with main_grad, the gradient that backward will bring for loss_sum. It is checked then.
 
     Returns:
         `MaskedLoss`. Statistics are fp32 (fp64 for fp64 inputs). Gradients come back in the inputs' dtype: hidden's is
         summed over the group, weight's belongs to this rank's rows. With no masked row the loss is 0, the gradients
-        are zero and the graph is still connected.
+        are zero and the graph is still connected. The same inputs give the same bits.
 
     Raises:
         TypeError: a dtype differs from the above.
-        ValueError: shapes or devices disagree, the head has fewer rows than vocab_size, or a masked row's label is
-            outside [0, vocab_size).
+        ValueError: shapes or devices disagree, the head has fewer rows than vocab_size, a masked row's label is
+            outside [0, vocab_size), or a number is out of its range.
+        RuntimeError: "fused" cannot run here; in backward: another gradient than grad_scale arrives.
     """
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
     tp, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     _check_tensors(hidden, weight, labels, loss_weight)
     _check_sizes(hidden, weight, labels, loss_weight, vocab_size, tp if sequence_parallel else 1, tp)
+    _check_options(weight, z_loss, logit_softcap, main_grad, grad_scale)
+    use_fused = chosen_implementation(implementation, hidden.device, hidden.dtype)[0] == "fused"
 
     masked = MaskedRows.locate(loss_weight, group, sequence_parallel)
     row_labels = labels[masked.rows]
     _check_labels(row_labels, masked.rows, vocab_size)
-
     first_id = rank * weight.shape[0]
-    real_rows = min(max(vocab_size - first_id, 0), weight.shape[0])
-    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss_sum, cross_entropy = _MaskedLinearCrossEntropy.apply(
-        hidden, weight, row_labels - first_id, loss_weight[masked.rows], masked, real_rows, with_gradient
+    rows = Rows(masked.gather(hidden), weight, row_labels - first_id, loss_weight[masked.rows])
+    settings = Settings(
+        min(max(vocab_size - first_id, 0), weight.shape[0]),
+        z_loss,
+        logit_softcap,
+        _chunk_bytes(hidden.device) if chunk_memory_bytes is None else chunk_memory_bytes,
+        use_fused,
+        None if group is None else group.group_name,
     )
-    return MaskedLoss(loss_sum, cross_entropy, masked.rows)
+    loss_sum, cross_entropy = apply(rows, settings, main_grad, grad_scale)
+    weighted = torch.dot(rows.row_weight.to(cross_entropy.dtype), cross_entropy)
+    return MaskedLoss(loss_sum, weighted, cross_entropy, masked.rows)
 
 
-class _MaskedLinearCrossEntropy(torch.autograd.Function):
-    """Forward turns the logits, in place, into the loss's gradient with respect to them, up to the scalar that backward
-    brings: `[m, v/tp]` exists once, in the inputs' dtype, and backward may run more than once."""
+def chosen_implementation(
+    wanted: Implementation, device: torch.device, dtype: torch.dtype
+) -> tuple[Literal["reference", "fused"], str]:
+    """What computes on tensors of `device` and `dtype`, and why where it is the reference ("" otherwise).
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,  # [m] int64, relative to this rank's first id: outside [0, real_rows) elsewhere
-        row_weight: Tensor,  # [m] float32
-        masked: MaskedRows,
-        real_rows: int,
-        with_gradient: bool,  # inside a Function gradients look enabled under no_grad too
-    ) -> tuple[Tensor, Tensor]:
-        gathered = masked.gather(hidden)  # [m, h]
-        logits = gathered @ weight[:real_rows].T  # [m, v/tp] without padding
-        log_normalizer, cross_entropy = _statistics(logits, targets, masked.group)
-        row_weight = row_weight.to(cross_entropy.dtype)
-        loss_sum = torch.dot(row_weight, cross_entropy)
-        if with_gradient:
-            _logits_to_gradient_(logits, targets, log_normalizer, row_weight)
-            ctx.save_for_backward(gathered, weight, logits)
-            ctx.masked, ctx.local_tokens = masked, hidden.shape[0]
-        ctx.mark_non_differentiable(cross_entropy)
-        return loss_sum, cross_entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gathered, weight, grad_logits = ctx.saved_tensors
-        masked: MaskedRows = ctx.masked
-        real_rows = grad_logits.shape[1]
-        grad_hidden = grad_weight = pending = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = (grad_logits @ weight[:real_rows]).mul_(grad_loss)  # [m, h], this vocabulary range's part
-            mine, pending = masked.start_reduce(grad_rows)
-        if ctx.needs_input_grad[1]:  # computed while hidden's gradient travels
-            grad_weight = torch.empty_like(weight)
-            torch.mm(grad_logits.T, gathered, out=grad_weight[:real_rows])
-            grad_weight[:real_rows] *= grad_loss
-            grad_weight[real_rows:] = 0
-        if ctx.needs_input_grad[0]:
-            if pending is not None:
-                pending.wait()
-            grad_hidden = masked.scatter(mine, ctx.local_tokens)
-        return grad_hidden, grad_weight, None, None, None, None, None
+    Raises ValueError for an unknown name, RuntimeError where "fused" is asked for and cannot run.
+    """
+    if wanted not in ("auto", "reference", "fused"):
+        raise ValueError(f"implementation must be auto, reference or fused, found {wanted!r}")
+    if wanted == "reference":
+        return "reference", "asked for"
+    reason = kernels.missing("logit_statistics", device)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"the fused passes take float32, bfloat16 and float16, found {dtype}"
+    if reason is None:
+        return "fused", ""
+    if wanted == "fused":
+        raise RuntimeError(f"the fused masked loss cannot run on {device}: {reason}; use auto or reference")
+    return "reference", reason
 
 
-def _statistics(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Log of the softmax's normalizer and cross-entropy, each `[m]` in the statistics' dtype."""
-    m, width = logits.shape
-    dtype = _statistics_dtype(logits.dtype)
-    largest = torch.full((m,), -torch.inf, dtype=dtype, device=logits.device)
-    exp_sum = torch.zeros_like(largest)  # of exp(logit - largest)
-    label_logit = torch.full_like(largest, -torch.inf)  # stays so where another rank holds the label
-    for piece in _pieces(m, width):
-        values = logits[piece].to(dtype, copy=True)
-        held, column = _held_columns(targets[piece], width)
-        label_logit[piece] = torch.where(held, values.gather(1, column).squeeze(1), -torch.inf)
-        largest[piece] = values.amax(1)
-        exp_sum[piece] = values.sub_(largest[piece, None]).exp_().sum(1)
-    if group is not None and m > 0:
-        # One all-gather instead of three all-reduces; the sum's order, hence its rounding, is the same on every rank
-        mine = torch.stack((largest, exp_sum, label_logit))  # [3, m]
-        gathered = mine.new_empty(group.size() * 3, m)
-        dist.all_gather_single(gathered, mine, group=group)
-        parts = gathered.view(-1, 3, m)
-        largest, label_logit = parts[:, 0].amax(0), parts[:, 2].amax(0)
-        exp_sum = (parts[:, 1] * (parts[:, 0] - largest).exp()).sum(0)
-    log_sum = exp_sum.log()
-    # (largest - label) first: exact where the label is the most probable token, whatever the size of the logits
-    return largest + log_sum, (largest - label_logit) + log_sum
+def _chunk_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_CHUNK_BYTES
+    return int(_GPU_CHUNK_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
-def _logits_to_gradient_(logits: Tensor, targets: Tensor, log_normalizer: Tensor, row_weight: Tensor) -> None:
-    """Overwrite logits `[m, v/tp]` with d loss_sum / d logits = w * (softmax - onehot(label))."""
-    m, width = logits.shape
-    for piece in _pieces(m, width):
-        values = logits[piece].to(log_normalizer.dtype, copy=True).sub_(log_normalizer[piece, None]).exp_()
-        held, column = _held_columns(targets[piece], width)
-        values.scatter_add_(1, column, -held.to(values.dtype)[:, None])
-        logits[piece] = values.mul_(row_weight[piece, None])
-
-
-def _held_columns(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Whether this rank holds each label, `[m]`, and the column it has, `[m, 1]` (column 0 where it does not)."""
-    held = (targets >= 0) & (targets < width)
-    return held, torch.where(held, targets, 0)[:, None]
-
-
-def _pieces(m: int, width: int) -> list[slice]:
-    """Row ranges whose fp32 copy is small; none where this rank's rows of the head are all padding."""
-    if width == 0:
-        return []
-    step = max(1, _PIECE_ELEMENTS // width)
-    return [slice(start, min(start + step, m)) for start in range(0, m, step)]
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _check_options(
+    weight: Tensor, z_loss: float, logit_softcap: float, main_grad: Tensor | None, grad_scale: float | None
+) -> None:
+    for name, value in (("z_loss", z_loss), ("logit_softcap", logit_softcap)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be 0 (none) or positive and finite, found {value}")
+    if main_grad is None:
+        return
+    if grad_scale is None:
+        raise ValueError("main_grad needs grad_scale, the gradient that backward will bring for loss_sum; found None")
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"main_grad must be torch.float32, found {main_grad.dtype}")
+    if main_grad.shape != weight.shape or main_grad.device != weight.device:
+        raise ValueError(
+            f"main_grad must be {list(weight.shape)} on {weight.device} as weight, found {list(main_grad.shape)} on "
+            f"{main_grad.device}"
+        )
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor) -> None:

@@ -3,17 +3,11 @@
 Only masked rows are moved: about half of a diffusion batch is never multiplied with the head, so it is not sent."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-class Pending(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,15 @@ class MaskedRows:
         return cls(rows, group, local_rows, slots, m_slice)
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """Masked rows of all tokens, `[m, h]`, from `hidden` `[n, h]` (sequence parallelism: `[n/tp, h]`)."""
+        """Masked rows of all tokens, `[m, h]`, from `hidden` `[n, h]` (sequence parallelism: `[n/tp, h]`).
+
+        Differentiable: each rank's gradient is its vocabulary range's part, and the parts are summed over the group.
+        """
+        gathered: Tensor = _Gather.apply(hidden, self)
+        return gathered
+
+    def collect(self, hidden: Tensor) -> Tensor:
+        """`gather` without its derivative."""
         mine = hidden.index_select(0, self.local_rows)
         if self.slots is None or self.group is None or self.m_slice == 0:
             return mine
@@ -56,24 +58,34 @@ class MaskedRows:
         dist.all_gather_single(gathered, sent, group=self.group)
         return gathered.index_select(0, self.slots)
 
-    def start_reduce(self, grad_rows: Tensor) -> tuple[Tensor, Pending | None]:
-        """Begin summing `grad_rows` `[m, h]` over the group (overwritten); `scatter` needs it waited for.
-
-        Returns this rank's masked rows of the sum, `[m_local, h]`, and what to wait for.
-        """
-        if self.group is None or self.rows.numel() == 0:
-            return grad_rows, None
-        if self.slots is None:
-            return grad_rows, dist.all_reduce(grad_rows, group=self.group, async_op=True)
-        sent = grad_rows.new_zeros(self.group.size() * self.m_slice, grad_rows.shape[1])
-        sent.index_copy_(0, self.slots, grad_rows)
-        received = sent.new_empty(self.m_slice, sent.shape[1])
-        work = dist.reduce_scatter_single(received, sent, group=self.group, async_op=True)
-        return received[: self.local_rows.numel()], work
-
-    def scatter(self, mine: Tensor, local_tokens: int) -> Tensor:
-        """`mine` `[m_local, h]` put back at its positions of `[local_tokens, h]`, zero elsewhere."""
+    def distribute(self, grad_rows: Tensor, local_tokens: int) -> Tensor:
+        """The adjoint of `collect` for parts of a sum: `grad_rows` `[m, h]` (overwritten) summed over the group, at
+        this rank's positions of `[local_tokens, h]`, zero elsewhere."""
+        mine = grad_rows
+        if self.group is not None and self.rows.numel() > 0:
+            if self.slots is None:
+                dist.all_reduce(grad_rows, group=self.group)
+            else:
+                sent = grad_rows.new_zeros(self.group.size() * self.m_slice, grad_rows.shape[1])
+                sent.index_copy_(0, self.slots, grad_rows)
+                received = sent.new_empty(self.m_slice, sent.shape[1])
+                dist.reduce_scatter_single(received, sent, group=self.group)
+                mine = received[: self.local_rows.numel()]
         return mine.new_zeros(local_tokens, mine.shape[1]).index_copy_(0, self.local_rows, mine)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, masked: MaskedRows) -> Tensor:
+        ctx.masked, ctx.local_tokens = masked, hidden.shape[0]
+        return masked.collect(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
+        # copied where it would be overwritten: autograd may have given the same tensor to others
+        grad_rows = grad_rows if ctx.masked.group is None else grad_rows.clone()
+        return ctx.masked.distribute(grad_rows, ctx.local_tokens), None
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

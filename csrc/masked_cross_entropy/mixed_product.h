@@ -1,0 +1,19 @@
+// total += a b with bf16 factors and an fp32 total on a CPU, which torch has for CUDA only: its products of bf16 round
+// each result to bf16, so that a sum over chunks would be rounded once a chunk.
+#pragma once
+
+#include <ATen/core/TensorBase.h>
+#include <ATen/native/DispatchStub.h>
+
+namespace illada {
+
+// total [m, n] float32, a [m, k] of any strides, b [k, n]; the columns of total and b are contiguous; none is empty.
+using AddProduct = void (*)(const at::TensorBase& total, const at::TensorBase& a, const at::TensorBase& b);
+
+}  // namespace illada
+
+namespace at::native {
+
+DECLARE_DISPATCH(illada::AddProduct, illada_add_product_stub)
+
+}  // namespace at::native

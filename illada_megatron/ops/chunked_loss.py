@@ -1,0 +1,191 @@
+"""The loss and its gradients chunk by chunk of masked rows: the logits of one chunk are all that ever exists.
+
+For each chunk of c rows (X `[c, h]`, W `[v/tp, h]`):
+
+    Z = X W^T                    one product, statistics right behind it        2 c h v/tp FLOPs
+    combine over the ranks       three numbers a row                            12 c bytes a rank
+    Z <- d loss / d Z            in place
+    dX = Z W,  dW += Z^T X       the two products of the gradient               4 c h v/tp FLOPs
+
+The gradients are made in the forward pass because the loss is the end of the graph: nothing has to be kept or computed
+again for the backward pass, which only scales. docs/masked_loss.md has the derivation.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from illada_megatron.ops import kernels
+from illada_megatron.ops.logit_passes import LogitPasses, combine, statistics_dtype
+
+# On a CPU a chunk is walked over in slabs of columns that stay in its last-level cache between a product and the pass
+# behind it (benchmarks/README.md). A GPU's products want to be large: one slab.
+_CPU_SLAB_BYTES = 4 << 20
+_MIN_SLAB_COLUMNS = 4096
+# Rows of a chunk start on 64 bytes, and their number fills the rows of a product's tiles
+_ALIGN_ELEMENTS = 64
+_ALIGN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output embedding as this rank holds it, and how its logits become a loss."""
+
+    weight: Tensor
+    """`[real_rows, h]`, without padding"""
+    z_loss: float
+    softcap: float
+    passes: LogitPasses
+    group: dist.ProcessGroup | None
+    """The ranks that hold the other rows; None: there are none."""
+
+
+class Gradients(NamedTuple):
+    """Where a chunk's gradients go."""
+
+    rows: Tensor  # [m, h], written in the inputs' dtype
+    weight: Tensor  # [real_rows, h], added to; fp32, or the inputs' dtype
+    scale: float  # both are those of scale * loss
+
+
+class RowLosses(NamedTuple):
+    """Of each row, `[m]` in the statistics' dtype."""
+
+    cross_entropy: Tensor
+    log_normalizer: Tensor
+
+
+@dataclass
+class _Chunk:
+    """A chunk whose logits are made and whose statistics are on their way between the ranks."""
+
+    rows: slice
+    logits: Tensor  # [c, real_rows]
+    statistics: Tensor  # [3, c], of this rank's columns
+    gathered: Tensor | None  # [tp, 3, c]
+    work: dist.Work | None
+
+    def whole_rows(self) -> Tensor:
+        """Statistics over all ranks' columns, the same on every rank to the last bit."""
+        if self.gathered is None:
+            return self.statistics
+        assert self.work is not None
+        self.work.wait()
+        return combine(self.gathered)
+
+
+def chunk_rows(num_rows: int, vocabulary_rows: int, element_bytes: int, memory_bytes: int, buffers: int) -> int:
+    """Rows of a chunk so that `buffers` chunks of logits fit in memory_bytes, all chunks nearly alike, at least 16."""
+    most = max(memory_bytes // (buffers * max(vocabulary_rows, 1) * element_bytes), _ALIGN_ROWS)
+    chunks = -(-num_rows // most)
+    rows = -(-num_rows // max(chunks, 1))
+    return max(min(-(-rows // _ALIGN_ROWS) * _ALIGN_ROWS, most), 1)
+
+
+def losses_and_gradients(
+    hidden: Tensor, head: Head, targets: Tensor, row_weight: Tensor, memory_bytes: int, into: Gradients | None
+) -> RowLosses:
+    """Losses of the rows of hidden `[m, h]`; their gradients go to `into` (None: no gradients).
+
+    targets: `[m]` int64 relative to this rank's first id; row_weight: `[m]` in the statistics' dtype.
+    memory_bytes: what the logits that exist at a time may take.
+    """
+    m, width = hidden.shape[0], head.weight.shape[0]
+    # while the ranks exchange a chunk's statistics the next chunk's logits are made; a CPU has nothing to spare for it
+    ahead = head.group is not None and hidden.is_cuda
+    buffers = 2 if ahead else 1
+    rows = chunk_rows(m, width, hidden.element_size(), memory_bytes, buffers)
+    chunks = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+    stride = -(-width // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
+    memory = hidden.new_empty(min(buffers, len(chunks)), min(rows, m), stride)
+    dtype = statistics_dtype(hidden.dtype)
+    losses = RowLosses(*(torch.empty(m, dtype=dtype, device=hidden.device) for _ in range(2)))
+
+    def begin(number: int) -> _Chunk:
+        part = chunks[number]
+        return _begin(part, memory[number % buffers, : part.stop - part.start, :width], hidden, head, targets)
+
+    pending = begin(0) if chunks else None
+    for number in range(len(chunks)):
+        chunk, pending = pending, None
+        assert chunk is not None
+        if ahead and number + 1 < len(chunks):
+            pending = begin(number + 1)
+        _finish(chunk, hidden, head, targets, row_weight, losses, into)
+        if not ahead and number + 1 < len(chunks):
+            pending = begin(number + 1)
+    return losses
+
+
+def _begin(rows: slice, logits: Tensor, hidden: Tensor, head: Head, targets: Tensor) -> _Chunk:
+    """Logits of a chunk, their statistics, and the collective that takes these to the other ranks."""
+    parts = []
+    for slab in _slabs(logits):
+        torch.mm(hidden[rows], head.weight[slab].T, out=logits[:, slab])
+        parts.append(head.passes.statistics(logits[:, slab], targets[rows] - slab.start, head.softcap))
+    statistics = parts[0] if len(parts) == 1 else combine(torch.stack(parts))
+    if head.group is None:
+        return _Chunk(rows, logits, statistics, None, None)
+    # One all-gather instead of three all-reduces; the sum's order, hence its rounding, is the same on every rank
+    tp = head.group.size()
+    gathered = statistics.new_empty(tp * 3, statistics.shape[1])
+    work = dist.all_gather_single(gathered, statistics, group=head.group, async_op=True)
+    return _Chunk(rows, logits, statistics, gathered.view(tp, 3, -1), work)
+
+
+def _finish(
+    chunk: _Chunk,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    row_weight: Tensor,
+    losses: RowLosses,
+    into: Gradients | None,
+) -> None:
+    """Losses of a chunk, and its logits turned into gradients."""
+    rows = chunk.rows
+    largest, exp_sum, label_logit = chunk.whole_rows()
+    log_sum = exp_sum.log()
+    log_normalizer = largest + log_sum
+    losses.log_normalizer[rows] = log_normalizer
+    # (largest - label) first: exact where the label is the most probable token, whatever the size of the logits
+    losses.cross_entropy[rows] = (largest - label_logit) + log_sum
+    if into is None:
+        return
+    label_scale = row_weight[rows] * into.scale
+    softmax_scale = label_scale * (1 + 2 * head.z_loss * log_normalizer)
+    slabs = _slabs(chunk.logits)
+    sum_dtype = hidden.dtype if len(slabs) == 1 else statistics_dtype(hidden.dtype)
+    gradient = torch.zeros_like(hidden[rows], dtype=sum_dtype)
+    for slab in slabs:
+        part = chunk.logits[:, slab]
+        head.passes.to_gradient_(
+            part, targets[rows] - slab.start, log_normalizer, softmax_scale, label_scale, head.softcap
+        )
+        _add_product_(gradient, part, head.weight[slab])
+        _add_product_(into.weight[slab], part.T, hidden[rows])
+    into.rows[rows] = gradient
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total `[m, n]` += a `[m, k]` b `[k, n]`, where the total may have more bits than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif a.dtype == torch.bfloat16 and kernels.has_mixed_product():
+        torch.ops.illada.add_product_(total, a, b)
+    else:  # torch has no such product on a CPU: each is rounded to the factors' dtype before it is added
+        total.add_(torch.mm(a, b))
+
+
+def _slabs(logits: Tensor) -> list[slice]:
+    """Column ranges of logits `[c, v/tp]`; one, empty, where this rank's rows of the head are all padding."""
+    c, width = logits.shape
+    columns = max(width, 1)
+    if logits.device.type == "cpu":
+        columns = max(_CPU_SLAB_BYTES // (max(c, 1) * logits.element_size()), _MIN_SLAB_COLUMNS)
+    return [slice(start, min(start + columns, width)) for start in range(0, max(width, 1), columns)]

@@ -1,0 +1,39 @@
+"""The compiled operators of `torch.ops.illada` (csrc/): loaded once, and what they can run on."""
+
+import importlib
+from functools import cache
+
+import torch
+
+
+@cache
+def load_error() -> str | None:
+    """Why the compiled operators cannot be used; None: they are registered."""
+    try:
+        importlib.import_module("illada_megatron.ops._kernels")
+    except ImportError as error:  # not built, or built against another torch
+        return f"{error} (build it: pip install --no-build-isolation -e .)"
+    return None
+
+
+def missing(operator: str, device: torch.device) -> str | None:
+    """Why `torch.ops.illada.<operator>` cannot run on tensors of `device`; None: it can."""
+    if (error := load_error()) is not None:
+        return error
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"illada::{operator}", key):
+        return f"illada_megatron.ops._kernels was built without {device.type} kernels (see ILLADA_CUDA in setup.py)"
+    return None
+
+
+@cache
+def has_mixed_product() -> bool:
+    """Whether `torch.ops.illada.add_product_` runs here: a CPU with bf16 dot products, and the operators are built."""
+    return load_error() is None and bool(torch.ops.illada.has_mixed_product())
+
+
+def describe() -> str | None:
+    """For `illada doctor`: the devices that kernels were built for; None: none at all."""
+    devices = [name for name in ("cpu", "cuda") if missing("logit_statistics", torch.device(name)) is None]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return " and ".join(f"CPU ({capability})" if name == "cpu" else "CUDA" for name in devices) or None
