@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from illada_megatron.ops import kernels
 
@@ -99,5 +100,19 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     return (grad_qkv, None, None, None, None)
 
 
+def _forward_flops(qkv: Tensor, *arguments: Any, **_: Any) -> int:
+    """Of the two products, q k^T and P v: what torch.utils.flop_counter is told."""
+    groups, heads, dim = qkv.shape[1:]
+    cu_seqlens = arguments[2]
+    return 4 * groups * (heads - 2) * dim * int(cu_seqlens.diff().long().square().sum())
+
+
+def _backward_flops(_: Tensor, *arguments: Any, **__: Any) -> int:
+    """Of the five products: q k^T again, dO v^T, P^T dO, dS^T q, dS k."""
+    return 5 * _forward_flops(*arguments) // 2
+
+
 if kernels.load_error() is None:
     torch.library.register_autograd(f"illada::{_OPERATOR}", _backward, setup_context=_setup_context)
+    register_flop_formula(torch.ops.illada.segment_attention, get_raw=True)(_forward_flops)
+    register_flop_formula(torch.ops.illada.segment_attention_backward, get_raw=True)(_backward_flops)

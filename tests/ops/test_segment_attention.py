@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from illada_megatron.ops.segment_attention import missing, segment_attention, segment_attention_reference
 
@@ -150,3 +151,12 @@ def test_wrong_arguments_are_named(change: dict[str, object], error: type[Except
     given |= {"cu": torch.tensor([0, 8]).int(), "scale": 1.0} | change  # type: ignore[assignment]
     with pytest.raises(error, match=message):
         segment_attention(*given.values())  # type: ignore[arg-type]
+
+
+def test_flop_counter_knows_its_products() -> None:
+    _need(torch.float32)
+    qkv = torch.randn(40, 2, 5, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        segment_attention(qkv, *_angles(30, 16), _offsets([30, 10]), 0.25).sum().backward()
+    product = 2 * (30**2 + 10**2) * 6 * 16
+    assert counter.get_total_flops() == (2 + 5) * product
