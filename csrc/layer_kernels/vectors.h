@@ -32,8 +32,8 @@ std::pair<Floats, Floats> load_two(const T* from, int64_t count = kStep) {
   }
 }
 
-// at::vec rounds to bfloat16 in a dozen instructions; processors that have one for it are asked at run time, as no build
-// of the kernels demands it.
+// at::vec rounds to bfloat16 in a dozen instructions; processors that have one for it are asked at run time, as no
+// build of the kernels demands it.
 #if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__)
 inline const bool kRoundsNatively = __builtin_cpu_supports("avx512bf16");
 

@@ -21,7 +21,7 @@ class SegmentSelfAttention(SelfAttention):
     qkv, the output and a number a row for the backward pass, so that nothing is left for selective recomputation.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
