@@ -1,21 +1,50 @@
-"""The attention core of the local layer spec: bidirectional, one segment at a time, through torch's fused kernels."""
+"""Attention of the local layer spec: bidirectional, within each segment of a packed row."""
 
-from itertools import pairwise
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from illada_megatron.ops.segment_attention import segment_attention
+
+
+class SegmentSelfAttention(SelfAttention):
+    """megatron-core's self attention with its projections, whose core takes queries, keys and values unsplit.
+
+    Splitting them, turning queries and keys by their position and attending is one operator then. Of a layer it keeps
+    qkv, the output and a number a row for the backward pass, so that nothing is left for selective recomputation.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedSeqParams,
+        inference_context: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [t (/ tp with sequence parallelism), 1, h] -> the same, and linear_proj's bias (None)."""
+        if attention_mask is not None:
+            raise ValueError("SegmentSelfAttention isolates segments by cu_seqlens; attention_mask has to be None")
+        if inference_context is not None:
+            raise ValueError("SegmentSelfAttention keeps no cache of keys; inference_context has to be None")
+        qkv, _bias = self.linear_qkv(hidden_states)
+        return self.linear_proj(self.core_attention(qkv, rotary_pos_emb, packed_seq_params))
 
 
 class SegmentAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v within each segment, every position seeing every other of its segment.
 
-    megatron-core's own DotProductAttention refuses packed sequences; this takes them and nothing else. Heads are this
-    tensor-parallel rank's; grouped KV heads are shared by consecutive query heads.
+    Heads are this tensor-parallel rank's; grouped KV heads are shared by consecutive query heads. Positions restart in
+    each segment.
     """
 
     def __init__(
@@ -32,40 +61,29 @@ class SegmentAttention(torch.nn.Module):
             raise ValueError(f"layer {layer_number}: expected a bidirectional layer (no_mask), found {attn_mask_type}")
         if attention_type != "self":
             raise ValueError(f"layer {layer_number}: expected self attention, found {attention_type}")
-        self.softmax_scale = softmax_scale
-        self.grouped = config.num_query_groups != config.num_attention_heads
+        self.dim = config.kv_channels
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        self.scale = softmax_scale or 1 / math.sqrt(self.dim)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        packed_seq_params: PackedSeqParams,
-        **_: Any,
-    ) -> Tensor:
-        """query [t, np, d], key and value [t, ng, d] of this rank's heads -> [t, np * d]. attention_mask: None."""
-        if attention_mask is not None:
-            raise ValueError("SegmentAttention isolates segments by cu_seqlens; attention_mask has to be None")
-        heads, dim = query.shape[1:]
-        outputs = []
-        for start, count, length in _runs(packed_seq_params.cu_seqlens_q):
-            span = slice(start, start + count * length)
-            q, k, v = (x[span].view(count, length, -1, dim).transpose(1, 2) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale, enable_gqa=self.grouped)
-            outputs.append(out.transpose(1, 2).reshape(count * length, heads * dim))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    def forward(self, qkv: Tensor, rotary_pos_emb: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
+        """qkv [t, 1, ng * (np / ng + 2) * d] of this rank's heads, angles [longest segment, 1, 1, d] -> [t, 1, np * d].
+
+        The angles are megatron-core's: those of the first half of a head, then the same again.
+        """
+        tokens = qkv.shape[0]
+        cos, sin = _cos_sin(rotary_pos_emb)
+        out = segment_attention(
+            qkv.view(tokens, -1, self.heads_per_group + 2, self.dim),
+            cos,
+            sin,
+            packed_seq_params.cu_seqlens_q,
+            self.scale,
+        )
+        return out.view(tokens, 1, -1)
 
 
-def _runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
-    """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run."""
-    offsets = cu_seqlens.tolist()
-    runs: list[tuple[int, int, int]] = []
-    for start, end in pairwise(offsets):
-        if runs and runs[-1][2] == end - start:
-            first, count, length = runs[-1]
-            runs[-1] = (first, count + 1, length)
-        else:
-            runs.append((start, 1, end - start))
-    return runs
+@lru_cache(maxsize=4)
+def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 1, 1, d] float32 -> cosines and sines [n, d / 2]; once for all layers, which are given the same tensor."""
+    half = angles[:, 0, 0, : angles.shape[-1] // 2]
+    return half.cos(), half.sin()

@@ -1,9 +1,10 @@
-"""Which modules make a layer: Transformer Engine's, or megatron-core's own with this package's norm and attention."""
+"""Which modules make a layer: Transformer Engine's, or megatron-core's own with this package's norm, attention core and
+activation."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -13,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from illada_megatron.config import ConfigError, RunConfig
-from illada_megatron.model.attention import SegmentAttention
+from illada_megatron.model.activation import SwiGLU
+from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
 from illada_megatron.runtime.device import Device, has_transformer_engine
 
@@ -60,11 +62,14 @@ def _local_layer() -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=SelfAttention, params=dict(_BIDIRECTIONAL), submodules=attention),
+            self_attention=ModuleSpec(module=SegmentSelfAttention, params=dict(_BIDIRECTIONAL), submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

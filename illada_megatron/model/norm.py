@@ -1,9 +1,10 @@
 """RMSNorm of the local layer spec. megatron-core's torch fallback refuses sequence parallelism; this one allows it."""
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from illada_megatron.ops.rms_norm import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -20,4 +21,4 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)

@@ -49,6 +49,7 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         recompute_num_layers=1 if recompute == "full" else None,
         # megatron-core's fusions go through torch.compile or TE; on a CPU they cost a compiler run in every process.
         bias_activation_fusion=device.is_cuda,
+        use_te_activation_func=not device.is_cuda,  # megatron-core's name for "take the spec's activation": ours
         bias_dropout_fusion=device.is_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=device.is_cuda and has_transformer_engine(),

@@ -4,28 +4,45 @@ from illada_megatron.config import RunConfig
 from illada_megatron.config.layout import layout_rows
 from illada_megatron.data.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
+from illada_megatron.model.transformer_config import DTYPES
+from illada_megatron.ops import rms_norm, segment_attention, swiglu
 from illada_megatron.runtime import Device, capabilities
 from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.setup import TrainingState, count_held_parameters
 
-_ATTENTION = {
-    "local": ("torch scaled_dot_product_attention, segment by segment", "RMSNorm (torch)"),
-    "transformer_engine": ("Transformer Engine, packed segments", "RMSNorm (Transformer Engine)"),
-}
+_TRANSFORMER_ENGINE = [
+    ("attention", "Transformer Engine, packed segments"),
+    ("norm", "RMSNorm (Transformer Engine)"),
+    ("activation", "SwiGLU (megatron-core)"),
+]
 
 
 def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
     """What was chosen on this device."""
     implementation = choose_implementation(config, device)
-    attention, norm = _ATTENTION[implementation]
+    layers = _local_rows(config, device) if implementation == "local" else _TRANSFORMER_ENGINE
     return [
         ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
         ("layers", implementation),
-        ("attention", attention),
-        ("norm", norm),
+        *layers,
         ("optimizer", optimizer_name(config)),
         ("loss", "masked linear cross-entropy, reference (torch); head on masked positions only"),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
+    ]
+
+
+def _local_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
+    """Which of the local layers' operators are compiled ones, and why the others are not."""
+    dtype = DTYPES[config.training.precision]
+    rows = [
+        ("attention", "packed segments", "torch scaled_dot_product_attention", segment_attention),
+        ("norm", "RMSNorm", "torch", rms_norm),
+        ("activation", "SwiGLU", "torch", swiglu),
+    ]
+    found = [(name, what, other, operator.missing(device.torch_device, dtype)) for name, what, other, operator in rows]
+    return [
+        (name, f"{what}: illada kernel" if reason is None else f"{what}: {other} ({reason})")
+        for name, what, other, reason in found
     ]
 
 
