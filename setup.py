@@ -1,8 +1,8 @@
 """Builds the C++ and CUDA extensions; everything else about the package is in pyproject.toml.
 
 `illada_megatron.ops._kernels` is built against the torch that is installed: `pip install --no-build-isolation`.
-ILLADA_CUDA=1 demands its CUDA part, ILLADA_CUDA=0 leaves it out; unset, it is built where torch is a CUDA build and nvcc
-is found.
+ILLADA_CUDA=1 demands its CUDA part, ILLADA_CUDA=0 leaves it out; unset, it is built where torch is a CUDA build and
+nvcc is found.
 """
 
 import os
@@ -66,7 +66,8 @@ def kernels() -> Extension:
     vectorised = _sources("csrc/*/cpu_kernels*.cpp")
     sources = {*_sources("csrc/masked_cross_entropy/*.cpp"), *_sources("csrc/layer_kernels/*.cpp")} - {*vectorised}
     cuda = {*_sources("csrc/*/cuda_*.cpp"), *_sources("csrc/*/cuda_*.cu")}
-    # at::vec's intrinsics look uninitialised to GCC 12; -fopenmp only compiles: the one OpenMP runtime of the process is the one that torch's libraries bring
+    # -fopenmp only compiles: the one OpenMP runtime of the process is that of torch's libraries. GCC 12 takes its own
+    # intrinsics for uninitialised.
     flags = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     flags += [f"-DHAVE_{capability}_CPU_DEFINITION" for capability in _CAPABILITIES if capability != "DEFAULT"]

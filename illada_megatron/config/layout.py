@@ -10,6 +10,7 @@ from illada_megatron.config.schema import (
     DataConfig,
     DiffusionConfig,
     LoggingConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -28,6 +29,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()

@@ -36,6 +36,8 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = True
     rotary_base: PositiveFloat = 500000.0
     norm_epsilon: PositiveFloat = 1e-5
+    logit_softcap: NonNegativeFloat = 0.0
+    """Logits become s tanh(logit / s), in training and generation; 0: they stay as they are."""
     init_method_std: PositiveFloat = 0.02
     """Linear weights N(0, std); o_proj and down_proj N(0, std / sqrt(2 * num_layers))."""
     embedding_init_std: PositiveFloat | None = None
@@ -192,6 +194,17 @@ class DataConfig(Section):
                 f"validation_paths and holdout_tokens {self.holdout_tokens} are both given: keep one of them"
             )
         return self
+
+
+class LossConfig(Section):
+    """The masked linear cross-entropy (docs/masked_loss.md)."""
+
+    implementation: Literal["auto", "reference", "fused"] = "auto"
+    """auto: fused (compiled) where it can run, else the reference in torch; the table at start says which."""
+    chunk_memory_mb: PositiveInt | None = None
+    """What the logits that exist at a time may take (MB, 10^6 bytes); None: 160 on a CPU, 2 % of a GPU's memory."""
+    z_loss: NonNegativeFloat = 0.0
+    """c of the penalty c (log Z)^2 on the softmax's normalizer (arXiv 2204.02311, section 5)."""
 
 
 class OptimizerConfig(Section):

@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from illada_megatron.config import ModelConfig, RunConfig
+from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.layer_specs import block_spec, choose_implementation
+from illada_megatron.model.main_grad import InMainGrad
 from illada_megatron.model.transformer_config import transformer_config
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss, masked_linear_cross_entropy
 from illada_megatron.runtime.device import Device
@@ -36,9 +38,11 @@ class MaskPredictor(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(config=config)
         self.model = model
+        self.loss = loss
         self.vp_stage = vp_stage
         self.pre_process = pre_process
         self.post_process = post_process
@@ -92,10 +96,13 @@ class MaskPredictor(LanguageModule):
         packed_seq_params: PackedSeqParams,
         labels: Tensor | None = None,
         loss_weight: Tensor | None = None,
+        grad_scale: float | None = None,
     ) -> Tensor | MaskedLoss:
         """A stage's work on one micro-batch.
 
         tokens: [1, t] int64 (first stage), None elsewhere; labels [t] int64 and loss_weight [t] float32 (last stage).
+        grad_scale: the gradient that backward will bring for loss_sum. Where it is known and megatron-core's DDP keeps
+        a main_grad for the head, the head's gradient is added to it in the forward pass.
         Returns the masked loss where labels are given, else hidden states [t (/ tp with sequence parallelism), 1, h];
         on the last stage these are the normalised ones that `logits` takes.
         """
@@ -110,21 +117,32 @@ class MaskPredictor(LanguageModule):
         )
         if labels is None or loss_weight is None or not self.post_process:
             return hidden
+        weight = self.head_weight()
+        main_grad = getattr(weight, "main_grad", None) if grad_scale is not None and torch.is_grad_enabled() else None
+        megabytes = self.loss.chunk_memory_mb
         return masked_linear_cross_entropy(
             hidden.squeeze(1),
-            self.head_weight(),
+            weight if main_grad is None else InMainGrad.apply(weight),
             labels,
             loss_weight,
             vocab_size=self.model.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
+            implementation=self.loss.implementation,
+            chunk_memory_bytes=None if megabytes is None else megabytes * 10**6,
+            z_loss=self.loss.z_loss,
+            logit_softcap=self.model.logit_softcap,
+            main_grad=main_grad,
+            grad_scale=grad_scale if main_grad is not None else None,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage's hidden states [t (/tp), 1, h] -> logits [t, vocab_size] of all positions, for generation."""
         parallel_logits, _ = self.output_layer(hidden, weight=self.head_weight())
         gathered = tensor_parallel.gather_from_tensor_model_parallel_region(parallel_logits, group=self.tp_group)
-        return gathered.squeeze(1)[:, : self.model.vocab_size]
+        logits = gathered.squeeze(1)[:, : self.model.vocab_size]
+        cap = self.model.logit_softcap
+        return logits if cap == 0 else cap * torch.tanh(logits / cap)
 
 
 def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]:
@@ -148,6 +166,7 @@ def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
+                loss=config.loss,
             ).to(device.torch_device)
         )
     return chunks

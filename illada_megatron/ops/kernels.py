@@ -30,10 +30,3 @@ def missing(operator: str, device: torch.device) -> str | None:
 def has_mixed_product() -> bool:
     """Whether `torch.ops.illada.add_product_` runs here: a CPU with bf16 dot products, and the operators are built."""
     return load_error() is None and bool(torch.ops.illada.has_mixed_product())
-
-
-def describe() -> str | None:
-    """For `illada doctor`: the devices that kernels were built for; None: none at all."""
-    devices = [name for name in ("cpu", "cuda") if missing("logit_statistics", torch.device(name)) is None]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return " and ".join(f"CPU ({capability})" if name == "cpu" else "CUDA" for name in devices) or None

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.utils.flop_counter import register_flop_formula
 
 from illada_megatron.ops.chunked_loss import Gradients, Head, losses_and_gradients
 from illada_megatron.ops.logit_passes import REFERENCE, fused_passes, statistics_dtype
@@ -159,3 +160,14 @@ def _run(rows: Rows, settings: Settings, into: Gradients | None) -> tuple[Tensor
     losses = losses_and_gradients(rows.hidden, head, rows.targets, row_weight, settings.memory_bytes, into)
     penalty = losses.log_normalizer.square_().mul_(settings.z_loss).add_(losses.cross_entropy)
     return torch.dot(row_weight, penalty), losses.cross_entropy
+
+
+@register_flop_formula(
+    [torch.ops.illada.masked_linear_cross_entropy, torch.ops.illada.masked_linear_cross_entropy_into]
+)
+def _count_flops(hidden_shape: list[int], *others: Any, **_: Any) -> int:
+    """For torch's FlopCounterMode, which does not look into operators: the product of the logits, and the two of the
+    gradients."""
+    (m, h), real_rows = hidden_shape, others[3]
+    with_gradient = others[-1] if len(others) == 10 else True
+    return (6 if with_gradient else 2) * m * h * real_rows

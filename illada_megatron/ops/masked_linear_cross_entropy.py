@@ -22,8 +22,8 @@ from illada_megatron.ops.masked_rows import MaskedRows
 Implementation = Literal["auto", "reference", "fused"]
 
 # What the logits of a chunk may take by default. CPU: 512 rows of iLLaDA's vocabulary in bf16, where the speed of the
-# products levels off (benchmarks/README.md). GPU: a share of its memory, 5,000 such rows on 80 GB; each chunk rewrites the
-# weight's gradient, which small chunks would do too often.
+# products levels off (benchmarks/README.md). GPU: a share of its memory, 5,000 such rows on 80 GB; each chunk
+# rewrites the weight's gradient, which small chunks would do too often.
 _CPU_CHUNK_BYTES = 160_000_000
 _GPU_CHUNK_SHARE = 0.02
 

@@ -96,7 +96,6 @@ def capabilities() -> list[Capability]:
             _version("apex") if has_apex() else None,
             "fused AdamW and weight gradients accumulated in fp32 by the GEMM",
         ),
-        Capability("fused masked loss", None, "the loss without ever holding all logits (the reference loss is used)"),
     ]
 
 

@@ -77,9 +77,10 @@ class BatchSource:
 
 
 def forward_step(
-    microbatches: Iterator[Microbatch], model: torch.nn.Module
+    num_microbatches: int, microbatches: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[Tensor | MaskedLoss, Callable[..., Any]]:
-    """One stage's forward pass, in the signature of megatron-core's schedules: (output, function of the loss)."""
+    """One stage's forward pass: (output, function of the loss). With the number of micro-batches of a step bound, it
+    has the signature of megatron-core's schedules."""
     microbatch = next(microbatches)
     batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
     if batch is None:
@@ -89,6 +90,7 @@ def forward_step(
         segments,
         labels=batch.labels.view(-1),
         loss_weight=batch.loss_weight.view(-1),
+        grad_scale=1 / (batch.tokens.numel() * num_microbatches),  # what `_loss` and the schedule divide by
     )
     return output, partial(_loss, batch)
 

@@ -5,7 +5,7 @@ from illada_megatron.config.layout import layout_rows
 from illada_megatron.data.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.model.transformer_config import DTYPES
-from illada_megatron.ops import rms_norm, segment_attention, swiglu
+from illada_megatron.ops import chosen_implementation, rms_norm, segment_attention, swiglu
 from illada_megatron.runtime import Device, capabilities
 from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.setup import TrainingState, count_held_parameters
@@ -26,9 +26,18 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
         ("layers", implementation),
         *layers,
         ("optimizer", optimizer_name(config)),
-        ("loss", "masked linear cross-entropy, reference (torch); head on masked positions only"),
+        ("loss", _loss_text(config, device)),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
     ]
+
+
+def _loss_text(config: RunConfig, device: Device) -> str:
+    name, reason = chosen_implementation(
+        config.loss.implementation, device.torch_device, DTYPES[config.training.precision]
+    )
+    text = "fused" if name == "fused" else f"reference, in torch ({reason})"
+    penalty = f", z-loss {config.loss.z_loss}" if config.loss.z_loss else ""
+    return f"masked linear cross-entropy, {text}; head on masked positions only{penalty}"
 
 
 def _local_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -40,7 +41,7 @@ def run_schedule(
     on_device = (microbatch.to(device) for microbatch in itertools.islice(microbatches, num_microbatches))
     iterators = itertools.tee(on_device, len(chunks))  # the chunks of an interleaved schedule share them
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, num_microbatches),
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,

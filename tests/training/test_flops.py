@@ -40,7 +40,8 @@ def test_equals_what_torch_counts(tiny_config: RunConfig, single_process: Runtim
     weight = (torch.arange(96) % 3 == 0).float()
     segments = pack(torch.tensor([0, 48, 60, 96], dtype=torch.int32), 48)
     # the attention kernel as plain matrix products, which the counter knows on a CPU
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # no_grad: the loss makes its gradients in the forward pass
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, segments, labels=tokens[0], loss_weight=weight)
     expected = training_flops(tiny_config.model, 96, 48**2 + 12**2 + 36**2, 32)
     assert 3 * counter.get_total_flops() == pytest.approx(expected)
