@@ -30,7 +30,8 @@ def _step(seed: int) -> tuple[MaskedLoss, MaskedBatch]:
         t=torch.tensor(TIMES),
         sample_index=torch.arange(len(TIMES)),
     )
-    return MaskedLoss(torch.dot(weight.view(-1)[rows], ce), ce, rows), batch
+    weighted = torch.dot(weight.view(-1)[rows], ce)
+    return MaskedLoss(weighted + 1.0, weighted, ce, rows), batch  # a z-loss of 1 must not be reported as loss
 
 
 def test_sums_equal_loops_over_tokens(tiny_config: RunConfig, single_process: Runtime) -> None:
