@@ -19,17 +19,14 @@ inline void check_logits(const at::Tensor& logits, const at::Tensor& targets, do
   TORCH_CHECK_VALUE(softcap >= 0, "softcap must not be negative (0: none), found ", softcap);
 }
 
-inline void check_row_values(const at::Tensor& logits, const at::Tensor& log_normalizer,
-                             const at::Tensor& softmax_scale, const at::Tensor& label_scale) {
-  const auto check = [&](const char* name, const at::Tensor& values) {
-    TORCH_CHECK_TYPE(values.scalar_type() == at::kFloat, name, " must be float32, found ", values.scalar_type());
-    TORCH_CHECK(values.dim() == 1 && values.size(0) == logits.size(0), name, " must be [", logits.size(0),
-                "], one for each row of logits ", logits.sizes(), ", found ", values.sizes());
-    TORCH_CHECK(values.device() == logits.device(), name, " is on ", values.device(), ", logits on ", logits.device());
-  };
-  check("log_normalizer", log_normalizer);
-  check("softmax_scale", softmax_scale);
-  check("label_scale", label_scale);
+inline void check_row_values(const at::Tensor& logits, const at::Tensor& row_values) {
+  TORCH_CHECK_TYPE(row_values.scalar_type() == at::kFloat, "row_values must be float32, found ",
+                   row_values.scalar_type());
+  TORCH_CHECK(row_values.dim() == 2 && row_values.size(0) == 4 && row_values.size(1) == logits.size(0),
+              "row_values must be [4, ", logits.size(0), "] for logits ", logits.sizes(), ", found ",
+              row_values.sizes());
+  TORCH_CHECK(row_values.device() == logits.device(), "row_values are on ", row_values.device(), ", logits on ",
+              logits.device());
 }
 
 }  // namespace illada

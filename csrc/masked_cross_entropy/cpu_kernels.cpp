@@ -188,13 +188,24 @@ void statistics_of_rows(float* statistics, const at::TensorBase& logits, const i
   });
 }
 
+// What the gradient of a row depends on; row_values [4, m] holds them in this order.
+struct RowValues {
+  float maximum, log_sum, softmax_scale, label_scale;
+
+  RowValues(const float* row_values, int64_t rows, int64_t row)
+      : maximum(row_values[row]),
+        log_sum(row_values[rows + row]),
+        softmax_scale(row_values[2 * rows + row]),
+        label_scale(row_values[3 * rows + row]) {}
+};
+
 template <typename T, bool kCapped>
-void block_gradient(const T* block, T* gradient, int64_t padded, float log_normalizer, float scale, float softcap) {
+void block_gradient(const T* block, T* gradient, int64_t padded, const RowValues& values, float softcap) {
   for (int64_t i = 0; i < padded; i += Pack<T>::kSize) {
     auto parts = Pack<T>::load(block + i);
     for (auto& part : parts) {
       const Floats z = capped<kCapped>(part, softcap);
-      part = exponential<T>(z - Floats(log_normalizer)) * Floats(scale);
+      part = exponential<T>((z - Floats(values.maximum)) - Floats(values.log_sum)) * Floats(values.softmax_scale);
       if constexpr (kCapped) {
         const Floats ratio = z / Floats(softcap);
         part = part * (Floats(1.0f) - ratio * ratio);
@@ -205,16 +216,15 @@ void block_gradient(const T* block, T* gradient, int64_t padded, float log_norma
 }
 
 // a (p - 1) for a = b, without the cancellation where the label's probability p is near 1
-float label_gradient(float logit, float log_normalizer, float softmax_scale, float label_scale, float softcap) {
-  const float z = capped(logit, softcap), d = z - log_normalizer;
-  const float gradient = label_scale * std::expm1(d) + (softmax_scale - label_scale) * std::exp(d);
+float label_gradient(float logit, const RowValues& values, float softcap) {
+  const float z = capped(logit, softcap), d = (z - values.maximum) - values.log_sum;
+  const float gradient = values.label_scale * std::expm1(d) + (values.softmax_scale - values.label_scale) * std::exp(d);
   const float ratio = softcap > 0 ? z / softcap : 0.0f;
   return gradient * (1.0f - ratio * ratio);
 }
 
 template <typename T, bool kCapped>
-void gradient_of_rows(const at::TensorBase& logits, const int64_t* targets, const float* log_normalizer,
-                      const float* softmax_scale, const float* label_scale, float softcap) {
+void gradient_of_rows(const at::TensorBase& logits, const int64_t* targets, const float* row_values, float softcap) {
   const int64_t rows = logits.size(0), width = logits.size(1), step = logits.stride(1);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     Block<T> buffer;
@@ -222,18 +232,17 @@ void gradient_of_rows(const at::TensorBase& logits, const int64_t* targets, cons
       T* logit = static_cast<T*>(logits.mutable_data_ptr()) + row * logits.stride(0);
       const int64_t target = targets[row];
       const bool held = target >= 0 && target < width;
+      const RowValues values(row_values, rows, row);
       const float label_logit = held ? static_cast<float>(logit[target * step]) : 0.0f;
       for (int64_t first = 0; first < width; first += kBlock) {
         const int64_t count = std::min(kBlock, width - first);
         const T* block = buffer.read(logit + first * step, step, count);
         T* gradient = buffer.target(logit + first * step, step, count);
-        block_gradient<T, kCapped>(block, gradient, Block<T>::padded(count), log_normalizer[row], softmax_scale[row],
-                                   softcap);
+        block_gradient<T, kCapped>(block, gradient, Block<T>::padded(count), values, softcap);
         buffer.write(logit + first * step, step, count);
       }
       if (held) {
-        logit[target * step] = static_cast<T>(
-            label_gradient(label_logit, log_normalizer[row], softmax_scale[row], label_scale[row], softcap));
+        logit[target * step] = static_cast<T>(label_gradient(label_logit, values, softcap));
       }
     }
   });
@@ -251,8 +260,6 @@ void with_type(at::ScalarType dtype, const Function& function) {
   }
 }
 
-const float* floats(const at::TensorBase& values) { return static_cast<const float*>(values.const_data_ptr()); }
-
 const int64_t* integers(const at::TensorBase& values) { return static_cast<const int64_t*>(values.const_data_ptr()); }
 
 void logit_statistics(const at::TensorBase& statistics, const at::TensorBase& logits, const at::TensorBase& targets,
@@ -263,12 +270,11 @@ void logit_statistics(const at::TensorBase& statistics, const at::TensorBase& lo
   });
 }
 
-void logits_to_gradient(const at::TensorBase& logits, const at::TensorBase& targets,
-                        const at::TensorBase& log_normalizer, const at::TensorBase& softmax_scale,
-                        const at::TensorBase& label_scale, float softcap) {
+void logits_to_gradient(const at::TensorBase& logits, const at::TensorBase& targets, const at::TensorBase& row_values,
+                        float softcap) {
   with_type(logits.scalar_type(), [&]<typename T>() {
     const auto run = softcap > 0 ? &gradient_of_rows<T, true> : &gradient_of_rows<T, false>;
-    run(logits, integers(targets), floats(log_normalizer), floats(softmax_scale), floats(label_scale), softcap);
+    run(logits, integers(targets), static_cast<const float*>(row_values.const_data_ptr()), softcap);
   });
 }
 

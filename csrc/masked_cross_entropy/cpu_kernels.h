@@ -13,10 +13,10 @@ namespace illada {
 using LogitStatistics = void (*)(const at::TensorBase& statistics, const at::TensorBase& logits,
                                  const at::TensorBase& targets, float softcap);
 
-// logits [m, v], overwritten by the gradient of the loss with respect to them.
+// logits [m, v], overwritten by the gradient of the loss with respect to them; row_values [4, m] float32, contiguous: a
+// row's maximum, log of its sum of exp(z - maximum), the softmax's scale and the label's.
 using LogitsToGradient = void (*)(const at::TensorBase& logits, const at::TensorBase& targets,
-                                  const at::TensorBase& log_normalizer, const at::TensorBase& softmax_scale,
-                                  const at::TensorBase& label_scale, float softcap);
+                                  const at::TensorBase& row_values, float softcap);
 
 }  // namespace illada
 

@@ -55,14 +55,13 @@ cudaError_t launch_logit_statistics(const LogitMatrix& logits, const int64_t* ta
   });
 }
 
-cudaError_t launch_logits_to_gradient(const LogitMatrix& logits, const int64_t* targets, const float* log_normalizer,
-                                      const float* softmax_scale, const float* label_scale, float softcap,
-                                      cudaStream_t stream) {
+cudaError_t launch_logits_to_gradient(const LogitMatrix& logits, const int64_t* targets, const float* row_values,
+                                      float softcap, cudaStream_t stream) {
   if (logits.rows == 0 || logits.columns == 0) return cudaSuccess;
   return with_variant(logits, softcap, [&](auto variant) {
     using V = decltype(variant);
     return launch_rows(logits.rows, stream, logits_to_gradient_kernel<typename V::Logit, V::unit_stride, V::capped>,
-                       logits, targets, log_normalizer, softmax_scale, label_scale, softcap);
+                       logits, targets, row_values, softcap);
   });
 }
 

@@ -277,19 +277,24 @@ struct GradientVisitor {
   static constexpr bool kWrites = true;
   Cap<kCapped> cap;
   int64_t target;  // -1: another rank's
-  float log_normalizer;
+  float maximum;
+  float log_sum;
   float softmax_scale;
   float label_scale;
 
+  // Of the softmax. The maximum first: z - maximum is exact where it matters, z - log(normalizer) is rounded at z's
+  // size
+  __device__ __forceinline__ float log_probability(float z) const { return (z - maximum) - log_sum; }
+
   __device__ __forceinline__ float elsewhere(float logit) const {
     const CappedLogit capped = cap(logit);
-    return softmax_scale * expf(capped.z - log_normalizer) * capped.slope;
+    return softmax_scale * expf(log_probability(capped.z)) * capped.slope;
   }
 
   // softmax_scale * exp(d) - label_scale without its cancellation where the label's probability is near 1
   __device__ __forceinline__ float at_target(float logit) const {
     const CappedLogit capped = cap(logit);
-    const float d = capped.z - log_normalizer;
+    const float d = log_probability(capped.z);
     return (label_scale * expm1f(d) + (softmax_scale - label_scale) * expf(d)) * capped.slope;
   }
 
@@ -323,14 +328,14 @@ struct GradientVisitor {
 template <typename T, bool kUnitStride, bool kCapped>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     logits_to_gradient_kernel(LogitMatrix matrix, const int64_t* __restrict__ targets,
-                              const float* __restrict__ log_normalizer, const float* __restrict__ softmax_scale,
-                              const float* __restrict__ label_scale, float softcap) {
+                              const float* __restrict__ row_values, float softcap) {
   const int64_t index = matrix.rows - 1 - blockIdx.x;
   const Row<T> row = row_of<T, kUnitStride>(matrix, index);
   const int64_t target = targets[index];
   const bool held = 0 <= target && target < row.columns;
-  GradientVisitor<kCapped> visitor{Cap<kCapped>(softcap), held ? target : -1, log_normalizer[index],
-                                   softmax_scale[index], label_scale[index]};
+  const float* const values = row_values + index;
+  GradientVisitor<kCapped> visitor{Cap<kCapped>(softcap), held ? target : -1,      values[0],
+                                   values[matrix.rows],   values[2 * matrix.rows], values[3 * matrix.rows]};
   visit_row<kUnitStride>(row, visitor);
 }
 

@@ -28,12 +28,11 @@ struct LogitMatrix {
 cudaError_t launch_logit_statistics(const LogitMatrix& logits, const int64_t* targets, float softcap, float* statistics,
                                     cudaStream_t stream);
 
-// Overwrites the logits with the gradient, scaled by row: with d = z - log_normalizer,
+// Overwrites the logits with the gradient, scaled by row: with d = (z - maximum) - log_sum,
 //   (softmax_scale * exp(d) - [column is the target] * label_scale) * dz/dlogit,
-// rounded to nearest even. log_normalizer, softmax_scale and label_scale are [rows].
+// rounded to nearest even. row_values [4, rows], contiguous: maximum, log_sum, softmax_scale, label_scale.
 // Asynchronous on `stream`; without logits nothing is launched.
-cudaError_t launch_logits_to_gradient(const LogitMatrix& logits, const int64_t* targets, const float* log_normalizer,
-                                      const float* softmax_scale, const float* label_scale, float softcap,
-                                      cudaStream_t stream);
+cudaError_t launch_logits_to_gradient(const LogitMatrix& logits, const int64_t* targets, const float* row_values,
+                                      float softcap, cudaStream_t stream);
 
 }  // namespace illada

@@ -46,19 +46,16 @@ at::Tensor logit_statistics_cuda(const at::Tensor& logits, const at::Tensor& tar
   return statistics;
 }
 
-void logits_to_gradient_cuda(at::Tensor& logits, const at::Tensor& targets, const at::Tensor& log_normalizer,
-                             const at::Tensor& softmax_scale, const at::Tensor& label_scale, double softcap) {
+void logits_to_gradient_cuda(at::Tensor& logits, const at::Tensor& targets, const at::Tensor& row_values,
+                             double softcap) {
   check_logits(logits, targets, softcap);
-  check_row_values(logits, log_normalizer, softmax_scale, label_scale);
+  check_row_values(logits, row_values);
   const c10::cuda::CUDAGuard guard(logits.device());
   // Copies die at return: the allocator reuses their memory on this stream only, so after the kernel
   const at::Tensor row_targets = targets.contiguous();
-  const at::Tensor normalizer = log_normalizer.contiguous();
-  const at::Tensor softmax = softmax_scale.contiguous();
-  const at::Tensor label = label_scale.contiguous();
+  const at::Tensor values = row_values.contiguous();
   check_launch(launch_logits_to_gradient(logit_matrix(logits, logits.mutable_data_ptr()),
-                                         row_targets.const_data_ptr<int64_t>(), normalizer.const_data_ptr<float>(),
-                                         softmax.const_data_ptr<float>(), label.const_data_ptr<float>(),
+                                         row_targets.const_data_ptr<int64_t>(), values.const_data_ptr<float>(),
                                          static_cast<float>(softcap), c10::cuda::getCurrentCUDAStream()),
                "logits_to_gradient_", logits);
 }

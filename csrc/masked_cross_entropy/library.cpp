@@ -25,12 +25,11 @@ at::Tensor logit_statistics_cpu(const at::Tensor& logits, const at::Tensor& targ
   return statistics;
 }
 
-void logits_to_gradient_cpu(at::Tensor& logits, const at::Tensor& targets, const at::Tensor& log_normalizer,
-                            const at::Tensor& softmax_scale, const at::Tensor& label_scale, double softcap) {
+void logits_to_gradient_cpu(at::Tensor& logits, const at::Tensor& targets, const at::Tensor& row_values,
+                            double softcap) {
   check_logits(logits, targets, softcap);
-  check_row_values(logits, log_normalizer, softmax_scale, label_scale);
-  at::native::illada_logits_to_gradient_stub(at::kCPU, logits, targets.contiguous(), log_normalizer.contiguous(),
-                                             softmax_scale.contiguous(), label_scale.contiguous(),
+  check_row_values(logits, row_values);
+  at::native::illada_logits_to_gradient_stub(at::kCPU, logits, targets.contiguous(), row_values.contiguous(),
                                              static_cast<float>(softcap));
 }
 
@@ -38,16 +37,13 @@ at::Tensor logit_statistics_meta(const at::Tensor& logits, const at::Tensor&, do
   return at::empty_symint({3, logits.sym_size(0)}, logits.options().dtype(at::kFloat));
 }
 
-void logits_to_gradient_meta(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                             double) {}
+void logits_to_gradient_meta(at::Tensor&, const at::Tensor&, const at::Tensor&, double) {}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(illada, library) {
   library.def("logit_statistics(Tensor logits, Tensor targets, float softcap) -> Tensor");
-  library.def(
-      "logits_to_gradient_(Tensor(a!) logits, Tensor targets, Tensor log_normalizer, Tensor softmax_scale, "
-      "Tensor label_scale, float softcap) -> ()");
+  library.def("logits_to_gradient_(Tensor(a!) logits, Tensor targets, Tensor row_values, float softcap) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(illada, CPU, library) {

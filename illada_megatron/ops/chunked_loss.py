@@ -11,6 +11,7 @@ The gradients are made in the forward pass because the loss is the end of the gr
 again for the backward pass, which only scales. docs/masked_loss.md has the derivation.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,9 +95,8 @@ def losses_and_gradients(
     memory_bytes: what the logits that exist at a time may take.
     """
     m, width = hidden.shape[0], head.weight.shape[0]
-    # while the ranks exchange a chunk's statistics the next chunk's logits are made; a CPU has nothing to spare for it
-    ahead = head.group is not None and hidden.is_cuda
-    buffers = 2 if ahead else 1
+    # Two: while the ranks exchange a chunk's statistics the next chunk's logits are made. A CPU has nothing to spare.
+    buffers = 2 if head.group is not None and hidden.is_cuda else 1
     rows = chunk_rows(m, width, hidden.element_size(), memory_bytes, buffers)
     chunks = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
     stride = -(-width // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
@@ -104,19 +104,14 @@ def losses_and_gradients(
     dtype = statistics_dtype(hidden.dtype)
     losses = RowLosses(*(torch.empty(m, dtype=dtype, device=hidden.device) for _ in range(2)))
 
-    def begin(number: int) -> _Chunk:
-        part = chunks[number]
-        return _begin(part, memory[number % buffers, : part.stop - part.start, :width], hidden, head, targets)
-
-    pending = begin(0) if chunks else None
-    for number in range(len(chunks)):
-        chunk, pending = pending, None
-        assert chunk is not None
-        if ahead and number + 1 < len(chunks):
-            pending = begin(number + 1)
+    begun: deque[_Chunk] = deque()
+    for number, part in enumerate(chunks):
+        logits = memory[number % buffers, : part.stop - part.start, :width]
+        begun.append(_begin(part, logits, hidden, head, targets))
+        if len(begun) == buffers:
+            _finish(begun.popleft(), hidden, head, targets, row_weight, losses, into)
+    for chunk in begun:
         _finish(chunk, hidden, head, targets, row_weight, losses, into)
-        if not ahead and number + 1 < len(chunks):
-            pending = begin(number + 1)
     return losses
 
 
@@ -157,14 +152,13 @@ def _finish(
         return
     label_scale = row_weight[rows] * into.scale
     softmax_scale = label_scale * (1 + 2 * head.z_loss * log_normalizer)
+    row_values = torch.stack((largest, log_sum, softmax_scale, label_scale))
     slabs = _slabs(chunk.logits)
     sum_dtype = hidden.dtype if len(slabs) == 1 else statistics_dtype(hidden.dtype)
     gradient = torch.zeros_like(hidden[rows], dtype=sum_dtype)
     for slab in slabs:
         part = chunk.logits[:, slab]
-        head.passes.to_gradient_(
-            part, targets[rows] - slab.start, log_normalizer, softmax_scale, label_scale, head.softcap
-        )
+        head.passes.to_gradient_(part, targets[rows] - slab.start, row_values, head.softcap)
         _add_product_(gradient, part, head.weight[slab])
         _add_product_(into.weight[slab], part.T, hidden[rows])
     into.rows[rows] = gradient

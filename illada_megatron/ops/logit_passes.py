@@ -9,7 +9,8 @@ p_ij = exp(z_ij - log Z_i):
                             with a_i = w_i (1 + 2 c log Z_i), b_i = w_i
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,34 +19,20 @@ from torch import Tensor
 _PIECE_ELEMENTS = 1 << 24
 
 
-class Statistics(Protocol):
-    def __call__(self, logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        """Maximum of z, sum of exp(z - maximum), z of the target (-inf outside of `[0, v)`), as `[3, m]`, of logits
-        `[m, v]` and targets `[m]` int64. fp32 (reference: fp64 for fp64 logits)."""
-
-
-class ToGradient(Protocol):
-    def __call__(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        log_normalizer: Tensor,
-        softmax_scale: Tensor,
-        label_scale: Tensor,
-        softcap: float,
-    ) -> None:
-        """Overwrite logits `[m, v]` with the gradient above; the rows' values `[m]` are in the statistics' dtype."""
-
-
 class LogitPasses(NamedTuple):
-    """An implementation of both."""
+    """An implementation of both, over logits `[m, v]` and targets `[m]` int64 (outside of `[0, v)`: held elsewhere)."""
 
-    statistics: Statistics
-    to_gradient_: ToGradient
+    statistics: Callable[[Tensor, Tensor, float], Tensor]
+    """(logits, targets, softcap) -> `[3, m]`: maximum of z, sum of exp(z - maximum), z of the target or -inf. fp32
+    (reference: fp64 for fp64 logits)."""
+    to_gradient_: Callable[[Tensor, Tensor, Tensor, float], None]
+    """(logits, targets, row_values, softcap): overwrites the logits with the gradient above. row_values `[4, m]`, in
+    the statistics' dtype: maximum, log of the sum, a, b. log Z comes in these two parts because z - maximum is exact
+    where it matters and z - log Z would be rounded at the size of z."""
 
 
 def reference_statistics(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """`Statistics` in plain torch, on any device."""
+    """`LogitPasses.statistics` in plain torch, on any device."""
     m, width = logits.shape
     result = torch.zeros(3, m, dtype=statistics_dtype(logits.dtype), device=logits.device)
     largest, exp_sum, label_logit = result
@@ -62,23 +49,16 @@ def reference_statistics(logits: Tensor, targets: Tensor, softcap: float) -> Ten
     return result
 
 
-def reference_to_gradient_(
-    logits: Tensor,
-    targets: Tensor,
-    log_normalizer: Tensor,
-    softmax_scale: Tensor,
-    label_scale: Tensor,
-    softcap: float,
-) -> None:
-    """`ToGradient` in plain torch, on any device."""
+def reference_to_gradient_(logits: Tensor, targets: Tensor, row_values: Tensor, softcap: float) -> None:
+    """`LogitPasses.to_gradient_` in plain torch, on any device."""
     m, width = logits.shape
     for piece in _pieces(m, width):
-        values = _capped_(logits[piece].to(log_normalizer.dtype, copy=True), softcap)
+        maximum, log_sum, a, b = row_values[:, piece, None]
+        values = _capped_(logits[piece].to(row_values.dtype, copy=True), softcap)
         slope = 1 - (values / softcap).square_() if softcap > 0 else None
-        values.sub_(log_normalizer[piece, None])
+        values.sub_(maximum).sub_(log_sum)
         held, column = _held_columns(targets[piece], width)
         label = values.gather(1, column)
-        a, b = softmax_scale[piece, None], label_scale[piece, None]
         values.exp_().mul_(a)
         # a p - b without the cancellation where p is near 1
         label_value = b * label.expm1() + (a - b) * label.exp()

@@ -12,7 +12,6 @@ What needs no device, every alignment and special value among it, is in test_cud
 """
 
 import importlib.util
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -47,11 +46,11 @@ def random_logits(m: int, v: int, dtype: torch.dtype, layout: str = "contiguous"
     return place.copy_(values), targets
 
 
-def row_values(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log normalizers of a softmax, two different scales up to 1,000."""
+def row_values(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Maximum and log of the sum of a softmax, two different scales up to 1,000."""
     maximum, total, _ = reference.statistics(logits.double(), targets, softcap)
     scales = 10 ** (6 * torch.rand(2, logits.shape[0], device="cuda") - 3)
-    return (maximum + total.log()).float(), scales[0], scales[1]
+    return torch.stack((maximum, total.log(), *scales)).float()
 
 
 def check(logits: Tensor, targets: Tensor, softcap: float) -> None:
@@ -60,9 +59,9 @@ def check(logits: Tensor, targets: Tensor, softcap: float) -> None:
     assert found.shape == (3, logits.shape[0])
     assert found.is_contiguous()
     reference.assert_statistics(found, logits, targets, softcap)
-    rows: Sequence[Tensor] = row_values(logits, targets, softcap) if logits.numel() > 0 else found.unbind()
+    rows = row_values(logits, targets, softcap) if logits.numel() > 0 else found.new_zeros(4, found.shape[1])
     before = logits.clone()
-    torch.ops.illada.logits_to_gradient_(logits, targets, *rows, softcap)
+    torch.ops.illada.logits_to_gradient_(logits, targets, rows, softcap)
     reference.assert_gradient(logits, before, targets, rows, softcap)
 
 
@@ -103,7 +102,7 @@ def test_same_bits_every_time_and_on_any_stream() -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             statistics = torch.ops.illada.logit_statistics(gradient, targets, 0.0)
-            torch.ops.illada.logits_to_gradient_(gradient, targets, *rows, 0.0)
+            torch.ops.illada.logits_to_gradient_(gradient, targets, rows, 0.0)
         stream.synchronize()
         results.append((statistics, gradient))
     for statistics, gradient in results[1:]:
@@ -119,7 +118,7 @@ def test_a_cuda_graph_replays_both_passes() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         statistics = torch.ops.illada.logit_statistics(buffer, targets, 0.0)
-        torch.ops.illada.logits_to_gradient_(buffer, targets, *rows, 0.0)
+        torch.ops.illada.logits_to_gradient_(buffer, targets, rows, 0.0)
     buffer.copy_(logits)
     graph.replay()
     torch.cuda.synchronize()
@@ -148,7 +147,7 @@ def test_large_more_than_2_31_elements() -> None:
     found = torch.ops.illada.logit_statistics(logits, every_target, 0.0)
     reference.assert_statistics(torch.cat((found[:, :2], found[:, -2:]), 1), ends, targets, 0.0)
     assert (found[1, 2:-2] == v).all()
-    rows = tuple(torch.full((m,), fill, device="cuda") for fill in (15.0, 2.0, 1.0))
-    torch.ops.illada.logits_to_gradient_(logits, every_target, *rows, 0.0)
+    rows = torch.tensor([15.0, 0.0, 2.0, 1.0], device="cuda")[:, None].repeat(1, m)
+    torch.ops.illada.logits_to_gradient_(logits, every_target, rows, 0.0)
     gradient = torch.cat((logits[:2], logits[-2:]))
-    reference.assert_gradient(gradient, ends, targets, [row[:4] for row in rows], 0.0)
+    reference.assert_gradient(gradient, ends, targets, rows[:, :4], 0.0)

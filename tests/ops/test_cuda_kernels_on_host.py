@@ -64,12 +64,12 @@ def random_logits(m: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Te
     return logits.to(dtype), targets
 
 
-def row_values(logits: Tensor, targets: Tensor, softcap: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Log normalizers as of a softmax, two different scales up to 1,000."""
+def row_values(logits: Tensor, targets: Tensor, softcap: float, seed: int = 0) -> Tensor:
+    """Maximum and log of the sum of a softmax, two different scales up to 1,000."""
     generator = torch.Generator().manual_seed(seed)
     maximum, total, _ = reference.statistics(logits.double(), targets, softcap)
     scales = 10 ** (6 * torch.rand(2, logits.shape[0], generator=generator) - 3)
-    return (maximum + total.log()).float(), scales[0], scales[1]
+    return torch.stack((maximum, total.log(), *scales)).float()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,7 +154,7 @@ def test_extreme_logits(machine: Machine, v: int, dtype: torch.dtype, softcap: f
         assert found[:, 0].tolist() == [-torch.inf, 0, -torch.inf]
     rows = row_values(logits, targets, softcap)
     used = slice(0 if softcap > 0 else 1, None)  # a row of -inf has no normalizer
-    logits, targets, rows = logits[used], targets[used], tuple(row[used] for row in rows)
+    logits, targets, rows = logits[used], targets[used], rows[:, used].contiguous()
     gradient = machine.logits_to_gradient(logits, targets, rows, softcap, layout)
     reference.assert_gradient(gradient, logits, targets, rows, softcap)
 
@@ -176,7 +176,7 @@ def test_nan_is_not_lost(machine: Machine, dtype: torch.dtype, softcap: float) -
     assert found[:2, :-1].isnan().all()
     reference.assert_statistics(found[:, -1:], logits[-1:], targets[-1:], softcap)
 
-    rows = tuple(torch.tensor([20.0, 1.0, 1.0])[:, None].repeat(1, logits.shape[0]))
+    rows = torch.tensor([20.0, 0.0, 1.0, 1.0])[:, None].repeat(1, logits.shape[0])
     gradient = machine.logits_to_gradient(logits, targets, rows, softcap, layout)
     reference.assert_gradient(gradient, logits, targets, rows, softcap)
     assert torch.equal(gradient.isnan(), logits.isnan())
@@ -200,7 +200,7 @@ def test_a_probability_near_one_keeps_its_gradient(machine: Machine) -> None:
     logits = torch.full((4, v), -100.0)
     logits[:, 11] = d
     targets = torch.full((4,), 11)
-    rows = (torch.zeros(4), torch.full((4,), 1000.0), torch.full((4,), 1000.0))
+    rows = torch.tensor([0.0, 0.0, 1000.0, 1000.0])[:, None].repeat(1, 4)
     gradient = machine.logits_to_gradient(logits, targets, rows, 0.0, Layout(v))
     torch.testing.assert_close(gradient[:, 11].double(), 1000 * d.double().expm1(), rtol=1e-6, atol=0)
 
@@ -208,7 +208,7 @@ def test_a_probability_near_one_keeps_its_gradient(machine: Machine) -> None:
 def test_scales_of_zero_give_zero(machine: Machine) -> None:
     """A row that this rank weighs with 0 has no gradient, target included."""
     logits, targets = random_logits(M, 1000, torch.bfloat16)
-    rows = (row_values(logits, targets, 0.0)[0], torch.zeros(M), torch.zeros(M))
+    rows = row_values(logits, targets, 0.0) * torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None]
     assert (machine.logits_to_gradient(logits, targets, rows, 0.0, Layout(1000)) == 0).all()
 
 

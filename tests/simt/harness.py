@@ -4,7 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -134,9 +134,9 @@ class Machine:
         return statistics
 
     def logits_to_gradient(
-        self, logits: Tensor, targets: Tensor, rows: Sequence[Tensor], softcap: float, layout: Layout
+        self, logits: Tensor, targets: Tensor, row_values: Tensor, softcap: float, layout: Layout
     ) -> Tensor:
-        """What illada::logits_to_gradient_ makes of the logits; `rows`: normalizer, softmax scale, label scale."""
+        """What illada::logits_to_gradient_ makes of the logits; row_values as there."""
         with self.placed(logits, layout) as (matrix, view):
-            self.call("logits_to_gradient", ctypes.byref(matrix), targets, *rows, ctypes.c_float(softcap))
+            self.call("logits_to_gradient", ctypes.byref(matrix), targets, row_values, ctypes.c_float(softcap))
             return torch.from_numpy(view.copy()).view(logits.dtype)

@@ -18,13 +18,10 @@ const char* simt_logit_statistics(const illada::LogitMatrix* logits, const int64
       [&] { return text_of(illada::launch_logit_statistics(*logits, targets, softcap, statistics, nullptr)); });
 }
 
-const char* simt_logits_to_gradient(const illada::LogitMatrix* logits, const int64_t* targets,
-                                    const float* log_normalizer, const float* softmax_scale, const float* label_scale,
+const char* simt_logits_to_gradient(const illada::LogitMatrix* logits, const int64_t* targets, const float* row_values,
                                     float softcap) {
-  return simt::message_of([&] {
-    return text_of(illada::launch_logits_to_gradient(*logits, targets, log_normalizer, softmax_scale, label_scale,
-                                                     softcap, nullptr));
-  });
+  return simt::message_of(
+      [&] { return text_of(illada::launch_logits_to_gradient(*logits, targets, row_values, softcap, nullptr)); });
 }
 
 }  // extern "C"

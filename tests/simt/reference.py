@@ -1,7 +1,5 @@
 """The two passes over a chunk of logits in fp64, and how far fp32 arithmetic may be from them."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -35,18 +33,18 @@ def assert_statistics(found: Tensor, logits: Tensor, targets: Tensor, softcap: f
     torch.testing.assert_close(found[1].double(), expected[1], rtol=rtol, atol=0, equal_nan=True)
 
 
-def assert_gradient(found: Tensor, logits: Tensor, targets: Tensor, rows: Sequence[Tensor], softcap: float) -> None:
+def assert_gradient(found: Tensor, logits: Tensor, targets: Tensor, row_values: Tensor, softcap: float) -> None:
     """`found` is the gradient of `logits` (both of the same dtype) to its rounding and that of fp32 arithmetic.
 
-    `rows`: log_normalizer, softmax_scale, label_scale, each `[m]` float32.
+    row_values `[4, m]` float32: maximum, log of the sum, softmax's scale, label's scale.
     """
     assert found.dtype == logits.dtype
     if logits.numel() == 0:
         return
     values = logits.double()
-    log_normalizer, softmax_scale, label_scale = (row.double()[:, None] for row in rows)
+    maximum, log_sum, softmax_scale, label_scale = row_values.double()[:, :, None]
     z = capped(values, softcap)
-    d = z - log_normalizer
+    d = (z - maximum) - log_sum
     at_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     terms = torch.where(at_target, label_scale * d.expm1(), 0), (softmax_scale - at_target * label_scale) * d.exp()
     slope = 1 - (z / softcap) ** 2 if softcap > 0 else torch.ones_like(z)
