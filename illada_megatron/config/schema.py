@@ -251,7 +251,8 @@ class TrainingConfig(Section):
     precision: Dtype = "bf16"
     seed: NonNegativeInt = 1234
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: the attention core (selective) or whole layers (full)."""
+    """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers keep nothing
+    of it that could be computed again) or whole layers (full)."""
 
 
 class ValidationConfig(Section):

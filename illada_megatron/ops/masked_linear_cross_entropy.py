@@ -91,7 +91,7 @@ def masked_linear_cross_entropy(
     tp, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     _check_tensors(hidden, weight, labels, loss_weight)
     _check_sizes(hidden, weight, labels, loss_weight, vocab_size, tp if sequence_parallel else 1, tp)
-    _check_options(weight, z_loss, logit_softcap, main_grad, grad_scale)
+    _check_options(weight, chunk_memory_bytes, z_loss, logit_softcap, main_grad, grad_scale)
     use_fused = chosen_implementation(implementation, hidden.device, hidden.dtype)[0] == "fused"
 
     masked = MaskedRows.locate(loss_weight, group, sequence_parallel)
@@ -140,8 +140,15 @@ def _chunk_bytes(device: torch.device) -> int:
 
 
 def _check_options(
-    weight: Tensor, z_loss: float, logit_softcap: float, main_grad: Tensor | None, grad_scale: float | None
+    weight: Tensor,
+    chunk_memory_bytes: int | None,
+    z_loss: float,
+    logit_softcap: float,
+    main_grad: Tensor | None,
+    grad_scale: float | None,
 ) -> None:
+    if chunk_memory_bytes is not None and chunk_memory_bytes < 1:
+        raise ValueError(f"chunk_memory_bytes must be positive, or None for the default, found {chunk_memory_bytes}")
     for name, value in (("z_loss", z_loss), ("logit_softcap", logit_softcap)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be 0 (none) or positive and finite, found {value}")

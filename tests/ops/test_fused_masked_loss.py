@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from illada_megatron.ops import loss_operators
+from illada_megatron.ops import kernels, loss_operators
 from illada_megatron.ops import masked_linear_cross_entropy as op
 from illada_megatron.ops.logit_passes import REFERENCE, fused_passes
 
@@ -143,6 +143,43 @@ def test_the_same_bits_twice():
         solve(lambda h, w: op(h, w, labels, loss_weight, vocab_size=VOCAB).loss_sum, hidden, weight) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"implementation": "best"}, ValueError, "auto, reference or fused, found 'best'"),
+        ({"chunk_memory_bytes": 0}, ValueError, "chunk_memory_bytes must be positive.*found 0"),
+        ({"z_loss": -1.0}, ValueError, "z_loss .*found -1.0"),
+        ({"logit_softcap": float("inf")}, ValueError, "logit_softcap .*found inf"),
+        ({"main_grad": torch.zeros(PADDED, 72)}, ValueError, "main_grad needs grad_scale"),
+        ({"main_grad": torch.zeros(PADDED, 72).half(), "grad_scale": 1.0}, TypeError, "float32, found torch.float16"),
+        ({"main_grad": torch.zeros(PADDED, 71), "grad_scale": 1.0}, ValueError, r"\[5120, 72\] .*found \[5120, 71\]"),
+    ],
+)
+def test_errors_name_the_numbers(options, error, message):
+    hidden, weight, labels, loss_weight = problem(torch.float32)
+    with pytest.raises(error, match=message):
+        op(hidden, weight, labels, loss_weight, vocab_size=VOCAB, **options)
+
+
+def test_fused_is_refused_in_fp64():
+    hidden, weight, labels, loss_weight = problem(torch.float64)
+    with pytest.raises(RuntimeError, match="float64"):
+        op(hidden, weight, labels, loss_weight, vocab_size=VOCAB, implementation="fused")
+
+
+def test_mixed_product_is_exact_to_fp32():
+    """bf16 factors into an fp32 sum: odd sizes, and a left factor that is a transposed view of a wider matrix."""
+    if not kernels.has_mixed_product():
+        pytest.skip("this processor has no product of bfloat16 into float32")
+    gen = torch.Generator().manual_seed(0)
+    for m, k, n in ((5, 3, 7), (130, 33, 64), (300, 600, 40), (257, 1031, 96)):
+        for a in (torch.randn(m, k, generator=gen), torch.randn(k, m + 9, generator=gen)[:, :m].T):
+            a, b, total = a.bfloat16(), torch.randn(k, n, generator=gen).bfloat16(), torch.randn(m, n, generator=gen)
+            expected = total.double() + a.double() @ b.double()
+            torch.ops.illada.add_product_(total, a, b)
+            torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * k**0.5)
 
 
 def test_opcheck():
