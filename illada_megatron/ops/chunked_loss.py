@@ -78,12 +78,19 @@ class _Chunk:
         return combine(self.gathered)
 
 
-def chunk_rows(num_rows: int, vocabulary_rows: int, element_bytes: int, memory_bytes: int, buffers: int) -> int:
-    """Rows of a chunk so that `buffers` chunks of logits fit in memory_bytes, all chunks nearly alike, at least 16."""
-    most = max(memory_bytes // (buffers * max(vocabulary_rows, 1) * element_bytes), _ALIGN_ROWS)
-    chunks = -(-num_rows // most)
-    rows = -(-num_rows // max(chunks, 1))
-    return max(min(-(-rows // _ALIGN_ROWS) * _ALIGN_ROWS, most), 1)
+def chunk_rows(hidden: Tensor, head: Head, memory_bytes: int) -> int:
+    """Rows of a chunk of hidden `[m, h]`, so that the logits that exist at a time fit in memory_bytes; at least 16 (or
+    m). Chunks are nearly alike."""
+    m, width = hidden.shape[0], head.weight.shape[0]
+    most = max(memory_bytes // (_buffers(hidden, head) * max(width, 1) * hidden.element_size()), _ALIGN_ROWS)
+    rows = -(-m // max(-(-m // most), 1))
+    return max(min(-(-rows // _ALIGN_ROWS) * _ALIGN_ROWS, most, m), 1)
+
+
+def _buffers(hidden: Tensor, head: Head) -> int:
+    """Chunks of logits at a time. Two: while the ranks exchange a chunk's statistics the next chunk's logits are made.
+    A CPU has nothing to spare for that."""
+    return 2 if head.group is not None and hidden.is_cuda else 1
 
 
 def losses_and_gradients(
@@ -95,12 +102,10 @@ def losses_and_gradients(
     memory_bytes: what the logits that exist at a time may take.
     """
     m, width = hidden.shape[0], head.weight.shape[0]
-    # Two: while the ranks exchange a chunk's statistics the next chunk's logits are made. A CPU has nothing to spare.
-    buffers = 2 if head.group is not None and hidden.is_cuda else 1
-    rows = chunk_rows(m, width, hidden.element_size(), memory_bytes, buffers)
+    buffers, rows = _buffers(hidden, head), chunk_rows(hidden, head, memory_bytes)
     chunks = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
     stride = -(-width // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
-    memory = hidden.new_empty(min(buffers, len(chunks)), min(rows, m), stride)
+    memory = hidden.new_empty(min(buffers, len(chunks)), rows, stride)
     dtype = statistics_dtype(hidden.dtype)
     losses = RowLosses(*(torch.empty(m, dtype=dtype, device=hidden.device) for _ in range(2)))
 

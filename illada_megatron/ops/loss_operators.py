@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
-from illada_megatron.ops.chunked_loss import Gradients, Head, losses_and_gradients
+from illada_megatron.ops.chunked_loss import Gradients, Head, chunk_rows, losses_and_gradients
 from illada_megatron.ops.logit_passes import REFERENCE, fused_passes, statistics_dtype
 
 
@@ -30,6 +30,16 @@ class Settings(NamedTuple):
     memory_bytes: int  # for the logits that exist at a time
     fused: bool
     group: str | None  # name of the process group that holds the other rows; None: there are none
+
+    def head(self, weight: Tensor) -> Head:
+        """weight `[v_padded/tp, h]` without its padding, and what is made of its logits."""
+        return Head(
+            weight[: self.real_rows],
+            self.z_loss,
+            self.softcap,
+            fused_passes() if self.fused else REFERENCE,
+            None if self.group is None else _resolve_process_group(GroupName(self.group)),
+        )
 
 
 def apply(rows: Rows, settings: Settings, main_grad: Tensor | None, grad_scale: float | None) -> tuple[Tensor, Tensor]:
@@ -61,8 +71,9 @@ def _loss(
     settings = Settings(real_rows, z_loss, softcap, memory_bytes, fused, group)
     if not with_gradient:
         return *_run(rows, settings, None), hidden.new_empty(0), weight.new_empty(0)
-    # fp32 sums: each chunk of rows adds to the gradient of every row of the weight
-    grad_weight = torch.zeros_like(weight, dtype=statistics_dtype(weight.dtype))
+    # Several chunks add to the gradient of every row of the weight: in fp32
+    several = chunk_rows(hidden, settings.head(weight), memory_bytes) < hidden.shape[0]
+    grad_weight = torch.zeros_like(weight, dtype=statistics_dtype(weight.dtype) if several else None)
     into = Gradients(torch.empty_like(hidden), grad_weight[:real_rows], 1.0)
     loss_sum, cross_entropy = _run(rows, settings, into)
     return loss_sum, cross_entropy, into.rows, grad_weight.to(weight.dtype)
@@ -149,15 +160,10 @@ class _IntoMainGrad(torch.autograd.Function):
 
 
 def _run(rows: Rows, settings: Settings, into: Gradients | None) -> tuple[Tensor, Tensor]:
-    head = Head(
-        rows.weight[: settings.real_rows],
-        settings.z_loss,
-        settings.softcap,
-        fused_passes() if settings.fused else REFERENCE,
-        None if settings.group is None else _resolve_process_group(GroupName(settings.group)),
-    )
     row_weight = rows.row_weight.to(statistics_dtype(rows.hidden.dtype))
-    losses = losses_and_gradients(rows.hidden, head, rows.targets, row_weight, settings.memory_bytes, into)
+    losses = losses_and_gradients(
+        rows.hidden, settings.head(rows.weight), rows.targets, row_weight, settings.memory_bytes, into
+    )
     penalty = losses.log_normalizer.square_().mul_(settings.z_loss).add_(losses.cross_entropy)
     return torch.dot(row_weight, penalty), losses.cross_entropy
 
