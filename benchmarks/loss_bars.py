@@ -60,31 +60,31 @@ class LossFigures:
 
 
 def loss_bars(device: str, dtype: str, figures: list[LossFigures]) -> dict[str, dict[str, Any]]:
-    """The bars of a device and dtype, at BAR_SHARE; a bar that cannot be measured does not hold."""
+    """The bars of a device and dtype, at BAR_SHARE, for the loss as the trainer calls it (into main_grad); with a
+    gradient of its own it stands beside. A bar that cannot be measured does not hold."""
     found = {one.case.variant: one for one in figures if one.share == BAR_SHARE}
-    fused, into_main_grad = found.get(FUSED), found.get(MAIN_GRAD)
+    ours, own = found.get(MAIN_GRAD), found.get(FUSED)
     name, bars = f"{device} {dtype}", {}
     if GEMMS in found:
-        gemms = found[GEMMS].timings
-        ratios = {
-            key: time_ratio(one.timings, gemms) for key, one in (("fused", fused), ("main_grad", into_main_grad)) if one
-        }
+        ratios = [time_ratio(one.timings, found[GEMMS].timings) if one else (None, None) for one in (ours, own)]
         bars[f"{name} fused / {GEMMS}: time"] = at_most(
-            _TIME_TO_GEMMS[device, dtype],
-            ratios["fused"][0] if fused else None,
-            cpu_seconds_ratio=ratios["fused"][1] if fused else None,
-            into_main_grad=ratios.get("main_grad"),
+            _TIME_TO_GEMMS[device, dtype], ratios[0][0], cpu_seconds_ratio=ratios[0][1], own_gradient=ratios[1]
         )
     peer = min((found[one] for one in PEERS if one in found), key=lambda one: one.seconds, default=None)
     if peer is not None and (device, dtype) in _SPEED_TO_PEERS:
-        ratio = time_ratio(peer.timings, fused.timings) if fused else (None, None)
+        ratios = [time_ratio(peer.timings, one.timings) if one else (None, None) for one in (ours, own)]
         bars[f"{name} fastest peer / fused: time"] = at_least(
-            _SPEED_TO_PEERS[device, dtype], ratio[0], cpu_seconds_ratio=ratio[1], peer=peer.case.variant
+            _SPEED_TO_PEERS[device, dtype],
+            ratios[0][0],
+            cpu_seconds_ratio=ratios[0][1],
+            own_gradient=ratios[1],
+            peer=peer.case.variant,
         )
     if GATHERED_HIDDEN in found and device in _MEMORY_TO_GATHERED:
         theirs = found[GATHERED_HIDDEN].extra_bytes
-        mine = fused.extra_bytes if fused else None
+        extra = [one.extra_bytes if one else None for one in (ours, own)]
+        shares = [mine / theirs if mine is not None and theirs else None for mine in extra]
         bars[f"{name} fused / {GATHERED_HIDDEN}: extra memory"] = at_most(
-            _MEMORY_TO_GATHERED[device], mine / theirs if mine is not None and theirs else None, bytes=[mine, theirs]
+            _MEMORY_TO_GATHERED[device], shares[0], bytes=[extra[0], theirs], own_gradient=shares[1]
         )
     return bars

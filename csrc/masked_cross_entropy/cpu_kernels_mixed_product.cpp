@@ -20,6 +20,7 @@ using c10::BFloat16;
 constexpr int64_t kBlockRows = 64;    // of a
 constexpr int64_t kCopyRows = 256;    // of a are copied at a time where they have to be
 constexpr int64_t kBlockInner = 512;  // columns of a, rows of b: with 512 columns of b 512 kB
+constexpr int64_t kPackRows = 8192;   // of b: what its packed copy may take is bounded
 constexpr int64_t kTile = 32;         // what at::vec transposes at once
 
 const BFloat16* elements(const at::TensorBase& tensor) { return static_cast<const BFloat16*>(tensor.const_data_ptr()); }
@@ -72,17 +73,19 @@ void copy_block(const BFloat16* from, int64_t row_stride, int64_t column_stride,
   }
 }
 
-void add_product(const at::TensorBase& total, const at::TensorBase& a, const at::TensorBase& b) {
+// total += a b for so many columns of a that b's rows are packed at once.
+void add_packed_product(const at::TensorBase& total, const at::TensorBase& a, const at::TensorBase& b) {
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1), stride = total.stride(0);
   const at::Tensor packed = pack_pairs(b);
   const BFloat16* pairs = elements(packed);
   auto* sum = static_cast<float*>(total.mutable_data_ptr());
-  at::parallel_for(0, (m + kCopyRows - 1) / kCopyRows, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (m + kBlockRows - 1) / kBlockRows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * kBlockRows, m);
     const at::Tensor copy = at::empty({kCopyRows, kBlockInner}, a.options());
     for (int64_t inner = 0; inner < k; inner += kBlockInner) {
       const int64_t count = std::min(kBlockInner, k - inner), padded = count + count % 2;
-      for (int64_t top = begin * kCopyRows; top < std::min(end * kCopyRows, m); top += kCopyRows) {
-        const int64_t bottom = std::min(top + kCopyRows, m);
+      for (int64_t top = begin * kBlockRows; top < last; top += kCopyRows) {
+        const int64_t bottom = std::min(top + kCopyRows, last);
         const BFloat16* factor = elements(a) + top * a.stride(0) + inner * a.stride(1);
         int64_t factor_stride = a.stride(0);
         if (a.stride(1) != 1 || count != padded) {
@@ -99,6 +102,13 @@ void add_product(const at::TensorBase& total, const at::TensorBase& a, const at:
     }
     at::native::cpublas::brgemm_release();
   });
+}
+
+void add_product(const at::Tensor& total, const at::Tensor& a, const at::Tensor& b) {
+  for (int64_t first = 0; first < a.size(1); first += kPackRows) {
+    const int64_t count = std::min(kPackRows, a.size(1) - first);
+    add_packed_product(total, a.narrow(1, first, count), b.narrow(0, first, count));
+  }
 }
 
 }  // namespace CPU_CAPABILITY

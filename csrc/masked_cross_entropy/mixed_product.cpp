@@ -2,7 +2,6 @@
 
 #include "mixed_product.h"
 
-#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 

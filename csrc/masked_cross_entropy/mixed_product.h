@@ -2,13 +2,13 @@
 // each result to bf16, so that a sum over chunks would be rounded once a chunk.
 #pragma once
 
-#include <ATen/core/TensorBase.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/native/DispatchStub.h>
 
 namespace illada {
 
 // total [m, n] float32, a [m, k] of any strides, b [k, n]; the columns of total and b are contiguous; none is empty.
-using AddProduct = void (*)(const at::TensorBase& total, const at::TensorBase& a, const at::TensorBase& b);
+using AddProduct = void (*)(const at::Tensor& total, const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace illada
 

@@ -202,7 +202,8 @@ class LossConfig(Section):
     implementation: Literal["auto", "reference", "fused"] = "auto"
     """auto: fused (compiled) where it can run, else the reference in torch; the table at start says which."""
     chunk_memory_mb: PositiveInt | None = None
-    """What the logits that exist at a time may take (MB, 10^6 bytes); None: 160 on a CPU, 2 % of a GPU's memory."""
+    """What the logits that exist at a time may take (MB, 10^6 bytes); None: 40 million logits on a CPU
+    (80 MB in bf16), 2 % of a GPU's memory."""
     z_loss: NonNegativeFloat = 0.0
     """c of the penalty c (log Z)^2 on the softmax's normalizer (arXiv 2204.02311, section 5)."""
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from illada_megatron.ops import kernels
 from illada_megatron.ops.logit_passes import LogitPasses, combine, statistics_dtype
 
-# On a CPU a chunk is walked over in slabs of columns that stay in its last-level cache between a product and the pass
-# behind it (benchmarks/README.md). A GPU's products want to be large: one slab.
-_CPU_SLAB_BYTES = 4 << 20
-_MIN_SLAB_COLUMNS = 4096
+# Where torch's own products add up on a CPU, a chunk is walked over in slabs of columns that stay in the second-level
+# cache between a product and the pass behind it: 4 % of the time in fp32. bf16's product into fp32 blocks for the cache
+# itself, a GPU's wants to be large: one slab (docs/log.md).
+_CPU_SLAB_BYTES = 1 << 20
+_MIN_SLAB_COLUMNS = 1024
 # Rows of a chunk start on 64 bytes, and their number fills the rows of a product's tiles
 _ALIGN_ELEMENTS = 64
 _ALIGN_ROWS = 16
@@ -175,16 +176,20 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    elif a.dtype == torch.bfloat16 and kernels.has_mixed_product():
+    elif _has_mixed_product(a):
         torch.ops.illada.add_product_(total, a, b)
     else:  # torch has no such product on a CPU: each is rounded to the factors' dtype before it is added
         total.add_(torch.mm(a, b))
+
+
+def _has_mixed_product(a: Tensor) -> bool:
+    return a.dtype == torch.bfloat16 and not a.is_cuda and kernels.has_mixed_product()
 
 
 def _slabs(logits: Tensor) -> list[slice]:
     """Column ranges of logits `[c, v/tp]`; one, empty, where this rank's rows of the head are all padding."""
     c, width = logits.shape
     columns = max(width, 1)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and not _has_mixed_product(logits):
         columns = max(_CPU_SLAB_BYTES // (max(c, 1) * logits.element_size()), _MIN_SLAB_COLUMNS)
     return [slice(start, min(start + columns, width)) for start in range(0, max(width, 1), columns)]

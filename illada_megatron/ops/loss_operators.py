@@ -99,7 +99,15 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
-    return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), *(None,) * 9
+    return _scaled(grad_hidden, grad_loss), _scaled(grad_weight, grad_loss), *(None,) * 9
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """A copy that can be spared where the loss is what backward was called on; asking a GPU would make it wait, and a
+    traced scale has no value."""
+    if type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1:
+        return gradient
+    return gradient * scale.to(gradient.dtype)
 
 
 _loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -21,10 +21,10 @@ from illada_megatron.ops.masked_rows import MaskedRows
 
 Implementation = Literal["auto", "reference", "fused"]
 
-# What the logits of a chunk may take by default. CPU: 512 rows of iLLaDA's vocabulary in bf16, where the speed of the
+# What the logits of a chunk may take by default. CPU: 256 rows of iLLaDA's vocabulary, where the speed of the
 # products levels off (benchmarks/README.md). GPU: a share of its memory, 5,000 such rows on 80 GB; each chunk
 # rewrites the weight's gradient, which small chunks would do too often.
-_CPU_CHUNK_BYTES = 160_000_000
+_CPU_CHUNK_LOGITS = 40_000_000
 _GPU_CHUNK_SHARE = 0.02
 
 
@@ -68,8 +68,8 @@ def masked_linear_cross_entropy(
         sequence_parallel: hidden is cut along n over the group.
         implementation: "reference" (torch operations, any device and floating dtype), "fused" (compiled passes over
             the logits; fp32, bf16, fp16) or "auto" (fused where it can run; `chosen_implementation` says which).
-        chunk_memory_bytes: what the logits that exist at a time may take (at least 16 rows are); None: 160 MB on a
-            CPU, 2 % of the memory of a GPU.
+        chunk_memory_bytes: what the logits that exist at a time may take (at least 16 rows are); None: 40 million
+            logits on a CPU (80 MB in bf16), 2 % of the memory of a GPU.
         z_loss: c of the penalty w_i c (log Z_i)^2 (arXiv 2204.02311, section 5).
         logit_softcap: logits become s tanh(logit / s); 0: they stay.
         main_grad: `[v_padded/tp, h]` float32. The weight's gradient is added to it, in fp32 and at once, and weight
@@ -103,7 +103,7 @@ def masked_linear_cross_entropy(
         min(max(vocab_size - first_id, 0), weight.shape[0]),
         z_loss,
         logit_softcap,
-        _chunk_bytes(hidden.device) if chunk_memory_bytes is None else chunk_memory_bytes,
+        _chunk_bytes(hidden) if chunk_memory_bytes is None else chunk_memory_bytes,
         use_fused,
         None if group is None else group.group_name,
     )
@@ -133,10 +133,10 @@ def chosen_implementation(
     return "reference", reason
 
 
-def _chunk_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _CPU_CHUNK_BYTES
-    return int(_GPU_CHUNK_SHARE * torch.cuda.get_device_properties(device).total_memory)
+def _chunk_bytes(hidden: Tensor) -> int:
+    if hidden.is_cuda:
+        return int(_GPU_CHUNK_SHARE * torch.cuda.get_device_properties(hidden.device).total_memory)
+    return _CPU_CHUNK_LOGITS * hidden.element_size()
 
 
 def _check_options(
