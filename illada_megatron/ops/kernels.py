@@ -27,6 +27,14 @@ def missing(operator: str, device: torch.device) -> str | None:
 
 
 @cache
+def missing_in_layers(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """`missing` of an operator of csrc/layer_kernels, which take float32 and bfloat16."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the compiled operator takes float32 and bfloat16, found {dtype}"
+    return missing(operator, device)
+
+
+@cache
 def has_mixed_product() -> bool:
     """Whether `torch.ops.illada.add_product_` runs here: a CPU with bf16 dot products, and the operators are built."""
     return load_error() is None and bool(torch.ops.illada.has_mixed_product())

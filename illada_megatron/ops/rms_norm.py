@@ -4,7 +4,7 @@ On a CPU the compiled operator `illada::rms_norm` (csrc/layer_kernels) reads x o
 it is torch's.
 """
 
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +14,8 @@ from torch import Tensor
 from illada_megatron.ops import kernels
 
 _OPERATOR = "rms_norm"
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@cache
-def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the compiled operator cannot be used on `device` with `dtype`; None: it can, and is."""
-    if dtype not in _DTYPES:
-        return f"the compiled operator takes float32 and bfloat16, found {dtype}"
-    return kernels.missing(_OPERATOR, device)
+missing = partial(kernels.missing_in_layers, _OPERATOR)
+"""Why the compiled operator cannot be used on a device with a dtype; None: it can, and is."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
