@@ -64,7 +64,8 @@ def kernels() -> Extension:
     with_cuda = _wants_cuda()
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     vectorised = _sources("csrc/*/cpu_kernels*.cpp")
-    sources = {*_sources("csrc/masked_cross_entropy/*.cpp"), *_sources("csrc/layer_kernels/*.cpp")} - {*vectorised}
+    folders = ("cpu", "layer_kernels", "masked_cross_entropy")
+    sources = {source for folder in folders for source in _sources(f"csrc/{folder}/*.cpp")} - {*vectorised}
     cuda = {*_sources("csrc/*/cuda_*.cpp"), *_sources("csrc/*/cuda_*.cu")}
     # -fopenmp only compiles: the one OpenMP runtime of the process is that of torch's libraries. GCC 12 takes its own
     # intrinsics for uninitialised.

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
+#include "../cpu/vectors.h"
 #include "cpu_kernels.h"
-#include "vectors.h"
 
 namespace illada::CPU_CAPABILITY {
 namespace {

@@ -2,8 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include "../cpu/vectors.h"
 #include "cpu_kernels.h"
-#include "vectors.h"
 
 namespace illada::CPU_CAPABILITY {
 namespace {

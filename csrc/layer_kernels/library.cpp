@@ -1,7 +1,6 @@
 // Schemas of the layers' operators, their checks and their CPU implementations.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -113,27 +112,6 @@ at::Tensor segment_attention_backward(const at::Tensor& grad_out, const at::Tens
   return grad_qkv;
 }
 
-// Whether oneDNN multiplies pairs of bfloat16 on this processor; torch says it only by refusing to.
-bool multiplies_bfloat16() {
-  static const bool found = [] {
-    std::vector<at::BFloat16> operands(32 * 32);
-    std::vector<float> product(32 * 32);
-    try {
-      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, operands.data(), operands.data(), product.data(),
-                                  true);
-      at::native::cpublas::brgemm_release(true);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    return true;
-  }();
-  return found;
-}
-
-bool has_segment_attention(at::ScalarType dtype) {
-  return dtype == at::kFloat || (dtype == at::kBFloat16 && multiplies_bfloat16());
-}
-
 RmsNormShape rms_norm_shape(const at::Tensor& x, const at::Tensor& weight) {
   check_dtype("x", x);
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0) && weight.size(0) > 0,
@@ -240,7 +218,6 @@ TORCH_LIBRARY_FRAGMENT(illada, library) {
   library.def(
       "segment_attention_backward(Tensor grad_out, Tensor qkv, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor out, "
       "Tensor lse, float scale) -> Tensor");
-  library.def("has_segment_attention(ScalarType dtype) -> bool", &has_segment_attention);
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)");
   library.def("swiglu(Tensor x) -> Tensor");

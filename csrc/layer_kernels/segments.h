@@ -3,29 +3,12 @@
 // capability.
 #pragma once
 
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "../cpu/packing.h"
 #include "cpu_kernels.h"
-#include "packing.h"
 
 namespace illada::CPU_CAPABILITY {
-
-// Memory for products: aligned to a cache line, not initialised.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : memory_(new (std::align_val_t(64)) T[count]) {}
-  T* get() const { return memory_.get(); }
-  T* operator+(int64_t offset) const { return memory_.get() + offset; }
-
- private:
-  struct Free {
-    void operator()(T* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T[], Free> memory_;
-};
 
 // A query, key or value in qkv or out: its row of each token.
 template <typename T>

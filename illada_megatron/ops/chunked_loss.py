@@ -1,11 +1,10 @@
 """The loss and its gradients chunk by chunk of masked rows: the logits of one chunk are all that ever exists.
 
-For each chunk of c rows (X `[c, h]`, W `[v/tp, h]`):
+For each chunk of c rows (X `[c, h]`, W `[v/tp, h]`; the sweeps are those of logit_sweeps.py):
 
-    Z = X W^T                    one product, statistics right behind it        2 c h v/tp FLOPs
-    combine over the ranks       three numbers a row                            12 c bytes a rank
-    Z <- d loss / d Z            in place
-    dX = Z W,  dW += Z^T X       the two products of the gradient               4 c h v/tp FLOPs
+    Z = X W^T, statistics of Z                    forward sweep      2 c h v/tp FLOPs
+    combine over the ranks                        three numbers a row, 12 c bytes a rank
+    G = d loss / d Z, dX = G W, dW += G^T X       backward sweep     4 c h v/tp FLOPs
 
 The gradients are made in the forward pass because the loss is the end of the graph: nothing has to be kept or computed
 again for the backward pass, which only scales. docs/masked_loss.md has the derivation.
@@ -19,18 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from illada_megatron.ops import kernels
-from illada_megatron.ops.logit_passes import LogitPasses, combine, statistics_dtype
-
-# Where torch's own products add up on a CPU, a chunk is walked over in slabs of columns that stay in the second-level
-# cache between a product and the pass behind it: 4 % of the time in fp32. bf16's product into fp32 blocks for the cache
-# itself, a GPU's wants to be large: one slab (docs/log.md).
-_CPU_SLAB_BYTES = 1 << 20
-_MIN_SLAB_COLUMNS = 1024
-# Rows of a chunk start on 64 bytes, and their number fills the rows of a product's tiles
-_ALIGN_ELEMENTS = 64
-_ALIGN_ROWS = 16
-
+from illada_megatron.ops.logit_passes import combine, statistics_dtype
+from illada_megatron.ops.logit_sweeps import ALIGN_ROWS, Sweeps, memory_elements
 
 @dataclass(frozen=True)
 class Head:
@@ -40,7 +29,7 @@ class Head:
     """`[real_rows, h]`, without padding"""
     z_loss: float
     softcap: float
-    passes: LogitPasses
+    sweeps: Sweeps
     group: dist.ProcessGroup | None
     """The ranks that hold the other rows; None: there are none."""
 
@@ -65,7 +54,7 @@ class _Chunk:
     """A chunk whose logits are made and whose statistics are on their way between the ranks."""
 
     rows: slice
-    logits: Tensor  # [c, real_rows]
+    logits: Tensor  # as the sweeps lay them out
     statistics: Tensor  # [3, c], of this rank's columns
     gathered: Tensor | None  # [tp, 3, c]
     work: dist.Work | None
@@ -80,12 +69,13 @@ class _Chunk:
 
 
 def chunk_rows(hidden: Tensor, head: Head, memory_bytes: int) -> int:
-    """Rows of a chunk of hidden `[m, h]`, so that the logits that exist at a time fit in memory_bytes; at least 16 (or
+    """Rows of a chunk of hidden `[m, h]`, so that the logits that exist at a time fit in memory_bytes; at least 32 (or
     m). Chunks are nearly alike."""
     m, width = hidden.shape[0], head.weight.shape[0]
-    most = max(memory_bytes // (_buffers(hidden, head) * max(width, 1) * hidden.element_size()), _ALIGN_ROWS)
+    fit = memory_bytes // (_buffers(hidden, head) * max(width, 1) * hidden.element_size())
+    most = max(fit // ALIGN_ROWS, 1) * ALIGN_ROWS
     rows = -(-m // max(-(-m // most), 1))
-    return max(min(-(-rows // _ALIGN_ROWS) * _ALIGN_ROWS, most, m), 1)
+    return max(min(-(-rows // ALIGN_ROWS) * ALIGN_ROWS, m), 1)
 
 
 def _buffers(hidden: Tensor, head: Head) -> int:
@@ -105,15 +95,13 @@ def losses_and_gradients(
     m, width = hidden.shape[0], head.weight.shape[0]
     buffers, rows = _buffers(hidden, head), chunk_rows(hidden, head, memory_bytes)
     chunks = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
-    stride = -(-width // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
-    memory = hidden.new_empty(min(buffers, len(chunks)), rows, stride)
+    memory = hidden.new_empty(min(buffers, len(chunks)), memory_elements(rows, width))
     dtype = statistics_dtype(hidden.dtype)
     losses = RowLosses(*(torch.empty(m, dtype=dtype, device=hidden.device) for _ in range(2)))
 
     begun: deque[_Chunk] = deque()
     for number, part in enumerate(chunks):
-        logits = memory[number % buffers, : part.stop - part.start, :width]
-        begun.append(_begin(part, logits, hidden, head, targets))
+        begun.append(_begin(part, memory[number % buffers], hidden, head, targets))
         if len(begun) == buffers:
             _finish(begun.popleft(), hidden, head, targets, row_weight, losses, into)
     for chunk in begun:
@@ -121,13 +109,9 @@ def losses_and_gradients(
     return losses
 
 
-def _begin(rows: slice, logits: Tensor, hidden: Tensor, head: Head, targets: Tensor) -> _Chunk:
+def _begin(rows: slice, memory: Tensor, hidden: Tensor, head: Head, targets: Tensor) -> _Chunk:
     """Logits of a chunk, their statistics, and the collective that takes these to the other ranks."""
-    parts = []
-    for slab in _slabs(logits):
-        torch.mm(hidden[rows], head.weight[slab].T, out=logits[:, slab])
-        parts.append(head.passes.statistics(logits[:, slab], targets[rows] - slab.start, head.softcap))
-    statistics = parts[0] if len(parts) == 1 else combine(torch.stack(parts))
+    logits, statistics = head.sweeps.forward(memory, hidden[rows], head.weight, targets[rows], head.softcap)
     if head.group is None:
         return _Chunk(rows, logits, statistics, None, None)
     # One all-gather instead of three all-reduces; the sum's order, hence its rounding, is the same on every rank
@@ -146,7 +130,7 @@ def _finish(
     losses: RowLosses,
     into: Gradients | None,
 ) -> None:
-    """Losses of a chunk, and its logits turned into gradients."""
+    """Losses of a chunk, and its gradients."""
     rows = chunk.rows
     largest, exp_sum, label_logit = chunk.whole_rows()
     log_sum = exp_sum.log()
@@ -159,37 +143,6 @@ def _finish(
     label_scale = row_weight[rows] * into.scale
     softmax_scale = label_scale * (1 + 2 * head.z_loss * log_normalizer)
     row_values = torch.stack((largest, log_sum, softmax_scale, label_scale))
-    slabs = _slabs(chunk.logits)
-    sum_dtype = hidden.dtype if len(slabs) == 1 else statistics_dtype(hidden.dtype)
-    gradient = torch.zeros_like(hidden[rows], dtype=sum_dtype)
-    for slab in slabs:
-        part = chunk.logits[:, slab]
-        head.passes.to_gradient_(part, targets[rows] - slab.start, row_values, head.softcap)
-        _add_product_(gradient, part, head.weight[slab])
-        _add_product_(into.weight[slab], part.T, hidden[rows])
-    into.rows[rows] = gradient
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total `[m, n]` += a `[m, k]` b `[k, n]`, where the total may have more bits than a and b."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    elif _has_mixed_product(a):
-        torch.ops.illada.add_product_(total, a, b)
-    else:  # torch has no such product on a CPU: each is rounded to the factors' dtype before it is added
-        total.add_(torch.mm(a, b))
-
-
-def _has_mixed_product(a: Tensor) -> bool:
-    return a.dtype == torch.bfloat16 and not a.is_cuda and kernels.has_mixed_product()
-
-
-def _slabs(logits: Tensor) -> list[slice]:
-    """Column ranges of logits `[c, v/tp]`; one, empty, where this rank's rows of the head are all padding."""
-    c, width = logits.shape
-    columns = max(width, 1)
-    if logits.device.type == "cpu" and not _has_mixed_product(logits):
-        columns = max(_CPU_SLAB_BYTES // (max(c, 1) * logits.element_size()), _MIN_SLAB_COLUMNS)
-    return [slice(start, min(start + columns, width)) for start in range(0, max(width, 1), columns)]
+    head.sweeps.backward(
+        chunk.logits, hidden[rows], head.weight, targets[rows], row_values, head.softcap, into.rows[rows], into.weight
+    )

@@ -35,6 +35,6 @@ def missing_in_layers(operator: str, device: torch.device, dtype: torch.dtype) -
 
 
 @cache
-def has_mixed_product() -> bool:
-    """Whether `torch.ops.illada.add_product_` runs here: a CPU with bf16 dot products, and the operators are built."""
-    return load_error() is None and bool(torch.ops.illada.has_mixed_product())
+def has_cpu_products(dtype: torch.dtype) -> bool:
+    """Whether the operators that multiply within a block run on this CPU (csrc/cpu/products.cpp), and are built."""
+    return load_error() is None and bool(torch.ops.illada.has_cpu_products(dtype))

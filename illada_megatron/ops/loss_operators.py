@@ -9,7 +9,8 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
 from illada_megatron.ops.chunked_loss import Gradients, Head, chunk_rows, losses_and_gradients
-from illada_megatron.ops.logit_passes import REFERENCE, fused_passes, statistics_dtype
+from illada_megatron.ops.logit_passes import statistics_dtype
+from illada_megatron.ops.logit_sweeps import chosen_sweeps
 
 
 class Rows(NamedTuple):
@@ -31,13 +32,13 @@ class Settings(NamedTuple):
     fused: bool
     group: str | None  # name of the process group that holds the other rows; None: there are none
 
-    def head(self, weight: Tensor) -> Head:
-        """weight `[v_padded/tp, h]` without its padding, and what is made of its logits."""
+    def head(self, hidden: Tensor, weight: Tensor) -> Head:
+        """weight `[v_padded/tp, h]` without its padding, and what is made of the logits of hidden `[m, h]`."""
         return Head(
             weight[: self.real_rows],
             self.z_loss,
             self.softcap,
-            fused_passes() if self.fused else REFERENCE,
+            chosen_sweeps(hidden, weight, self.fused),
             None if self.group is None else _resolve_process_group(GroupName(self.group)),
         )
 
@@ -72,7 +73,7 @@ def _loss(
     if not with_gradient:
         return *_run(rows, settings, None), hidden.new_empty(0), weight.new_empty(0)
     # Several chunks add to the gradient of every row of the weight: in fp32
-    several = chunk_rows(hidden, settings.head(weight), memory_bytes) < hidden.shape[0]
+    several = chunk_rows(hidden, settings.head(hidden, weight), memory_bytes) < hidden.shape[0]
     grad_weight = torch.zeros_like(weight, dtype=statistics_dtype(weight.dtype) if several else None)
     into = Gradients(torch.empty_like(hidden), grad_weight[:real_rows], 1.0)
     loss_sum, cross_entropy = _run(rows, settings, into)
@@ -170,7 +171,7 @@ class _IntoMainGrad(torch.autograd.Function):
 def _run(rows: Rows, settings: Settings, into: Gradients | None) -> tuple[Tensor, Tensor]:
     row_weight = rows.row_weight.to(statistics_dtype(rows.hidden.dtype))
     losses = losses_and_gradients(
-        rows.hidden, settings.head(rows.weight), rows.targets, row_weight, settings.memory_bytes, into
+        rows.hidden, settings.head(rows.hidden, rows.weight), rows.targets, row_weight, settings.memory_bytes, into
     )
     penalty = losses.log_normalizer.square_().mul_(settings.z_loss).add_(losses.cross_entropy)
     return torch.dot(row_weight, penalty), losses.cross_entropy

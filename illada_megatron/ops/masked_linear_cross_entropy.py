@@ -68,7 +68,7 @@ def masked_linear_cross_entropy(
         sequence_parallel: hidden is cut along n over the group.
         implementation: "reference" (torch operations, any device and floating dtype), "fused" (compiled passes over
             the logits; fp32, bf16, fp16) or "auto" (fused where it can run; `chosen_implementation` says which).
-        chunk_memory_bytes: what the logits that exist at a time may take (at least 16 rows are); None: 40 million
+        chunk_memory_bytes: what the logits that exist at a time may take (at least 32 rows are); None: 40 million
             logits on a CPU (80 MB in bf16), 2 % of the memory of a GPU.
         z_loss: c of the penalty w_i c (log Z_i)^2 (arXiv 2204.02311, section 5).
         logit_softcap: logits become s tanh(logit / s); 0: they stay.

@@ -26,7 +26,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled operator cannot be used on `device` with `dtype`; None: it can, and is."""
     if (reason := kernels.missing(_OPERATOR, device)) is not None:
         return reason
-    if not torch.ops.illada.has_segment_attention(dtype):
+    if not kernels.has_cpu_products(dtype):
         return f"this processor multiplies no {str(dtype).removeprefix('torch.')} pairs in oneDNN"
     return None
 

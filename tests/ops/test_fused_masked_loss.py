@@ -9,6 +9,7 @@ from torch import Tensor
 from illada_megatron.ops import kernels, loss_operators
 from illada_megatron.ops import masked_linear_cross_entropy as op
 from illada_megatron.ops.logit_passes import REFERENCE, fused_passes
+from illada_megatron.ops.logit_sweeps import BLOCK_SWEEPS, memory_elements, plain_sweeps
 
 VOCAB, PADDED = 5003, 5120
 MASKS = {
@@ -39,14 +40,15 @@ def solve(function, hidden: Tensor, weight: Tensor) -> list[Tensor]:
     return [loss.detach().double(), hidden.grad.double(), weight.grad.double()]
 
 
-@pytest.mark.parametrize("chunk_rows", [1024, 48])
+@pytest.mark.parametrize("h", [72, 71], ids=["in blocks", "plain"])
+@pytest.mark.parametrize("chunk_rows", [1024, 64])
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_further_from_fp64_than_the_textbook(dtype, scale, masked, chunk_rows):
+def test_no_further_from_fp64_than_the_textbook(dtype, scale, masked, chunk_rows, h):
     if dtype == torch.float16 and scale == 30.0:
         pytest.skip("w (p - 1) exceeds fp16's range for the textbook too")
-    hidden, weight, labels, loss_weight = problem(dtype, masked, scale)
+    hidden, weight, labels, loss_weight = problem(dtype, masked, scale, h=h)
     memory = chunk_rows * PADDED * hidden.element_size()
     exact = solve(lambda h, w: naive(h, w, labels, loss_weight), hidden.double(), weight.double())
     textbook = solve(lambda h, w: naive(h, w, labels, loss_weight), hidden, weight)
@@ -169,17 +171,58 @@ def test_fused_is_refused_in_fp64():
         op(hidden, weight, labels, loss_weight, vocab_size=VOCAB, implementation="fused")
 
 
-def test_mixed_product_is_exact_to_fp32():
-    """bf16 factors into an fp32 sum: odd sizes, and a left factor that is a transposed view of a wider matrix."""
-    if not kernels.has_mixed_product():
-        pytest.skip("this processor has no product of bfloat16 into float32")
+needs_products = pytest.mark.skipif(not kernels.has_cpu_products(torch.bfloat16), reason="no bf16 products in oneDNN")
+
+
+@needs_products
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize(("m", "ids", "h"), [(1, 1, 2), (5, 63, 10), (37, 301, 72), (64, 2048, 64), (33, 769, 30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sweeps_in_blocks_equal_the_plain_ones(dtype, m, ids, h, softcap):
+    """Sizes that fill no block, labels held elsewhere, a row of NaN; a sum in fp32 and, rounded, in the inputs' dtype."""
     gen = torch.Generator().manual_seed(0)
-    for m, k, n in ((5, 3, 7), (130, 33, 64), (300, 600, 40), (257, 1031, 96)):
-        for a in (torch.randn(m, k, generator=gen), torch.randn(k, m + 9, generator=gen)[:, :m].T):
-            a, b, total = a.bfloat16(), torch.randn(k, n, generator=gen).bfloat16(), torch.randn(m, n, generator=gen)
-            expected = total.double() + a.double() @ b.double()
-            torch.ops.illada.add_product_(total, a, b)
-            torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * k**0.5)
+    hidden, weight = (torch.randn(n, h, generator=gen).to(dtype) for n in (m, ids))
+    hidden[m // 2 :][:1] *= torch.nan if m > 1 else 1
+    targets = torch.randint(-2, ids + 2, (m,), generator=gen)
+    scales = torch.rand(2, m, generator=gen) * 100
+    results = []
+    for sweeps in (BLOCK_SWEEPS, plain_sweeps(REFERENCE)):
+        memory = torch.full((memory_elements(m, ids),), torch.nan, dtype=dtype)
+        logits, statistics = sweeps.forward(memory, hidden, weight, targets, softcap)
+        values = torch.stack((statistics[0], statistics[1].log(), *scales)).nan_to_num(neginf=0.0)
+        grad_hidden, sums, rounded = torch.empty_like(hidden), torch.ones(ids, h), torch.ones(ids, h, dtype=dtype)
+        for total in (sums, rounded):
+            # the plain one overwrites its logits
+            sweeps.backward(logits.clone(), hidden, weight, targets, values, softcap, grad_hidden, total)
+        results.append((statistics, grad_hidden, sums, rounded))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found.isnan(), wanted.isnan())
+        good = wanted.isfinite()
+        assert torch.equal(found[~good].nan_to_num(), wanted[~good].nan_to_num())
+        error = (found[good].double() - wanted[good].double()).norm()
+        assert error <= tolerance * wanted[good].double().norm()
+
+
+@needs_products
+def test_sweeps_refuse_what_does_not_fit():
+    hidden, weight, targets = torch.zeros(3, 4), torch.zeros(50, 4), torch.zeros(3, dtype=torch.long)
+    logits = torch.zeros(50, 32)
+    operator = torch.ops.illada.logits_in_blocks
+    for arguments, error, message in (
+        ((logits[:, :16], hidden, weight, targets), RuntimeError, r"logits must be \[50, 32\] for 3 rows"),
+        ((logits, hidden[:, :3], weight[:, :3], targets), RuntimeError, r"even h, found \[3, 3\] and \[50, 3\]"),
+        ((logits, hidden, weight.bfloat16(), targets), TypeError, "of hidden's type, Float, found BFloat16"),
+        ((logits, hidden, weight, targets[:2]), RuntimeError, r"targets must be \[3\], found \[2\]"),
+        ((logits.half(), hidden.half(), weight.half(), targets), NotImplementedError, "take no Half"),
+    ):
+        with pytest.raises(error, match=message):
+            operator(*arguments, 0.0)
+    values = torch.zeros(4, 3)
+    with pytest.raises(RuntimeError, match=r"gradients must be .* \[50, 4\], found \[3, 4\] and \[49, 4\]"):
+        torch.ops.illada.gradients_in_blocks(
+            logits, hidden, weight, targets, values, 0.0, torch.zeros(3, 4), torch.zeros(49, 4)
+        )
 
 
 def test_opcheck():
@@ -189,3 +232,10 @@ def test_opcheck():
     logits, row_values = torch.randn(8, 100), torch.rand(4, 8)
     torch.library.opcheck(torch.ops.illada.logit_statistics.default, (logits, labels, 0.0))
     torch.library.opcheck(torch.ops.illada.logits_to_gradient_.default, (logits, labels, row_values, 0.0))
+    if kernels.has_cpu_products(torch.float32):
+        logits, hidden, weight = torch.randn(50, 32), torch.randn(8, 4), torch.randn(50, 4)
+        shared = (hidden, weight, labels)
+        torch.library.opcheck(torch.ops.illada.logits_in_blocks.default, (logits, *shared, 0.0))
+        gradients = torch.zeros(8, 4), torch.zeros(50, 4)
+        arguments = (logits, *shared, row_values, 0.0, *gradients)
+        torch.library.opcheck(torch.ops.illada.gradients_in_blocks.default, arguments)

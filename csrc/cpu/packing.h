@@ -7,10 +7,27 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "vectors.h"
 
 namespace illada::CPU_CAPABILITY {
+
+// Memory for products: aligned to a cache line, not initialised.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(new (std::align_val_t(64)) T[count]) {}
+  T* get() const { return memory_.get(); }
+  T* operator+(int64_t offset) const { return memory_.get() + offset; }
+
+ private:
+  struct Free {
+    void operator()(T* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T[], Free> memory_;
+};
 
 // How many consecutive rows of a product's right operand lie interleaved: [k, n] is stored as [k / kPair, n, kPair]
 // (oneDNN's VNNI layout: a word of 32 bits holds the two bfloat16 that one instruction multiplies).
@@ -23,10 +40,15 @@ constexpr int64_t kMultiple = 32;
 inline int64_t padded(int64_t count) { return (count + kMultiple - 1) / kMultiple * kMultiple; }
 
 // c [m, n] (+)= a [m, k] b [k, n] on this thread, accumulated in float. b is laid out as kPair says; rows of a are lda
-// apart, those of b and c follow each other.
+// apart, those of c ldc, those of b follow each other. products.h says where it can run.
+template <typename T>
+void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, n, ldc, add, a, b, c, /*is_vnni=*/kPair<T> == 2);
+}
+
 template <typename T>
 void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, bool add) {
-  at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, /*is_vnni=*/kPair<T> == 2);
+  multiply(m, n, k, a, lda, b, c, n, add);
 }
 
 // Matrix [rows, columns] -> its transpose; the rows of either are ld_from and ld_to elements apart.

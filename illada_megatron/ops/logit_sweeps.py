@@ -1,0 +1,108 @@
+"""How a chunk's logits, their statistics and the three products around them are computed: two sweeps over the head.
+
+    forward     Z = X W^T, and three numbers of each row of Z     X [c, h] hidden states, W [v/tp, h]
+    backward    G = d loss / d Z, then dX = G W and dW += G^T X
+
+`plain_sweeps` make each of these of one product or pass after the other, on any device. `BLOCK_SWEEPS` do it for a block
+of the head's rows at a time, which then stays in a CPU's cache (csrc/masked_cross_entropy/cpu_kernels_head_blocks.cpp).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from illada_megatron.ops import kernels
+from illada_megatron.ops.logit_passes import REFERENCE, LogitPasses, fused_passes
+
+# Rows of a chunk start on 64 bytes where they lie one after the other, and their number fills the tiles of a product
+_ALIGN_ELEMENTS = 64
+ALIGN_ROWS = 32
+
+
+class Sweeps(NamedTuple):
+    """An implementation of both."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """(memory, hidden `[c, h]`, weight `[v, h]`, targets `[c]`, softcap) -> (logits in some layout, a view of memory;
+    statistics `[3, c]` as `LogitPasses.statistics`)."""
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor], None]
+    """(logits, which it may overwrite, hidden, weight, targets, row_values `[4, c]`, softcap, hidden's gradient `[c, h]`,
+    written, weight's gradient `[v, h]`, added to)."""
+
+
+def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool) -> Sweeps:
+    """Of hidden `[m, h]` and weight `[v, h]`."""
+    if not fused:
+        return plain_sweeps(REFERENCE)
+    in_blocks = (
+        hidden.device.type == "cpu"
+        and hidden.shape[1] % 2 == 0
+        and weight.is_contiguous()
+        and kernels.has_cpu_products(hidden.dtype)
+    )
+    return BLOCK_SWEEPS if in_blocks else plain_sweeps(fused_passes())
+
+
+def memory_elements(rows: int, width: int) -> int:
+    """Of the memory of a chunk of `rows` logits of `width`, in either layout."""
+    return _aligned(rows, ALIGN_ROWS) * _aligned(width, _ALIGN_ELEMENTS)
+
+
+def plain_sweeps(passes: LogitPasses) -> Sweeps:
+    """Products of torch's and passes over logits `[c, v]`."""
+
+    def forward(
+        memory: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = hidden.shape[0], weight.shape[0]
+        stride = _aligned(width, _ALIGN_ELEMENTS)
+        logits = memory[: rows * stride].view(rows, stride)[:, :width]
+        torch.mm(hidden, weight.T, out=logits)
+        return logits, passes.statistics(logits, targets, softcap)
+
+    def backward(
+        logits: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        row_values: Tensor,
+        softcap: float,
+        hidden_gradient: Tensor,
+        weight_gradient: Tensor,
+    ) -> None:
+        passes.to_gradient_(logits, targets, row_values, softcap)
+        torch.mm(logits, weight, out=hidden_gradient)
+        _add_product_(weight_gradient, logits.T, hidden)
+
+    return Sweeps(forward, backward)
+
+
+def _forward_in_blocks(
+    memory: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    width, lanes = weight.shape[0], _aligned(hidden.shape[0], ALIGN_ROWS)
+    logits = memory[: width * lanes].view(width, lanes)
+    return logits, torch.ops.illada.logits_in_blocks(logits, hidden, weight, targets, softcap)
+
+
+def _backward_in_blocks(*arguments: Tensor | float) -> None:
+    torch.ops.illada.gradients_in_blocks(*arguments)
+
+
+BLOCK_SWEEPS = Sweeps(_forward_in_blocks, _backward_in_blocks)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total `[m, n]` += a `[m, k]` b `[k, n]`, where the total may have more bits than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:  # torch has no such product on a CPU: each is rounded to the factors' dtype before it is added
+        total.add_(torch.mm(a, b))
+
+
+def _aligned(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
