@@ -18,8 +18,8 @@
 namespace illada::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTile = 64;   // rows of the head whose logits exist in float, and those of one product into a sum
-constexpr int64_t kSlab = 256;  // rows of the head whose gradients exist
+constexpr int64_t kTile = 64;   // rows of the head whose logits, and whose gradients, exist in float
+constexpr int64_t kSlab = 256;  // rows of the head whose logits' gradients exist
 constexpr int64_t kPadStride = 16;  // beside a tile's rows: a power of two would put them all into a few cache sets
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -206,22 +206,20 @@ void slab_gradient(const HeadBlocks& problem, const T* logits, const LaneValues&
   }
 }
 
-// sum [height, width] += gradient [height, lanes] operand [lanes, width]; a sum in T is rounded once.
+// sum [height, width] += gradient [height, lanes] operand [lanes, width], rounded once where the sum is in T. The product
+// goes to memory [kTile, width] first: adding by itself to rows that are in no cache, it waits for them.
 template <typename T, typename Sum>
 void add_weight_gradient(const T* gradient, int64_t height, int64_t lanes, const T* operand, int64_t width, Sum* sum,
                          float* memory) {
-  if constexpr (std::is_same_v<Sum, float>) {
-    multiply(height, width, lanes, gradient, lanes, operand, sum, width, true);
-  } else {
-    for (int64_t row = 0; row < height; row += kTile) {
-      const int64_t count = std::min(kTile, height - row);
-      multiply(count, width, lanes, gradient + row * lanes, lanes, operand, memory, width, false);
-      for_steps(count * width, [&](int64_t i, int64_t n) {
-        const auto [low, high] = load_two(sum + row * width + i, n);
-        const auto [more_low, more_high] = load_two(memory + i, n);
-        store_two(sum + row * width + i, low + more_low, high + more_high, n);
-      });
-    }
+  for (int64_t row = 0; row < height; row += kTile) {
+    const int64_t count = std::min(kTile, height - row);
+    multiply(count, width, lanes, gradient + row * lanes, lanes, operand, memory, width, false);
+    Sum* to = sum + row * width;
+    for_steps(count * width, [&](int64_t i, int64_t n) {
+      const auto [low, high] = load_two(to + i, n);
+      const auto [more_low, more_high] = load_two(memory + i, n);
+      store_two(to + i, low + more_low, high + more_high, n);
+    });
   }
 }
 
@@ -260,7 +258,7 @@ void gradients_of(const HeadBlocks& problem, const T* logits, const float* row_v
   const Scratch<float> sums(parts * lanes * width);
   for_parts(count, parts, [&](const Part& part) {
     const Scratch<T> gradient(kSlab * lanes), transposed(kSlab * lanes), factor(kSlab * width);
-    const Scratch<float> memory(std::is_same_v<Sum, float> ? 0 : kTile * width);
+    const Scratch<float> memory(kTile * width);
     for (int64_t block = part.from; block < part.to; ++block) {
       const int64_t first = block * kSlab, height = std::min(kSlab, problem.ids - first), full = padded(height);
       const T* slab = weight + first * width;

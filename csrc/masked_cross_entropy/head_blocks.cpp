@@ -3,7 +3,10 @@
 #include "head_blocks.h"
 
 #include <ATen/ops/empty.h>
+#include <sys/mman.h>
 #include <torch/library.h>
+
+#include <cstdint>
 
 #include "../cpu/products.h"
 
@@ -49,9 +52,22 @@ HeadBlocks problem_of(const at::Tensor& logits, const at::Tensor& hidden, const 
           static_cast<float>(softcap)};
 }
 
+// The logits are written into fresh memory: with pages of 2 MB, where Linux gives them, the faults cost a fifth.
+void ask_for_huge_pages([[maybe_unused]] const at::Tensor& memory) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(memory.const_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + memory.nbytes()) / kPage * kPage;
+  if (first < end) {
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a hint: where it is refused nothing changes
+  }
+#endif
+}
+
 at::Tensor logits_in_blocks(at::Tensor& logits, const at::Tensor& hidden, const at::Tensor& weight,
                             const at::Tensor& targets, double softcap) {
   const HeadBlocks problem = problem_of(logits, hidden, weight, targets, softcap);
+  ask_for_huge_pages(logits);
   at::Tensor statistics = at::empty({3, problem.rows}, hidden.options().dtype(at::kFloat));
   at::native::illada_logits_in_blocks_stub(at::kCPU, problem, logits.mutable_data_ptr(),
                                            statistics.mutable_data_ptr<float>());
