@@ -3,7 +3,6 @@
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.config.schema import LossConfig
+from illada_megatron.model.embedding import Embedding
 from illada_megatron.model.layer_specs import block_spec, choose_implementation
 from illada_megatron.model.main_grad import InMainGrad
 from illada_megatron.model.transformer_config import transformer_config
@@ -50,12 +50,7 @@ class MaskPredictor(LanguageModule):
         self.share_embeddings_and_output_weights = model.tie_word_embeddings
         self.layer_offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=model.padded_vocab_size,
-                max_sequence_length=model.max_sequence_length,
-                position_embedding_type="rope",
-            )
+            self.embedding = Embedding(config, model.padded_vocab_size)
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=model.head_dim,
             rotary_percent=1.0,
@@ -106,7 +101,11 @@ class MaskPredictor(LanguageModule):
         Returns the masked loss where labels are given, else hidden states [t (/ tp with sequence parallelism), 1, h];
         on the last stage these are the normalised ones that `logits` takes.
         """
-        embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        main_grad = self._head_main_grad() if grad_scale is not None else None
+        embedded = None
+        if self.pre_process:
+            tied_here = self.model.tie_word_embeddings and self.post_process
+            embedded = self.embedding(tokens, only_user=main_grad is not None or not tied_here)
         # Frequencies as long as the longest segment, never the whole row: megatron-core takes a table as long as the
         # row for absolute positions, and positions have to restart in each segment.
         hidden = self.decoder(
@@ -118,11 +117,11 @@ class MaskPredictor(LanguageModule):
         if labels is None or loss_weight is None or not self.post_process:
             return hidden
         weight = self.head_weight()
-        main_grad = getattr(weight, "main_grad", None) if grad_scale is not None and torch.is_grad_enabled() else None
+        embedding_hands_over = self.pre_process and self.model.tie_word_embeddings
         megabytes = self.loss.chunk_memory_mb
         return masked_linear_cross_entropy(
             hidden.squeeze(1),
-            weight if main_grad is None else InMainGrad.apply(weight),
+            weight if main_grad is None else InMainGrad.apply(weight, not embedding_hands_over),
             labels,
             loss_weight,
             vocab_size=self.model.vocab_size,
@@ -135,6 +134,12 @@ class MaskPredictor(LanguageModule):
             main_grad=main_grad,
             grad_scale=grad_scale if main_grad is not None else None,
         )
+
+    def _head_main_grad(self) -> Tensor | None:
+        """Where DDP sums the head's gradient; None: there is no such place, or no gradient is wanted."""
+        if not (self.post_process and torch.is_grad_enabled()):
+            return None
+        return getattr(self.head_weight(), "main_grad", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage's hidden states [t (/tp), 1, h] -> logits [t, vocab_size] of all positions, for generation."""

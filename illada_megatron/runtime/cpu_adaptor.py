@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -31,6 +32,7 @@ def install() -> None:
     _redirect_devices()
     _redirect_random_states()
     _redirect_streams()
+    _redirect_collectives()
 
 
 def _redirect_devices() -> None:
@@ -72,6 +74,29 @@ def _redirect_streams() -> None:
         setattr(torch.cuda, name, lambda *_, **__: _Order())
     for name in ("range_push", "range_pop"):
         setattr(torch.cuda.nvtx, name, _nothing())
+
+
+def _redirect_collectives() -> None:
+    """Of a distributed optimizer over one rank: its shard is the whole buffer."""
+    names = {"reduce_scatter_tensor": "dist_reduce_scatter_func", "all_gather_into_tensor": "dist_all_gather_func"}
+    # The names are bound at import; megatron-core may have been imported before.
+    module = sys.modules.get("megatron.core.distributed.param_and_grad_buffer")
+    for name, bound in names.items():
+        redirected = _in_place(getattr(dist, name))
+        setattr(dist, name, redirected)
+        if module is not None:
+            setattr(module, bound, redirected)
+
+
+def _in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if output.data_ptr() != source.data_ptr() or output.numel() != source.numel():
+            return collective(output, source, *args, **kwargs)
+        # NCCL does nothing here; gloo copies the whole buffer, unless it is to all-reduce it, which means the same
+        return dist.all_reduce(output, group=kwargs.get("group"), async_op=kwargs.get("async_op", False))
+
+    return call
 
 
 class _Order:

@@ -6,7 +6,8 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as megatron_base_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
@@ -83,6 +84,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
     """megatron-core's optimizer over this rank's chunks; it clips, holds fp32 main weights, and reduces over ranks."""
     if _uses_own_adamw():
         _stand_in_for_fused_adam()
+        _stand_in_for_fused_scale()
     settings = config.optimizer
     return megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(
@@ -121,3 +123,14 @@ def _stand_in_for_fused_adam() -> None:
     megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _stand_in_for_fused_scale() -> None:
+    """Clipping and copying gradients without a copy of the largest of them, as amp_C's kernel does."""
+    for module in (clip_grads, megatron_base_optimizer):
+        module.multi_tensor_scale_impl = _scale
+
+
+def _scale(_chunk_size: int, _overflow: Any, tensor_lists: Sequence[Sequence[torch.Tensor]], scale: float) -> None:
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)

@@ -1,0 +1,72 @@
+"""The embedding of tokens, whose gradient goes row by row to where megatron-core sums gradients."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from illada_megatron.model.main_grad import hand_over
+
+
+class Embedding(MegatronModule):
+    """Tokens `[1, t]` -> hidden states `[t (/ tp with sequence parallelism), 1, h]`.
+
+    A micro-batch meets a few thousand rows of the table. Their gradients are added to its fp32 `main_grad`, where DDP
+    keeps one: autograd would make a dense gradient of the whole table first, in a vocabulary of 155,136 a tenth of the
+    step's time and memory on a CPU.
+    """
+
+    def __init__(self, config: TransformerConfig, padded_vocab_size: int) -> None:
+        super().__init__(config=config)
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+            num_embeddings=padded_vocab_size,
+            embedding_dim=config.hidden_size,
+            init_method=config.embedding_init_method,
+            config=config,
+        )
+
+    def forward(self, tokens: Tensor, only_user: bool) -> Tensor:
+        """tokens: `[1, t]` int64. only_user: nobody else's gradient of the table comes through autograd (where they are
+        tied, the head's)."""
+        table, group = self.word_embeddings.weight, self.word_embeddings.tp_group
+        ids = tokens.squeeze(0)
+        if (tp := group.size()) > 1:
+            ids = ids - self.word_embeddings.vocab_start_index
+            elsewhere = (ids < 0) | (ids >= table.shape[0])
+            ids = ids.masked_fill(elsewhere, 0)
+        if torch.is_grad_enabled() and getattr(table, "main_grad", None) is not None:
+            rows = _Rows.apply(table, ids, only_user)
+        else:
+            rows = F.embedding(ids, table)
+        if tp > 1:
+            rows = rows.masked_fill(elsewhere.unsqueeze(1), 0)
+        hidden = rows.unsqueeze(1)
+        if self.config.sequence_parallel:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden, group=group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=group)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows `ids` `[t]` of the table `[v/tp, h]`; their gradients are added to its main_grad, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, only_user: bool) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.table, ctx.only_user = table, only_user
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        (ids,) = ctx.saved_tensors
+        total, gradient = ctx.table.main_grad, gradient.to(ctx.table.main_grad.dtype)
+        # the same sums each time: on a CPU index_add_ is sequential, on a GPU index_put_ sorts the ids first
+        if total.is_cuda:
+            total.index_put_((ids,), gradient, accumulate=True)
+        else:
+            total.index_add_(0, ids, gradient)
+        return hand_over(ctx.table) if ctx.only_user else None, None, None
