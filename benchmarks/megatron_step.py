@@ -75,7 +75,8 @@ def _loss(loss_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, dict[str,
 def _gpt_model(config: RunConfig, run: Runtime, setting: dict[str, Any]) -> GPTModel:
     shape = config.model
     # use_te_activation_func: our own layer spec brings its activation, megatron-core's does not
-    core = replace(transformer_config(config, run.device), use_te_activation_func=False, **setting)
+    fused = {"use_te_activation_func": False, "bias_activation_fusion": run.device.is_cuda}
+    core = replace(transformer_config(config, run.device, "local"), **(fused | setting))
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     model = GPTModel(

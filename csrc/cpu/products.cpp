@@ -34,6 +34,8 @@ bool has_cpu_products(at::ScalarType dtype) {
   return (dtype == at::kFloat && multiplies<float>()) || (dtype == at::kBFloat16 && multiplies<at::BFloat16>());
 }
 
-TORCH_LIBRARY_FRAGMENT(illada, library) { library.def("has_cpu_products(ScalarType dtype) -> bool", &has_cpu_products); }
+TORCH_LIBRARY_FRAGMENT(illada, library) {
+  library.def("has_cpu_products(ScalarType dtype) -> bool", &has_cpu_products);
+}
 
 }  // namespace illada

@@ -2,8 +2,8 @@
 // stays in its second-level cache between oneDNN's products (one thread each) and the passes between them.
 //
 // Bytes a chunk of m rows, with e bytes an element: the first sweep reads the head (v h e) and writes the logits
-// (v m e), the second reads both and adds to the weight's gradient (8 v h). Nothing else leaves the caches; a gradient of
-// hidden [m, h] in float a thread is added up at the end. The same number of threads gives the same bits.
+// (v m e), the second reads both and adds to the weight's gradient (8 v h). Nothing else leaves the caches; a gradient
+// of hidden [m, h] in float a thread is added up at the end. The same number of threads gives the same bits.
 
 #include <ATen/Parallel.h>
 
@@ -18,8 +18,8 @@
 namespace illada::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kTile = 64;   // rows of the head whose logits, and whose gradients, exist in float
-constexpr int64_t kSlab = 256;  // rows of the head whose logits' gradients exist
+constexpr int64_t kTile = 64;       // rows of the head whose logits, and whose gradients, exist in float
+constexpr int64_t kSlab = 256;      // rows of the head whose logits' gradients exist
 constexpr int64_t kPadStride = 16;  // beside a tile's rows: a power of two would put them all into a few cache sets
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -206,8 +206,8 @@ void slab_gradient(const HeadBlocks& problem, const T* logits, const LaneValues&
   }
 }
 
-// sum [height, width] += gradient [height, lanes] operand [lanes, width], rounded once where the sum is in T. The product
-// goes to memory [kTile, width] first: adding by itself to rows that are in no cache, it waits for them.
+// sum [height, width] += gradient [height, lanes] operand [lanes, width], rounded once where the sum is in T. The
+// product goes to memory [kTile, width] first: adding by itself to rows that are in no cache, it waits for them.
 template <typename T, typename Sum>
 void add_weight_gradient(const T* gradient, int64_t height, int64_t lanes, const T* operand, int64_t width, Sum* sum,
                          float* memory) {

@@ -1,7 +1,7 @@
 // A chunk's logits, their statistics, gradients and all three products in two sweeps over the head's rows, on a CPU.
 //
-// The logits are kept transposed, [ids of the vocabulary, masked rows]: then the head's rows are a product's left factor
-// as they lie in memory, for the logits and for their own gradient.
+// The logits are kept transposed, [ids of the vocabulary, masked rows]: then the head's rows are a product's left
+// factor as they lie in memory, for the logits and for their own gradient.
 #pragma once
 
 #include <ATen/native/DispatchStub.h>
@@ -12,13 +12,13 @@
 namespace illada {
 
 struct HeadBlocks {
-  at::ScalarType dtype;  // of hidden, weight and logits: float32 or bfloat16
-  int64_t rows;          // m, masked rows
-  int64_t lanes;         // m up to a multiple of 32: what a row of the logits holds
-  int64_t ids;           // v
-  int64_t width;         // h; even
-  const void* hidden;    // [m, h]
-  const void* weight;    // [v, h]
+  at::ScalarType dtype;    // of hidden, weight and logits: float32 or bfloat16
+  int64_t rows;            // m, masked rows
+  int64_t lanes;           // m up to a multiple of 32: what a row of the logits holds
+  int64_t ids;             // v
+  int64_t width;           // h; even
+  const void* hidden;      // [m, h]
+  const void* weight;      // [v, h]
   const int64_t* targets;  // [m], outside [0, v): held elsewhere
   float softcap;           // 0: none
 };

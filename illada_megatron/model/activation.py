@@ -5,6 +5,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from illada_megatron.model.remade_input import remakeable
 from illada_megatron.ops.swiglu import swiglu
 
 
@@ -20,4 +21,5 @@ class SwiGLU(MegatronModule):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x)
+        kept = x.detach()
+        return remakeable(swiglu(x), lambda: swiglu(kept))

@@ -3,7 +3,7 @@ activation."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -17,6 +17,7 @@ from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
+from illada_megatron.model.remade_input import ColumnLinear, RowLinear
 from illada_megatron.runtime.device import Device, has_transformer_engine
 
 # Bidirectional: with packed segments no_mask means "every position of the segment".
@@ -52,7 +53,7 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
 
 def _local_layer() -> ModuleSpec:
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=ColumnLinear,
         core_attention=SegmentAttention,
         linear_proj=RowParallelLinear,
         q_layernorm=IdentityOp,
@@ -67,9 +68,7 @@ def _local_layer() -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=ColumnLinear, activation_func=SwiGLU, linear_fc2=RowLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -19,6 +19,9 @@ from illada_megatron.model.main_grad import InMainGrad
 from illada_megatron.model.transformer_config import transformer_config
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss, masked_linear_cross_entropy
 from illada_megatron.runtime.device import Device
+from illada_megatron.runtime.heap import release_free_heap
+
+_LARGE_VOCABULARY = 100_000
 
 
 class MaskPredictor(LanguageModule):
@@ -102,6 +105,9 @@ class MaskPredictor(LanguageModule):
         on the last stage these are the normalised ones that `logits` takes.
         """
         main_grad = self._head_main_grad() if grad_scale is not None else None
+        short_of_memory = self._logits_fill_memory(labels)
+        if short_of_memory:
+            release_free_heap()
         embedded = None
         if self.pre_process:
             tied_here = self.model.tie_word_embeddings and self.post_process
@@ -116,6 +122,8 @@ class MaskPredictor(LanguageModule):
         )
         if labels is None or loss_weight is None or not self.post_process:
             return hidden
+        if short_of_memory:
+            release_free_heap()
         weight = self.head_weight()
         embedding_hands_over = self.pre_process and self.model.tie_word_embeddings
         megabytes = self.loss.chunk_memory_mb
@@ -134,6 +142,13 @@ class MaskPredictor(LanguageModule):
             main_grad=main_grad,
             grad_scale=grad_scale if main_grad is not None else None,
         )
+
+    def _logits_fill_memory(self, labels: Tensor | None) -> bool:
+        """On a CPU memory is at its highest when a chunk of logits joins the layers' activations. To give free memory
+        back before either is made saves 230 of 2,900 MB of a 0.1B model with 155,136 tokens, for 1 % of its step at
+        most."""
+        large = self.model.padded_vocab_size >= _LARGE_VOCABULARY
+        return large and labels is not None and labels.device.type == "cpu" and torch.is_grad_enabled()
 
     def _head_main_grad(self) -> Tensor | None:
         """Where DDP sums the head's gradient; None: there is no such place, or no gradient is wanted."""
@@ -157,8 +172,8 @@ def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]
     """
     from megatron.core import parallel_state
 
-    core = transformer_config(config, device)
     implementation = choose_implementation(config, device)
+    core = transformer_config(config, device, implementation)
     virtual = core.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual or 1):
@@ -179,7 +194,7 @@ def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]
 
 def count_parameters(config: RunConfig) -> int:
     """Parameters of the whole model, counted on the meta device (no memory); needs a runtime of one rank."""
-    core = transformer_config(config, Device(torch.device("cpu"), "meta", None))
+    core = transformer_config(config, Device(torch.device("cpu"), "meta", None), "local")
     core.use_cpu_initialization = True  # megatron-core then lets the default device decide
     with torch.device("meta"):
         model = MaskPredictor(core, config.model, "local")

@@ -4,6 +4,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from illada_megatron.model.remade_input import remakeable
 from illada_megatron.ops.rms_norm import rms_norm
 
 
@@ -21,4 +22,5 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        kept = x.detach()
+        return remakeable(rms_norm(x, self.weight, self.eps), lambda: rms_norm(kept, self.weight, self.eps))

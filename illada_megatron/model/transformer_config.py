@@ -11,8 +11,9 @@ from illada_megatron.runtime.device import Device, has_apex, has_transformer_eng
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
-    """megatron-core's TransformerConfig for the model, layout, precision and the fusions that `device` has."""
+def transformer_config(config: RunConfig, device: Device, implementation: str) -> TransformerConfig:
+    """megatron-core's TransformerConfig for the model, layout, precision, layers of `implementation` (layer_specs.py)
+    and the fusions that `device` has."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.precision]
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
@@ -48,8 +49,9 @@ def transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         # megatron-core's fusions go through torch.compile or TE; on a CPU they cost a compiler run in every process.
-        bias_activation_fusion=device.is_cuda,
-        use_te_activation_func=not device.is_cuda,  # megatron-core's name for "take the spec's activation": ours
+        bias_activation_fusion=device.is_cuda and implementation != "local",
+        # megatron-core's name for "take the spec's activation": ours is in mlp.py
+        use_te_activation_func=implementation == "local",
         bias_dropout_fusion=device.is_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=device.is_cuda and has_transformer_engine(),

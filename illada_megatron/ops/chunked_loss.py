@@ -21,6 +21,7 @@ from torch import Tensor
 from illada_megatron.ops.logit_passes import combine, statistics_dtype
 from illada_megatron.ops.logit_sweeps import ALIGN_ROWS, Sweeps, memory_elements
 
+
 @dataclass(frozen=True)
 class Head:
     """The output embedding as this rank holds it, and how its logits become a loss."""

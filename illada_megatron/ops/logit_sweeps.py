@@ -3,8 +3,9 @@
     forward     Z = X W^T, and three numbers of each row of Z     X [c, h] hidden states, W [v/tp, h]
     backward    G = d loss / d Z, then dX = G W and dW += G^T X
 
-`plain_sweeps` make each of these of one product or pass after the other, on any device. `BLOCK_SWEEPS` do it for a block
-of the head's rows at a time, which then stays in a CPU's cache (csrc/masked_cross_entropy/cpu_kernels_head_blocks.cpp).
+`plain_sweeps` make each of these of one product or pass after the other, on any device. `BLOCK_SWEEPS` do it for a
+block of the head's rows at a time, which then stays in a CPU's cache
+(csrc/masked_cross_entropy/cpu_kernels_head_blocks.cpp).
 """
 
 from collections.abc import Callable
@@ -28,8 +29,8 @@ class Sweeps(NamedTuple):
     """(memory, hidden `[c, h]`, weight `[v, h]`, targets `[c]`, softcap) -> (logits in some layout, a view of memory;
     statistics `[3, c]` as `LogitPasses.statistics`)."""
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor], None]
-    """(logits, which it may overwrite, hidden, weight, targets, row_values `[4, c]`, softcap, hidden's gradient `[c, h]`,
-    written, weight's gradient `[v, h]`, added to)."""
+    """(logits, which it may overwrite, hidden, weight, targets, row_values `[4, c]` as `LogitPasses.to_gradient_`,
+    softcap, hidden's gradient `[c, h]`, written, weight's gradient `[v, h]`, added to)."""
 
 
 def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool) -> Sweeps:

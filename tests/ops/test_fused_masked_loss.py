@@ -179,7 +179,7 @@ needs_products = pytest.mark.skipif(not kernels.has_cpu_products(torch.bfloat16)
 @pytest.mark.parametrize(("m", "ids", "h"), [(1, 1, 2), (5, 63, 10), (37, 301, 72), (64, 2048, 64), (33, 769, 30)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sweeps_in_blocks_equal_the_plain_ones(dtype, m, ids, h, softcap):
-    """Sizes that fill no block, labels held elsewhere, a row of NaN; a sum in fp32 and, rounded, in the inputs' dtype."""
+    """Sizes that fill no block, labels held elsewhere, a row of NaN; a sum in fp32 and one in the inputs' dtype."""
     gen = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, h, generator=gen).to(dtype) for n in (m, ids))
     hidden[m // 2 :][:1] *= torch.nan if m > 1 else 1
@@ -239,3 +239,21 @@ def test_opcheck():
         gradients = torch.zeros(8, 4), torch.zeros(50, 4)
         arguments = (logits, *shared, row_values, 0.0, *gradients)
         torch.library.opcheck(torch.ops.illada.gradients_in_blocks.default, arguments)
+
+
+def test_torch_compile_sees_one_operator():
+    """Traced with the code around it, forward and backward, without a graph break: the same loss and gradients.
+
+    aot_eager: inductor asks torch.cuda for the device, which other tests of this process have redirected.
+    """
+    hidden, weight, labels, loss_weight = problem(torch.float32)
+    rows = loss_weight.nonzero().flatten()
+    gathered, targets, scale = hidden[rows], labels[rows], loss_weight[rows]
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        settings = (VOCAB, 1e-4, 30.0, 10**6, True, None, True)
+        return torch.ops.illada.masked_linear_cross_entropy(h * 2, w, targets, scale, *settings)[0] / 3
+
+    compiled = solve(torch.compile(loss, backend="aot_eager", fullgraph=True), gathered, weight)
+    for found, wanted in zip(compiled, solve(loss, gathered, weight), strict=True):
+        torch.testing.assert_close(found, wanted)

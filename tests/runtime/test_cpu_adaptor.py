@@ -107,3 +107,17 @@ print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in layer.parame
     assert [process.returncode for process in run] == [0, 0], run
     assert run[0].stdout == run[1].stdout
     assert len(run[0].stdout) > 32
+
+
+def test_collectives_over_one_rank_and_in_place_copy_nothing(single_process: object) -> None:
+    """What a distributed optimizer of one rank asks for; other calls are gloo's own."""
+    buffer, other = torch.arange(6.0), torch.empty(6)
+    for collective in (torch.distributed.reduce_scatter_tensor, torch.distributed.all_gather_into_tensor):
+        collective(buffer, buffer)
+        assert torch.equal(buffer, torch.arange(6.0))
+        collective(other.zero_(), buffer)
+        assert torch.equal(other, buffer)
+    with torch.distributed._coalescing_manager(None, async_ops=True) as handle:
+        torch.distributed.reduce_scatter_tensor(buffer, buffer, async_op=True)
+    handle.wait()
+    assert torch.equal(buffer, torch.arange(6.0))
