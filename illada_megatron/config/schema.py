@@ -252,8 +252,8 @@ class TrainingConfig(Section):
     precision: Dtype = "bf16"
     seed: NonNegativeInt = 1234
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers keep nothing
-    of it that could be computed again) or whole layers (full)."""
+    """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers make again
+    what is cheap in any case, docs/cpu_kernels.md) or whole layers (full)."""
 
 
 class ValidationConfig(Section):

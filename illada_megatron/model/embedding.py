@@ -17,7 +17,7 @@ class Embedding(MegatronModule):
 
     A micro-batch meets a few thousand rows of the table. Their gradients are added to its fp32 `main_grad`, where DDP
     keeps one: autograd would make a dense gradient of the whole table first, in a vocabulary of 155,136 a twentieth of
-    the step's time and 450 MB on a CPU.
+    the step's time and 430 MB on a CPU.
     """
 
     def __init__(self, config: TransformerConfig, padded_vocab_size: int) -> None:

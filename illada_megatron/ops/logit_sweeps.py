@@ -20,6 +20,8 @@ from illada_megatron.ops.logit_passes import REFERENCE, LogitPasses, fused_passe
 # Rows of a chunk start on 64 bytes where they lie one after the other, and their number fills the tiles of a product
 _ALIGN_ELEMENTS = 64
 ALIGN_ROWS = 32
+# Rows of a product that exist beside the sum they are added to
+_PIECE_ROWS = 8192
 
 
 class Sweeps(NamedTuple):
@@ -102,7 +104,8 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif total.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:  # torch has no such product on a CPU: each is rounded to the factors' dtype before it is added
-        total.add_(torch.mm(a, b))
+        for part, factor in zip(total.split(_PIECE_ROWS), a.split(_PIECE_ROWS), strict=True):
+            part.add_(torch.mm(factor, b))
 
 
 def _aligned(count: int, multiple: int) -> int:
