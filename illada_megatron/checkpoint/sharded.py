@@ -21,7 +21,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from illada_megatron.checkpoint import store
+from illada_megatron.checkpoint import integrity, store
 from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo
 from illada_megatron.config import RunConfig
 
@@ -61,8 +61,9 @@ def save_checkpoint(
     )
     dist_checkpointing.save(state, str(path), strategy)
     dist.barrier()
+    files = integrity.seal(path)
     if dist.get_rank() == 0:
-        store.finish(path, step, config.model_dump(mode="json"))
+        store.finish(path, step, config.model_dump(mode="json"), files)
     dist.barrier()
     return path
 

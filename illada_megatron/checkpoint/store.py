@@ -3,22 +3,28 @@
     save_dir/
       latest                    name of the newest complete checkpoint; replaced atomically, after everything else
       step_00000100/            megatron-core's torch_dist files, and
-        checkpoint.json         written last: step, configuration, and the size of every file
+        checkpoint.json         written last: step, configuration, size and checksum of every file
 
-A directory without a checkpoint.json that matches its files was interrupted, and is never loaded.
+A directory without a checkpoint.json was interrupted, one whose files differ from it is damaged; neither is loaded.
 """
 
 import json
 import os
 import pickle
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RECORD = "checkpoint.json"
+import xxhash
+
+from illada_megatron.checkpoint.integrity import RECORD, FileRecord, damage
+from illada_megatron.checkpoint.together import gathered
+
 _POINTER = "latest"
-_VERSION = 1
+_PREFIX = "step_"
+_VERSION = 2
 # What torch.distributed.checkpoint's and megatron-core's metadata consist of.
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -35,8 +41,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used or written; the message names the path and what to do."""
 
 
-class _InterruptedError(CheckpointError):
-    """The directory never became a checkpoint."""
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a directory is not loaded."""
+
+    reason: str
+    interrupted: bool
+    """It never became a checkpoint; else it was one, and is damaged."""
 
 
 @dataclass(frozen=True)
@@ -51,44 +62,44 @@ class CheckpointInfo:
 
 def step_directory(save_dir: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
-    return save_dir / f"step_{step:08d}"
+    return save_dir / f"{_PREFIX}{step:08d}"
 
 
-def finish(path: Path, step: int, config: dict[str, Any]) -> None:
-    """Make the files of `path` durable, record them, move the pointer. One rank calls it, when all have written."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != RECORD)
-    for file in files:
-        _sync(file)
-    record = {
-        "version": _VERSION,
-        "step": step,
-        "config": config,
-        "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
-    }
+def step_of(path: Path) -> int:
+    """Of a `step_directory`."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def finish(path: Path, step: int, config: dict[str, Any], files: Mapping[str, FileRecord]) -> None:
+    """Record the durable files of `path` (`integrity.seal`) and move the pointer. One rank calls it."""
+    record: dict[str, Any] = {"version": _VERSION, "step": step, "config": config, "files": files}
+    record["checksum"] = _own_checksum(record)
     _write_atomically(path / RECORD, json.dumps(record, indent=1))
     _write_atomically(path.parent / _POINTER, path.name + "\n")
 
 
-def newest_complete(load_dir: Path) -> tuple[CheckpointInfo | None, list[str]]:
-    """The newest complete checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer ones were
-    refused. None where there is none, or only interrupted ones: nothing was ever complete, so nothing is lost.
+def newest_complete(load_dir: Path, checksums: bool = True) -> tuple[CheckpointInfo | None, list[str]]:
+    """The newest complete and intact checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer
+    ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, so nothing is lost.
+
+    Every rank of a run calls it: they share the reading (checksums=False: only sizes are compared), and agree.
 
     Raises CheckpointError where the directory does not exist, or where checkpoints that were complete are damaged
     and no good one is left.
     """
     if not load_dir.is_dir():
         raise CheckpointError(f"{load_dir}: no such directory; give checkpoint.load_dir of an earlier run")
-    candidates = [load_dir] if load_dir.name.startswith("step_") else _newest_first(load_dir)
+    candidates = [load_dir] if load_dir.name.startswith(_PREFIX) else checkpoints_newest_first(load_dir)
     refused: list[str] = []
     damaged = False
-    for path in candidates:
-        try:
-            return _read(path), refused
-        except _InterruptedError as error:
-            refused.append(str(error))
-        except CheckpointError as error:
-            damaged = True
-            refused.append(str(error))
+    for path in gathered(candidates)[0]:
+        found = _read(path, checksums)
+        refusal = next((other for other in gathered(found) if isinstance(other, _Refusal)), None)
+        if refusal is None:
+            assert isinstance(found, CheckpointInfo)
+            return found, refused
+        refused.append(refusal.reason)
+        damaged |= not refusal.interrupted
     if damaged:
         raise CheckpointError(
             f"{load_dir}: no intact checkpoint; repair one, or give an empty checkpoint.save_dir to start anew:\n  "
@@ -125,27 +136,38 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
-def _newest_first(load_dir: Path) -> list[Path]:
-    steps = [path for path in load_dir.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
+def checkpoints_newest_first(save_dir: Path) -> list[Path]:
+    """Directories of steps below `save_dir`, complete or not."""
+    steps = (path for path in save_dir.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+    return sorted((path for path in steps if path.is_dir()), key=step_of, reverse=True)
 
 
-def _read(path: Path) -> CheckpointInfo:
+def _read(path: Path, checksums: bool) -> CheckpointInfo | _Refusal:
+    file = path / RECORD
     try:
-        record = json.loads((path / RECORD).read_text())
+        record = json.loads(file.read_text())
+        if record.get("version") != _VERSION:
+            return _Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
+        if record.pop("checksum") != _own_checksum(record):
+            return _Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
+        if (found := damage(path, record["files"], checksums)) is not None:
+            return _Refusal(found, False)
+        return CheckpointInfo(path, record["step"], record["config"])
     except FileNotFoundError:
-        raise _InterruptedError(f"{path}: interrupted while it was written ({RECORD} is missing)") from None
+        return _Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path / RECORD}: not JSON: {error}") from error
-    if record.get("version") != _VERSION:
-        raise CheckpointError(f"{path / RECORD}: version {record.get('version')}, this program reads {_VERSION}")
-    for name, size in record["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{file}: {state}, expected {size} bytes")
-    return CheckpointInfo(path, record["step"], record["config"])
+        return _Refusal(f"{file}: not JSON: {error}", False)
+    except UnicodeDecodeError as error:
+        return _Refusal(f"{file}: not text: {error}", False)
+    except (AttributeError, KeyError, TypeError) as error:
+        return _Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
+    except OSError as error:
+        return _Refusal(f"{path}: cannot be read: {error}", False)
+
+
+def _own_checksum(record: Mapping[str, Any]) -> str:
+    """Of everything in a record but this: a configuration with a changed bit would train something else."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -78,6 +78,11 @@ def check_config(config: RunConfig) -> None:
             f"parallel.virtual_pipeline_model_parallel_size {parallel.virtual_pipeline_model_parallel_size} needs "
             "parallel.pipeline_model_parallel_size > 1, found 1: raise it, or leave the interleaving out"
         )
+    if config.checkpoint.keep_every is not None and config.checkpoint.keep_last is None:
+        raise ValueError(
+            f"checkpoint.keep_every {config.checkpoint.keep_every} needs checkpoint.keep_last, found null, which keeps "
+            "every checkpoint: set it, or leave keep_every out"
+        )
     if parallel.sequence_parallel and tp == 1:
         raise ValueError(
             "parallel.sequence_parallel true needs parallel.tensor_model_parallel_size > 1, found 1: "

@@ -273,6 +273,12 @@ class CheckpointConfig(Section):
     """Where to start from the first time. A checkpoint in save_dir goes first: a restarted run continues itself."""
     interval_steps: PositiveInt | None = None
     """None: only at the end and on SIGTERM/SIGINT."""
+    keep_last: PositiveInt | None = None
+    """Complete checkpoints that are kept; older ones go when a newer one is complete. None: all are kept."""
+    keep_every: PositiveInt | None = None
+    """Beside them, those whose step is a multiple of this."""
+    verify: bool = True
+    """Compare the checksum of every file before loading; False: its size only."""
 
 
 class LoggingConfig(Section):

@@ -171,12 +171,12 @@ def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str
     save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
     refused: list[str] = []
     if save_dir and Path(save_dir).is_dir():
-        info, refused = newest_complete(Path(save_dir))
+        info, refused = newest_complete(Path(save_dir), config.checkpoint.verify)
         if info is not None:
             return info, refused
     if load_dir is None:
         return None, refused
-    info, more = newest_complete(Path(load_dir))
+    info, more = newest_complete(Path(load_dir), config.checkpoint.verify)
     if info is None:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
     return info, refused + more

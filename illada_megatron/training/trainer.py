@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.sharded import save_checkpoint
 from illada_megatron.config import RunConfig, save_config
 from illada_megatron.runtime import runtime
@@ -142,6 +143,10 @@ def _save(state: TrainingState, reporter: Reporter) -> int:
             Path(save_dir), state.step, state.config, _unwrapped(state), state.optimizer, state.progress()
         )
         reporter.say(f"saved {path} in {time.perf_counter() - start:.1f} s")
+        if state.runtime.is_main:
+            settings = state.config.checkpoint
+            for failure in prune(Path(save_dir), settings.keep_last, settings.keep_every):
+                reporter.say(failure)
     return state.step
 
 

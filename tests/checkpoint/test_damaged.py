@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from launch import Illada
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from illada_megatron.checkpoint.store import _own_checksum
 
 NEWEST, OLDER = "step_00000002", "step_00000001"
 
@@ -33,6 +36,18 @@ def _truncate(path: Path) -> None:
         file.truncate(path.stat().st_size - 1)
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _replace_text(path: Path, old: str, new: str) -> None:
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new, 1))
+
+
 def _data_file(directory: Path) -> Path:
     return next(iter(sorted(directory.glob("*.distcp"))))
 
@@ -41,12 +56,18 @@ DAMAGES = {
     "interrupted": (lambda path: (path / "checkpoint.json").unlink(), "interrupted while it was written"),
     "truncated": (lambda path: _truncate(_data_file(path)), "bytes, expected"),
     "empty": (lambda path: _data_file(path).write_bytes(b""), "has 0 bytes, expected"),
+    "bit flipped": (lambda path: _flip(_data_file(path)), "its bytes have changed: checksum"),
+    "bit of the metadata flipped": (lambda path: _flip(path / ".metadata"), ".metadata: its bytes have changed"),
+    "record changed": (
+        lambda path: _replace_text(path / "checkpoint.json", '"lr": ', '"lr": 1'),
+        "checkpoint.json: its bytes have changed",
+    ),
     "missing file": (lambda path: _data_file(path).unlink(), "is missing, expected"),
     "missing metadata": (lambda path: (path / ".metadata").unlink(), ".metadata: is missing, expected"),
     "record cut": (lambda path: _truncate(path / "checkpoint.json"), "checkpoint.json: not JSON"),
     "record of a later version": (
         lambda path: (path / "checkpoint.json").write_text('{"version": 99}'),
-        "version 99, this program reads 1",
+        "version 99, this program reads 2",
     ),
 }
 
@@ -85,6 +106,22 @@ def test_no_intact_checkpoint_is_an_error_and_deletes_nothing(
         assert NEWEST in outcome.err
         assert OLDER in outcome.err
     assert _contents(save_dir) == before
+
+
+def test_checksums_may_be_skipped(save_dir: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
+    """A changed bit of a tensor is then not seen."""
+    _flip(_data_file(save_dir / NEWEST))
+    outcome = illada("train", *tiny_run, f"checkpoint.save_dir={save_dir}", "checkpoint.verify=false")
+    assert outcome.code == 0, outcome.err
+    assert "refused" not in outcome.out
+    assert "continues from" in outcome.out
+
+
+def test_older_checkpoints_go(save_dir: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
+    """Once a newer one is complete."""
+    outcome = illada("train", *tiny_run, f"checkpoint.save_dir={save_dir}", "checkpoint.keep_last=1")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in save_dir.glob("step_*")] == ["step_00000003"]
 
 
 def test_interrupted_first_save_starts_from_nothing(save_dir: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
@@ -146,10 +183,12 @@ class _Call:
 
 
 def _hide(path: Path, data: bytes) -> None:
-    """Replace a file of a checkpoint and its size in the record, as an attacker would."""
+    """Replace a file of a checkpoint and what the record says of it, as an attacker would."""
     path.write_bytes(data)
     record = json.loads((path.parent / "checkpoint.json").read_text())
-    record["files"][path.name] = len(data)
+    record["files"][path.name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    del record["checksum"]
+    record["checksum"] = _own_checksum(record)
     (path.parent / "checkpoint.json").write_text(json.dumps(record))
 
 

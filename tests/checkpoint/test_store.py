@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from illada_megatron.checkpoint.integrity import seal
+from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.store import CheckpointError, finish, newest_complete, step_directory
 
 
@@ -13,7 +15,7 @@ def _checkpoint(save_dir: Path, step: int) -> Path:
     (path / "below").mkdir(parents=True)
     (path / "a.distcp").write_bytes(b"12345")
     (path / "below" / "b").write_bytes(b"")
-    finish(path, step, {"model": {"num_layers": step}})
+    finish(path, step, {"model": {"num_layers": step}}, seal(path))
     return path
 
 
@@ -43,7 +45,63 @@ def test_pointer_names_what_was_finished_last(tmp_path: Path) -> None:
 
 def test_record_holds_every_file(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, 4)
-    assert json.loads((path / "checkpoint.json").read_text())["files"] == {"a.distcp": 5, "below/b": 0}
+    files = json.loads((path / "checkpoint.json").read_text())["files"]
+    assert {name: record["bytes"] for name, record in files.items()} == {"a.distcp": 5, "below/b": 0}
+    assert files["below/b"]["xxh3_128"] == "99aa06d3014798d86001c324468d497f"  # of nothing
+
+
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_every_flipped_bit_is_found(bit: int, tmp_path: Path) -> None:
+    """In any byte of the data and of the record."""
+    path = _checkpoint(tmp_path, 4)
+    for name in ("a.distcp", "checkpoint.json"):
+        file = path / name
+        content = file.read_bytes()
+        for place in range(len(content)):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            file.write_bytes(changed)
+            with pytest.raises(CheckpointError, match="no intact checkpoint"):
+                newest_complete(tmp_path)
+        file.write_bytes(content)
+    info, refused = newest_complete(tmp_path)
+    assert info is not None
+    assert not refused
+
+
+def test_checksums_may_be_left_out(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 4)
+    (path / "a.distcp").write_bytes(b"12346")
+    info, _ = newest_complete(tmp_path, checksums=False)
+    assert info is not None
+    with pytest.raises(CheckpointError, match=r"a\.distcp: its bytes have changed: checksum \w+, expected \w+"):
+        newest_complete(tmp_path)
+
+
+def test_what_is_not_kept_goes(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        _checkpoint(tmp_path, step)
+    for step in (35, 60):  # interrupted: behind the newest complete one, and in front of it
+        step_directory(tmp_path, step).mkdir()
+    assert prune(tmp_path, None, 20) == []
+    assert len(list(tmp_path.glob("step_*"))) == 7
+    assert prune(tmp_path, 2, 20) == []
+    assert sorted(path.name[-2:] for path in tmp_path.glob("step_*")) == ["20", "40", "50", "60"]
+    assert prune(tmp_path, 1, None) == []
+    assert sorted(path.name[-2:] for path in tmp_path.glob("step_*")) == ["50", "60"]
+    assert newest_complete(tmp_path)[0].step == 50  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for step in (10, 20):
+        _checkpoint(tmp_path, step)
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    (failure,) = prune(tmp_path, 1, None)
+    assert "step_00000010 could not be deleted" in failure
+    assert newest_complete(tmp_path)[0].step == 20  # type: ignore[union-attr]
 
 
 def test_one_checkpoint_may_be_named_itself(tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ IMPOSSIBLE = {
         ["parallel.sequence_parallel=true", f"{TP}=2", "data.sequence_length=511"],
         ["training.micro_batch_size * data.sequence_length 511", f"{TP} 2", "change one of them"],
     ),
+    "kept at intervals alone": (
+        ["checkpoint.keep_every=1000"],
+        ["checkpoint.keep_every 1000 needs checkpoint.keep_last", "leave keep_every out"],
+    ),
     "gather without shards": (
         ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
         ["overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce", "False and False"],
