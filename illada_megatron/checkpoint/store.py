@@ -80,7 +80,7 @@ def finish(path: Path, step: int, config: dict[str, Any], files: Mapping[str, Fi
 
 def newest_complete(load_dir: Path, checksums: bool = True) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest complete and intact checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer
-    ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, so nothing is lost.
+    ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, nothing is lost.
 
     Every rank of a run calls it: they share the reading (checksums=False: only sizes are compared), and agree.
 
