@@ -6,8 +6,6 @@
 #include "cpu_kernels.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <array>
@@ -15,13 +13,12 @@
 #include <limits>
 #include <tuple>
 
-namespace illada {
-namespace {
-inline namespace CPU_CAPABILITY {
+#include "softcap.h"
 
-using Floats = at::vec::Vectorized<float>;
+namespace illada::CPU_CAPABILITY {
+namespace {
+
 constexpr int64_t kBlock = 4096;  // elements: 16 kB of floats
-constexpr int64_t kLanes = Floats::size();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A vector of T as one (float) or two (bf16, fp16) vectors of floats, and back.
@@ -60,17 +57,6 @@ Floats exponential(const Floats& x) {
   }
 }
 
-template <bool kCapped>
-Floats capped(const Floats& logit, float softcap) {
-  if constexpr (kCapped) {
-    return (logit / Floats(softcap)).tanh() * Floats(softcap);
-  } else {
-    return logit;
-  }
-}
-
-float capped(float logit, float softcap) { return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit; }
-
 template <typename T>
 bool misfit(int64_t count) {
   return count % Pack<T>::kSize != 0;
@@ -108,14 +94,6 @@ class Block {
   alignas(64) std::array<T, kBlock> buffer_;
 };
 
-float sum_lanes(const Floats& x) {
-  return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return a + b; }, x);
-}
-
-float largest_lane(const Floats& x) {
-  return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return at::vec::maximum(a, b); }, x);
-}
-
 // z of one vector of elements; those beyond the `left` real ones are -inf, which a softcap would lift to -softcap.
 template <typename T, bool kCapped>
 typename Pack<T>::Parts load_capped(const T* from, int64_t left, float softcap) {
@@ -142,7 +120,7 @@ float block_maximum(const T* block, int64_t count, float softcap) {
       largest[k] = at::vec::maximum(largest[k], parts[k]);
     }
   }
-  return largest_lane(Pack<T>::kParts == 1 ? largest[0] : at::vec::maximum(largest[0], largest[Pack<T>::kParts - 1]));
+  return largest_of(Pack<T>::kParts == 1 ? largest[0] : at::vec::maximum(largest[0], largest[Pack<T>::kParts - 1]));
 }
 
 template <typename T, bool kCapped>
@@ -155,7 +133,7 @@ float block_exp_sum(const T* block, int64_t count, float maximum, float softcap)
       sum[k] = sum[k] + exponential<T>(parts[k] - Floats(maximum));
     }
   }
-  return sum_lanes(Pack<T>::kParts == 1 ? sum[0] : sum[0] + sum[Pack<T>::kParts - 1]);
+  return sum_of(Pack<T>::kParts == 1 ? sum[0] : sum[0] + sum[Pack<T>::kParts - 1]);
 }
 
 // NaN where one of them is
@@ -278,13 +256,12 @@ void logits_to_gradient(const at::TensorBase& logits, const at::TensorBase& targ
   });
 }
 
-}  // namespace CPU_CAPABILITY
 }  // namespace
-}  // namespace illada
+}  // namespace illada::CPU_CAPABILITY
 
 namespace at::native {
 
-ALSO_REGISTER_AVX512_DISPATCH(illada_logit_statistics_stub, &illada::logit_statistics)
-ALSO_REGISTER_AVX512_DISPATCH(illada_logits_to_gradient_stub, &illada::logits_to_gradient)
+ALSO_REGISTER_AVX512_DISPATCH(illada_logit_statistics_stub, &illada::CPU_CAPABILITY::logit_statistics)
+ALSO_REGISTER_AVX512_DISPATCH(illada_logits_to_gradient_stub, &illada::CPU_CAPABILITY::logits_to_gradient)
 
 }  // namespace at::native

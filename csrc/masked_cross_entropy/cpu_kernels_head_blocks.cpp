@@ -14,6 +14,7 @@
 
 #include "../cpu/packing.h"
 #include "head_blocks.h"
+#include "softcap.h"
 
 namespace illada::CPU_CAPABILITY {
 namespace {
@@ -41,17 +42,6 @@ void for_parts(int64_t count, int64_t parts, const Function& function) {
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 int64_t parts_of(int64_t count) { return std::min<int64_t>(at::get_num_threads(), count); }
-
-template <bool kCapped>
-Floats capped(const Floats& logit, float softcap) {
-  if constexpr (kCapped) {
-    return (logit / Floats(softcap)).tanh() * Floats(softcap);
-  } else {
-    return logit;
-  }
-}
-
-float capped(float logit, float softcap) { return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit; }
 
 // Rows [count, width] and zeros below them, `total` in all.
 template <typename T>

@@ -25,14 +25,18 @@ class FileRecord(TypedDict):
 
 
 def seal(path: Path) -> dict[str, FileRecord]:
-    """Make all files below `path` durable and describe them, by name. Every rank calls it, when all have written."""
+    """Make all files below `path` durable and describe them, by name. Every rank calls it, when all have written.
+
+    The bytes are those that the file system gives back: what went wrong before, while they were written, is not seen.
+    Raises OSError.
+    """
     rank, _ = rank_and_size()
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != RECORD)
-    written = {
-        str(file.relative_to(path)): FileRecord(bytes=file.stat().st_size, xxh3_128=_synced_checksum(file))
-        for file in files
-        if _writer(file) == rank
-    }
+    written: dict[str, FileRecord] = {}
+    for file in files:
+        if _writer(file) == rank:
+            sync(file)
+            written[str(file.relative_to(path))] = FileRecord(bytes=file.stat().st_size, xxh3_128=_checksum(file))
     return dict(sorted((name, record) for part in gathered(written) for name, record in part.items()))
 
 
@@ -57,21 +61,21 @@ def damage(path: Path, files: Mapping[str, FileRecord], checksums: bool) -> str 
     return None
 
 
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _writer(file: Path) -> int:
     """The rank that wrote it: torch names data files __{rank}_{number}.distcp; rank 0 writes all others."""
     parts = file.name.split("_")
     named = file.suffix == ".distcp" and file.name.startswith("__") and parts[2].isdigit()
     rank = int(parts[2]) if named else 0
     return rank if rank < rank_and_size()[1] else 0
-
-
-def _synced_checksum(file: Path) -> str:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return _checksum(file)
 
 
 def _checksum(file: Path) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from illada_megatron.checkpoint.integrity import RECORD, FileRecord, damage
+from illada_megatron.checkpoint.integrity import RECORD, FileRecord, damage, sync
 from illada_megatron.checkpoint.together import gathered
 
 _POINTER = "latest"
@@ -87,7 +87,7 @@ def newest_complete(load_dir: Path, checksums: bool = True) -> tuple[CheckpointI
     Raises CheckpointError where the directory does not exist, or where checkpoints that were complete are damaged
     and no good one is left.
     """
-    if not load_dir.is_dir():
+    if not all(gathered(load_dir.is_dir())):
         raise CheckpointError(f"{load_dir}: no such directory; give checkpoint.load_dir of an earlier run")
     candidates = [load_dir] if load_dir.name.startswith(_PREFIX) else checkpoints_newest_first(load_dir)
     refused: list[str] = []
@@ -177,12 +177,4 @@ def _write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -75,4 +75,7 @@ class _Rows(torch.autograd.Function):
             total.index_put_((ids,), gradient, accumulate=True)
         else:
             total.index_add_(0, ids, gradient)
-        return hand_over(ctx.table) if ctx.only_user else None, None, None
+        if ctx.only_user:
+            return hand_over(ctx.table), None, None
+        ctx.table.grad_added_to_main_grad = False  # another's gradient comes, and is not: an earlier one may have been
+        return None, None, None

@@ -50,7 +50,7 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         recompute_num_layers=1 if recompute == "full" else None,
         # megatron-core's fusions go through torch.compile or TE; on a CPU they cost a compiler run in every process.
         bias_activation_fusion=device.is_cuda and implementation != "local",
-        # megatron-core's name for "take the spec's activation": ours is in mlp.py
+        # megatron-core's name for "take the spec's activation": ours is in activation.py
         use_te_activation_func=implementation == "local",
         bias_dropout_fusion=device.is_cuda,
         masked_softmax_fusion=False,

@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
+from illada_megatron.checkpoint.together import gathered
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.configured import epoch_problems, training_corpus, validation_corpus
 from illada_megatron.data.prefetch import Prefetcher
@@ -170,7 +171,7 @@ def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str
     others were refused."""
     save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
     refused: list[str] = []
-    if save_dir and Path(save_dir).is_dir():
+    if save_dir and gathered(Path(save_dir).is_dir())[0]:
         info, refused = newest_complete(Path(save_dir), config.checkpoint.verify)
         if info is not None:
             return info, refused

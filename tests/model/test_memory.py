@@ -51,9 +51,25 @@ def test_main_grad_gets_what_autograd_makes(
     wrapped.zero_grad_buffer()
     for _ in range(2):  # two micro-batches: the second adds to the first
         assert step(wrapped, 1 / 512 if loss_in_main_grad else None) == loss
+    table = wrapped.module.embedding.word_embeddings.weight
+    assert table.grad_added_to_main_grad == (loss_in_main_grad or not tied)  # nothing dense was made of its rows
     for (name, found), wanted in zip(wrapped.module.named_parameters(), plain.parameters(), strict=True):
         assert found.grad is None
         torch.testing.assert_close(found.main_grad, 2 * wanted.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_both_ways_in_one_step(tiny_config: RunConfig, single_process: Runtime) -> None:
+    """A micro-batch whose head's gradient is in main_grad, then one whose comes through autograd: both count."""
+    from illada_megatron.training.setup import wrap_data_parallel
+
+    plain = build(tiny_config, single_process)
+    step(plain, None)
+    (wrapped,) = wrap_data_parallel(tiny_config, [build(tiny_config, single_process)])
+    wrapped.zero_grad_buffer()
+    for grad_scale in (1 / 512, None):
+        step(wrapped, grad_scale)
+    found, wanted = (model.embedding.word_embeddings.weight for model in (wrapped.module, plain))
+    torch.testing.assert_close(found.main_grad, 2 * wanted.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_no_norm_and_no_activation_is_kept(tiny_config: RunConfig, single_process: Runtime) -> None:

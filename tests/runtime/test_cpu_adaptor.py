@@ -109,14 +109,26 @@ print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in layer.parame
     assert len(run[0].stdout) > 32
 
 
-def test_collectives_over_one_rank_and_in_place_copy_nothing(single_process: object) -> None:
-    """What a distributed optimizer of one rank asks for; other calls are gloo's own."""
+def test_collectives_over_one_rank_and_in_place_copy_nothing(
+    single_process: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a distributed optimizer of one rank asks for becomes gloo's all-reduce; other calls are gloo's own."""
     buffer, other = torch.arange(6.0), torch.empty(6)
+    reduced, all_reduce = [], torch.distributed.all_reduce
+
+    def watched(tensor: torch.Tensor, **options: object) -> object:
+        reduced.append(tensor)
+        return all_reduce(tensor, **options)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", watched)
     for collective in (torch.distributed.reduce_scatter_tensor, torch.distributed.all_gather_into_tensor):
         collective(buffer, buffer)
         assert torch.equal(buffer, torch.arange(6.0))
         collective(other.zero_(), buffer)
         assert torch.equal(other, buffer)
+    assert len(reduced) == 2
+    assert all(one is buffer for one in reduced)
+    monkeypatch.undo()
     with torch.distributed._coalescing_manager(None, async_ops=True) as handle:
         torch.distributed.reduce_scatter_tensor(buffer, buffer, async_op=True)
     handle.wait()
