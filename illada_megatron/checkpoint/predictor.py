@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.sharded import load_checkpoint
-from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
+from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
 

@@ -1,13 +1,10 @@
 """Which older checkpoints go when a newer one is complete."""
 
-import shutil
-from pathlib import Path
-
-from illada_megatron.checkpoint.integrity import RECORD
-from illada_megatron.checkpoint.store import checkpoints_newest_first, step_of
+from illada_megatron.checkpoint.storage import Folder
+from illada_megatron.checkpoint.store import RECORD, checkpoints_newest_first, step_of
 
 
-def prune(save_dir: Path, keep_last: int | None, keep_every: int | None) -> list[str]:
+def prune(save_dir: Folder, keep_last: int | None, keep_every: int | None) -> list[str]:
     """Delete what the configuration does not keep: all complete checkpoints but the newest `keep_last` (None: all are
     kept) and those whose step is a multiple of `keep_every`, and what interrupted saves left behind the newest.
 
@@ -16,18 +13,23 @@ def prune(save_dir: Path, keep_last: int | None, keep_every: int | None) -> list
     """
     if keep_last is None:
         return []
-    paths = checkpoints_newest_first(save_dir)
-    complete = [path for path in paths if (path / RECORD).is_file()]
+    try:
+        paths = checkpoints_newest_first(save_dir)
+    except OSError as error:
+        return [f"{save_dir} could not be listed: {error}"]
+    complete = [path for path in paths if path.size(RECORD) is not None]
     if not complete:
         return []
-    kept = {*complete[:keep_last], *(path for path in complete if keep_every and step_of(path) % keep_every == 0)}
+    newest = step_of(complete[0].name)
+    kept = {path.name for path in complete[:keep_last]}
+    kept |= {path.name for path in complete if keep_every and step_of(path.name) % keep_every == 0}
     failures = []
     for path in paths:
-        if path in kept or step_of(path) > step_of(complete[0]):
+        if path.name in kept or step_of(path.name) > newest:
             continue
         try:
-            (path / RECORD).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            path.remove(RECORD)
+            path.clear()
         except OSError as error:
             failures.append(f"{path} could not be deleted: {error}")
     return failures

@@ -1,118 +1,172 @@
-"""Saving and loading through megatron-core's dist_checkpointing: every tensor under its name in the whole model."""
+"""A run's state to and from a checkpoint's tensors: what a rank writes, and what it reads under whatever layout."""
 
-import pickle
-import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import Tensor, nn
 
-from illada_megatron.checkpoint import integrity, store
-from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.state import (
+    MAIN,
+    MOMENTS,
+    Held,
+    Shard,
+    adam_steps,
+    fill_moments,
+    held_parameters,
+    moment_name,
+    optimizer_shards,
+    optimizers,
+    set_adam_steps,
+)
+from illada_megatron.checkpoint.store import CheckpointInfo
+from illada_megatron.checkpoint.tensors import TensorReader
 from illada_megatron.config import RunConfig
 
-# The optimizer's state in the shape of the model's parameters: the only format that any TP, PP and DP can load.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
-# megatron-core's layers keep FP8 statistics there, nothing in fp32 and bf16. They are byte objects, which torch would
-# read with pickle.
-_EXTRA_STATE = "_extra_state"
+# Reading waits for the storage, not for the processor.
+_READERS = 8
 
 
-def save_checkpoint(
-    save_dir: Path,
-    step: int,
-    config: RunConfig,
-    chunks: Sequence[nn.Module],
-    optimizer: MegatronOptimizer,
-    progress: Mapping[str, Any],
-) -> Path:
-    """Save model, optimizer and `progress` (plain values, the same on every rank) as the checkpoint of `step`.
+@dataclass(frozen=True)
+class Part:
+    """A box that this rank writes."""
 
-    Every rank calls it. The pointer to the latest moves after all files are complete and durable. Returns the path.
-    """
-    path = store.step_directory(save_dir, step)
-    if dist.get_rank() == 0:
-        if path.exists():  # left by an interrupted save, or by a run that went on from an older checkpoint
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-    dist.barrier()
-    state = _sharded_state(chunks, optimizer, is_loading=False)
-    state["progress"] = dict(progress)
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
-    dist_checkpointing.save(state, str(path), strategy)
-    dist.barrier()
-    files = integrity.seal(path)
-    if dist.get_rank() == 0:
-        store.finish(path, step, config.model_dump(mode="json"), files)
-    dist.barrier()
-    return path
+    name: str
+    whole_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+    """A view of the live state."""
+
+
+def parts_to_save(
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, config: RunConfig
+) -> Iterator[Part]:
+    """Every box of the model's and the optimizer's state that this rank has to write: over all ranks each element comes
+    once. With the distributed optimizer a rank writes what it updates, else the ranks of a data-parallel group divide
+    each tensor among themselves."""
+    held = held_parameters(chunks, config.model)
+    shards = optimizer_shards(optimizer, held) if optimizer is not None else {}
+    sharded = optimizer is not None and any(isinstance(one, DistributedOptimizer) for one in optimizers(optimizer))
+    for item in held:
+        if not item.first_copy:
+            continue
+        name, shard = item.parameter.name, shards.get(item.parameter.name)
+        if sharded and shard is None:
+            continue
+        start, stop = (shard.start, shard.stop) if sharded and shard else _own_share(item.tensor.numel())
+        yield from _parts(item, name, item.tensor.detach().view(-1), 0, start, stop)
+        if shard is None:
+            continue
+        if shard.main.dtype != item.tensor.dtype:
+            yield from _parts(item, MAIN + name, shard.main.detach().view(-1), shard.start, start, stop)
+        for moment in MOMENTS:
+            if moment in shard.state:
+                flat = shard.state[moment].detach().view(-1)
+                yield from _parts(item, moment_name(moment, name), flat, shard.start, start, stop)
+
+
+def _parts(item: Held, name: str, flat: Tensor, begins_at: int, start: int, stop: int) -> Iterator[Part]:
+    """flat: elements of the rank's flattened parameter, or of its like, from `begins_at` on."""
+    for box in item.boxes(start, stop):
+        view = flat[box.start - begins_at : box.stop - begins_at].view(box.shape)
+        yield Part(name, item.parameter.shape, box.offset, view)
+
+
+def _own_share(numel: int) -> tuple[int, int]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    return numel * rank // size, numel * (rank + 1) // size
+
+
+def saved_progress(progress: dict[str, Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What a checkpoint says of the run beside its tensors."""
+    return {**progress, "optimizer_step": adam_steps(optimizer)}
 
 
 def load_checkpoint(
     info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Load a complete checkpoint into this rank's chunks and optimizer, whatever layout it was saved under.
 
-    optimizer: None to load weights only. Returns the `progress` it was saved with. Raises CheckpointError where the
+    chunks: in megatron-core's DDP or not. optimizer: None to load weights only. Returns the `progress` it was saved
+    with, None where the checkpoint is of weights alone (a run begins with them). Raises CheckpointError where the
     checkpoint is of another model.
     """
-    _check_model(info, config)
-    store.check_metadata(info.path)
-    _check_common(info.path / "common.pt")
-    if optimizer is not None:
-        _check_optimizer(info, config)
-    state = _sharded_state(chunks, optimizer, is_loading=True)
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(info.path)),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
-    try:
-        loaded = dist_checkpointing.load(state, str(info.path), strategy)
-    except CheckpointException as error:
-        raise CheckpointError(f"{info.path}: its files are damaged: {error}") from error
-    for index, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        if unexpected or (missing := [key for key in missing if not key.endswith(_EXTRA_STATE)]):
-            raise CheckpointError(f"{info.path}: keys that do not match the model: {missing}, {unexpected}")
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
-    return loaded["progress"]
-
-
-def _sharded_state(
-    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, is_loading: bool
-) -> dict[str, Any]:
-    models: dict[str, Any] = {}
-    for index, chunk in enumerate(chunks):
-        entries = chunk.sharded_state_dict(metadata=dict(_METADATA))  # type: ignore[operator]
-        models[f"model{index}"] = {key: entry for key, entry in entries.items() if not key.endswith(_EXTRA_STATE)}
+    check_model(info, config)
+    reader = TensorReader(info.path)
+    held = held_parameters([getattr(chunk, "module", chunk) for chunk in chunks], config.model)
     if optimizer is None:
-        return models
-    metadata = dict(_METADATA)
-    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)}
+        _read_all(reader, [part for item in held for part in _weights(item)])
+        return info.progress
+    if info.progress is None:
+        _read_all(reader, [part for item in held for part in _weights(item)])
+        optimizer.reload_model_params()
+        return None
+    shards = optimizer_shards(optimizer, held)
+    wanted = []
+    for item in held:
+        if (shard := shards.get(item.parameter.name)) is not None:
+            fill_moments(shard)
+            wanted += _optimizer_parts(reader, item, shard, info.progress["optimizer_step"])
+    _read_all(reader, wanted)
+    _spread_main_weights(chunks, optimizer)
+    set_adam_steps(optimizer, info.progress["optimizer_step"])
+    return info.progress
 
 
-def _check_model(info: CheckpointInfo, config: RunConfig) -> None:
+def _weights(item: Held) -> list[Part]:
+    return list(_parts(item, item.parameter.name, item.tensor.detach().view(-1), 0, 0, item.tensor.numel()))
+
+
+def _optimizer_parts(reader: TensorReader, item: Held, shard: Shard, steps: int) -> list[Part]:
+    """What the optimizer of this rank has to know; the weights follow from it."""
+    name = item.parameter.name
+    main_name = MAIN + name if MAIN + name in reader.tensors else name
+    tensors = [(main_name, shard.main)]
+    if steps:
+        tensors += [(moment_name(moment, name), shard.state[moment]) for moment in MOMENTS]
+    return [
+        part
+        for saved, tensor in tensors
+        for part in _parts(item, saved, tensor.detach().view(-1), shard.start, shard.start, shard.stop)
+    ]
+
+
+def _read_all(reader: TensorReader, parts: Sequence[Part]) -> None:
+    def read(part: Part) -> None:
+        target = part.tensor
+        if (known := reader.tensors.get(part.name)) is not None and known.shape != part.whole_shape:
+            raise CheckpointError(
+                f"{reader.place}: {part.name} has shape {known.shape}, this model's is {part.whole_shape}"
+            )
+        shape = tuple(target.shape)
+        if target.device.type == "cpu":
+            reader.read(part.name, part.offset, shape, out=target)
+        else:
+            target.copy_(reader.read(part.name, part.offset, shape))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(read, parts):
+            pass
+
+
+def _spread_main_weights(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:
+    """From the main weights that each rank has read to the weights that all compute with, as after a step."""
+    for one in optimizers(optimizer):
+        if hasattr(one, "_copy_main_params_to_model_params"):
+            one._copy_main_params_to_model_params()
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:  # type: ignore[union-attr]
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
+def check_model(info: CheckpointInfo, config: RunConfig) -> None:
     """A tensor of another size would be an obscure error, one of another meaning none at all."""
     saved, wanted = info.config["model"], config.model.model_dump(mode="json")
     irrelevant = ("max_sequence_length", "init_method_std", "embedding_init_std")
@@ -121,30 +175,9 @@ def _check_model(info: CheckpointInfo, config: RunConfig) -> None:
         for key, value in wanted.items()
         if saved.get(key) != value and key not in irrelevant
     ]
-    if different:
-        raise CheckpointError(f"{info.path}: a checkpoint of another model:\n  " + "\n  ".join(different))
-
-
-def _check_common(file: Path) -> None:
-    """megatron-core reads it with torch's unpickler for plain values, whose refusal does not name the file."""
-    try:
-        torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    if different and "model" not in config.checkpoint.allow_mismatch:
         raise CheckpointError(
-            f"{file}: the file is damaged, or holds more than plain values and is not a checkpoint's"
-        ) from error
-
-
-def _check_optimizer(info: CheckpointInfo, config: RunConfig) -> None:
-    saved, wanted = info.config["parallel"]["use_distributed_optimizer"], config.parallel.use_distributed_optimizer
-    if saved != wanted:
-        raise CheckpointError(
-            f"{info.path}: saved with parallel.use_distributed_optimizer={saved}, the configuration has {wanted}; "
-            f"continue with {saved}"
-        )
-    precision, now = info.config["training"]["precision"], config.training.precision
-    if precision != now:
-        raise CheckpointError(
-            f"{info.path}: saved with training.precision={precision}, the configuration has {now}; the optimizer's "
-            f"main weights differ: continue with {precision}"
+            f"{info.path}: a checkpoint of another model:\n  "
+            + "\n  ".join(different)
+            + '\n  correct the configuration, or set checkpoint.allow_mismatch=["model"] where that is meant'
         )

@@ -3,7 +3,7 @@
 torch is imported when it is asked: the command line knows checkpoints' errors without waiting for it.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -25,3 +25,29 @@ def gathered(value: Value) -> list[Value]:
     values: list[Value | None] = [None] * size
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def collected(value: Value, group: Any) -> list[Value]:
+    """Every rank's value on rank 0, an empty list on the others. All ranks call it.
+
+    group: over all ranks, for objects on the CPU; None: this process is alone.
+    """
+    if group is None:
+        return [value]
+    import torch.distributed as dist
+
+    rank, size = rank_and_size()
+    values: list[Value | None] | None = [None] * size if rank == 0 else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values or []  # type: ignore[return-value]
+
+
+def told(value: Value, group: Any) -> Value:
+    """Rank 0's value. All ranks call it; group: as in `collected`."""
+    if group is None:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]

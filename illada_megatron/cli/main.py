@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from illada_megatron.checkpoint.store import CheckpointError
+from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.cli import generate_command, preprocess_command, run_commands
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError

@@ -267,18 +267,24 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Directories, or `s3://bucket/prefix` (docs/checkpoint.md)."""
+
     save_dir: str | None = None
     """None: nothing is saved."""
     load_dir: str | None = None
     """Where to start from the first time. A checkpoint in save_dir goes first: a restarted run continues itself."""
     interval_steps: PositiveInt | None = None
     """None: only at the end and on SIGTERM/SIGINT."""
+    asynchronous: bool = True
+    """Write while the run goes on; it waits for a copy in memory only (as large as what a rank writes)."""
     keep_last: PositiveInt | None = None
     """Complete checkpoints that are kept; older ones go when a newer one is complete. None: all are kept."""
     keep_every: PositiveInt | None = None
     """Beside them, those whose step is a multiple of this."""
     verify: bool = True
     """Compare the checksum of every file before loading; False: its size only."""
+    allow_mismatch: list[Literal["model", "tokenizer", "data"]] = []
+    """What may differ from the run that saved the checkpoint; without it a difference is an error."""
 
 
 class LoggingConfig(Section):

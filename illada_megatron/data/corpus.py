@@ -91,6 +91,12 @@ class Corpus:
         starts = np.fromiter(map(self._start, sample_indices), dtype=np.int64, count=len(sample_indices))
         self._stream.read(starts, out, self.vocab_size)
 
+    def tokens_at(self, offsets: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """The `count` tokens from each of `offsets` of this part on: int64 [len(offsets), count]."""
+        tokens = np.empty((len(offsets), count), dtype=np.int64)
+        self._stream.read(self._first + offsets, tokens, self.vocab_size)
+        return tokens
+
     def document_starts(self, sample_index: int) -> NDArray[np.int64]:
         """Positions in (0, sequence_length) of a sample at which documents begin, ascending."""
         start = self._start(sample_index)

@@ -6,7 +6,6 @@ its own, keyed by the seed and the name, at counter i. A rank draws the rows it 
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,21 +13,8 @@ import torch
 from megatron.core import parallel_state
 
 from illada_megatron.config import ModelConfig
+from illada_megatron.config.parameters import EMBEDDING, HEAD, canonical_name
 from illada_megatron.model.mask_predictor import MaskPredictor
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EMBEDDING = "embedding.word_embeddings.weight"
-
-
-def canonical_name(name: str, layer_offset: int, tied: bool) -> str:
-    """The name of a parameter in the whole model.
-
-    name: as in `named_parameters()` of a stage; layer_offset: layers before this stage's first; tied: the head is the
-    embedding.
-    """
-    if tied and name == "output_layer.weight":
-        return _EMBEDDING
-    return _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + layer_offset}.", name)
 
 
 @torch.no_grad()
@@ -46,7 +32,7 @@ def fill_initial_weights(chunks: Sequence[MaskPredictor], model: ModelConfig, se
             full_name = canonical_name(name, chunk.layer_offset, model.tie_word_embeddings)
             values = _sharded_normal(seed, full_name, parameter.shape, rank, size)
             values *= _std(full_name, model)
-            if full_name in (_EMBEDDING, "output_layer.weight"):
+            if full_name in (EMBEDDING, HEAD):
                 values[max(0, model.vocab_size - rank * len(values)) :] = 0.0
             parameter.copy_(torch.from_numpy(values))
 
@@ -75,6 +61,6 @@ def _is_row_parallel(name: str) -> bool:
 
 
 def _std(name: str, model: ModelConfig) -> float:
-    if name == _EMBEDDING:
+    if name == EMBEDDING:
         return model.embedding_init_std or math.sqrt(1 / (2 * model.hidden_size))
     return model.init_method_std / (math.sqrt(2 * model.num_layers) if _is_row_parallel(name) else 1.0)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TextIO
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.validation import HeldOut
@@ -53,6 +55,7 @@ class Reporter:
         self._seconds_per_step: float | None = None
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
+        self._saved: dict[str, float] = {}
         if not enabled:
             return
         if config.logging.tensorboard_dir:
@@ -90,13 +93,36 @@ class Reporter:
         previous = self._seconds_per_step
         self._seconds_per_step = record.seconds if previous is None else 0.9 * previous + 0.1 * record.seconds
         if self._jsonl is not None:
-            self._jsonl.write(json.dumps(asdict(record)) + "\n")
+            self._jsonl.write(json.dumps({**asdict(record), **self._saved}) + "\n")
             self._jsonl.flush()
+            self._saved = {}
         if self._writer is not None:
             for name, value in self._scalars(record).items():
                 self._writer.add_scalar(name, value, record.step)
         if record.step % self.config.logging.interval_steps == 0 or record.step in (1, self.last_step):
             self.console.print(self._line(record))
+
+    def saves(self, outcomes: Sequence[SaveOutcome]) -> None:
+        """Log checkpoints that have become durable, or have not; in the JSONL log they stand with the next step."""
+        if not self.enabled:
+            return
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self.console.print(
+                    f"step {outcome.step}: could not be saved: {outcome.error}\n  the run goes on; the last good "
+                    "checkpoint stays, the next save tries again"
+                )
+                continue
+            self._saved = {"save_seconds": outcome.seconds, "save_stall_seconds": outcome.stall_seconds}
+            self.console.print(
+                f"saved {outcome.path}: {outcome.nbytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s, the run waited "
+                f"{outcome.stall_seconds:.2f} s"
+            )
+            for warning in outcome.warnings:
+                self.console.print(warning)
+            if self._writer is not None:
+                self._writer.add_scalar("checkpoint/save_seconds", outcome.seconds, outcome.step)
+                self._writer.add_scalar("checkpoint/stall_seconds", outcome.stall_seconds, outcome.step)
 
     def held_out(self, step: int, figures: HeldOut) -> None:
         """Log a validation."""

@@ -1,19 +1,22 @@
 """Everything a run is made of, built in order: model, optimizer, corpora, and where it goes on."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.sharded import load_checkpoint
-from illada_megatron.checkpoint.store import CheckpointError, CheckpointInfo, newest_complete
+from illada_megatron.checkpoint.storage import folder
+from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.checkpoint.together import gathered
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.fingerprint import differences, fingerprints
 from illada_megatron.data.prefetch import Prefetcher
 from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
@@ -34,6 +37,8 @@ class TrainingState:
     schedule: LearningRate
     source: BatchSource
     validation: BatchSource | None
+    fingerprints: dict[str, Any]
+    """Of what the run reads."""
     step: int = 0
     """Steps done."""
     consumed_samples: int = 0
@@ -57,7 +62,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
 
     Raises ConfigError, CheckpointError or the data package's error, naming what does not fit.
     """
-    source = _training_source(config, runtime)
+    tokenizer = _checked_tokenizer(config)
+    corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer)
+    source = BatchSource(corpus, config, runtime, config.training.seed)
     models = build_model_chunks(config, runtime.device)
     checkpoint, refused = _find_checkpoint(config)
     if checkpoint is None:
@@ -71,15 +78,11 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         schedule=LearningRate(config),
         source=source,
         validation=validation_source(config, runtime) if config.validation.interval_steps else None,
+        fingerprints=fingerprints(corpus, tokenizer),
     )
     state.notes += [f"refused {reason}" for reason in refused]
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, config, models, state.optimizer)
-        state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
-        state.schedule.load_state_dict(progress["schedule"])
-        state.notes.append(
-            f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
-        )
+        _restore(state, checkpoint)
     state.schedule.begin(state.step)
     _check_epochs(state)
     state.loader = source.prefetch(_slices(config, runtime, state.consumed_samples))
@@ -118,11 +121,38 @@ def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
-def _training_source(config: RunConfig, runtime: Runtime) -> BatchSource:
-    data, seed = config.data, config.training.seed
-    tokenizer = _checked_tokenizer(config)
-    corpus = training_corpus(data, seed, config.model.vocab_size, tokenizer)
-    return BatchSource(corpus, config, runtime, seed)
+def _restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
+    """Go on where a checkpoint was saved, or begin with its weights where no run of this program has trained them."""
+    if checkpoint.progress is not None:
+        _check_fingerprints(state, checkpoint)
+    progress = load_checkpoint(checkpoint, state.config, state.chunks, state.optimizer)
+    if progress is None:
+        state.notes.append(f"begins with the weights of {checkpoint.path}")
+        return
+    state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
+    state.schedule.load_state_dict(progress["schedule"])
+    state.notes.append(
+        f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
+    )
+
+
+def _check_fingerprints(state: TrainingState, checkpoint: CheckpointInfo) -> None:
+    """Other tokens under the same sample indices would be trained on without a word."""
+    allowed = state.config.checkpoint.allow_mismatch
+    lines = differences(checkpoint.fingerprints, state.fingerprints)
+    state.notes += [f"warning: {checkpoint.path}: {line} (allowed)" for line in lines if _kind(line) in allowed]
+    if refused := [line for line in lines if _kind(line) not in allowed]:
+        kinds = sorted({_kind(line) for line in refused})
+        raise CheckpointError(
+            f"{checkpoint.path}: the run that saved it read something else:\n  "
+            + "\n  ".join(refused)
+            + f"\n  correct the configuration, or set checkpoint.allow_mismatch={json.dumps(kinds)} where that is meant"
+        )
+
+
+def _kind(difference: str) -> str:
+    """ "tokenizer" or "data"."""
+    return difference.split(".")[0].split()[0]
 
 
 def _checked_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -171,13 +201,13 @@ def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str
     others were refused."""
     save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
     refused: list[str] = []
-    if save_dir and gathered(Path(save_dir).is_dir())[0]:
-        info, refused = newest_complete(Path(save_dir), config.checkpoint.verify)
+    if save_dir and gathered(folder(save_dir).exists())[0]:
+        info, refused = newest_complete(save_dir, config.checkpoint.verify)
         if info is not None:
             return info, refused
     if load_dir is None:
         return None, refused
-    info, more = newest_complete(Path(load_dir), config.checkpoint.verify)
+    info, more = newest_complete(load_dir, config.checkpoint.verify)
     if info is None:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
     return info, refused + more

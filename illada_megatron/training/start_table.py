@@ -71,7 +71,7 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
         *_corpus_rows(config, corpus),
-        ("checkpoints", config.checkpoint.save_dir or "none (checkpoint.save_dir is not set)"),
+        ("checkpoints", _checkpoints_text(config)),
     ]
 
 
@@ -88,3 +88,14 @@ def _corpus_rows(config: RunConfig, corpus: BlendedCorpus) -> list[tuple[str, st
         starts = ", ".join(f"{phase.from_tokens:,}" for phase in config.data.phases)
         rows.append(("blend changes", f"after {starts} tokens"))
     return rows
+
+
+def _checkpoints_text(config: RunConfig) -> str:
+    settings = config.checkpoint
+    if settings.save_dir is None:
+        return "none (checkpoint.save_dir is not set)"
+    every = f"every {settings.interval_steps} steps" if settings.interval_steps else "at the end"
+    how = "while the run goes on" if settings.asynchronous else "while the run waits"
+    kept = f", the newest {settings.keep_last} are kept" if settings.keep_last else ""
+    more = f" and every {settings.keep_every}th step" if settings.keep_every else ""
+    return f"{settings.save_dir}, {every}, {how}{kept}{more}"

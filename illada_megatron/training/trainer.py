@@ -3,11 +3,12 @@
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from illada_megatron.checkpoint.retention import prune
-from illada_megatron.checkpoint.sharded import save_checkpoint
-from illada_megatron.config import RunConfig, save_config
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.saver import Saver
+from illada_megatron.checkpoint.storage import folder
+from illada_megatron.config import RunConfig
+from illada_megatron.config.load import to_yaml
 from illada_megatron.runtime import runtime
 from illada_megatron.training.flops import training_flops
 from illada_megatron.training.metrics import StepSums, reduce_sums
@@ -42,9 +43,9 @@ def train(config: RunConfig) -> TrainResult:
             state.loader,
             Reporter(config, run.is_main, state.step, last_step) as reporter,
             StopSignals() as signals,
+            Saver(config, state.fingerprints, state.step) as saver,
         ):
             _announce(state, reporter)
-            saved_at = state.step
             stop = state.step >= last_step
             while not stop:
                 record, stop = train_step(state, stop_requested=signals.received is not None)
@@ -53,9 +54,9 @@ def train(config: RunConfig) -> TrainResult:
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     reporter.held_out(state.step, evaluate(config, run, state.chunks, state.validation))
                 if _due(config.checkpoint.interval_steps, state.step):
-                    saved_at = _save(state, reporter)
-            if saved_at != state.step:
-                _save(state, reporter)
+                    save(state, saver, reporter)
+                reporter.saves(saver.news())
+            save_last(state, saver, reporter)
             if state.step < last_step:
                 reporter.say(f"stopped by {signals.received or 'a signal to another rank'} after step {state.step}")
             return TrainResult(state.step, state.consumed_samples, signals.received if state.step < last_step else None)
@@ -127,28 +128,34 @@ def _announce(state: TrainingState, reporter: Reporter) -> None:
     for note in state.notes:
         reporter.say(note)
     if run.is_main and config.checkpoint.save_dir:
-        save_config(config, Path(config.checkpoint.save_dir) / "config.yaml")
+        place = folder(config.checkpoint.save_dir)
+        place.make()
+        place.replace("config.yaml", to_yaml(config).encode())
 
 
 def _due(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _save(state: TrainingState, reporter: Reporter) -> int:
-    """Save where the configuration says so; returns the step it is at."""
-    save_dir = state.config.checkpoint.save_dir
-    if save_dir is not None:
-        start = time.perf_counter()
-        path = save_checkpoint(
-            Path(save_dir), state.step, state.config, _unwrapped(state), state.optimizer, state.progress()
+def save(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
+    """Begin to save the state as it is now, where the configuration wants checkpoints."""
+    models = [chunk.module for chunk in state.chunks]
+    reporter.saves(saver.save(state.step, models, state.optimizer, state.progress()))
+
+
+def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
+    """Before the run ends: its last state is in a checkpoint, or the run says that it is not.
+
+    Raises CheckpointError where it cannot be saved.
+    """
+    reporter.saves(saver.wait())
+    if saver.place is None or saver.last_saved == state.step:
+        return
+    save(state, saver, reporter)
+    outcomes = saver.wait()
+    reporter.saves(outcomes)
+    if saver.last_saved != state.step:
+        raise CheckpointError(
+            f"step {state.step}: the run's last state could not be saved; the last good checkpoint is that of step "
+            f"{saver.last_saved}: mend what was reported above and start the run again, it goes on from there"
         )
-        reporter.say(f"saved {path} in {time.perf_counter() - start:.1f} s")
-        if state.runtime.is_main:
-            settings = state.config.checkpoint
-            for failure in prune(Path(save_dir), settings.keep_last, settings.keep_every):
-                reporter.say(failure)
-    return state.step
-
-
-def _unwrapped(state: TrainingState) -> list:
-    return [chunk.module for chunk in state.chunks]

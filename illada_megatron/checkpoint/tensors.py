@@ -1,0 +1,323 @@
+"""Tensors in torch.distributed.checkpoint's files, in boxes of any shape, written and read box by box.
+
+    .metadata          a pickle of torch's own dataclasses: shape and dtype of every tensor, where each piece lies
+    __{rank}_0.distcp  pieces one behind the other, each of them what torch.save writes for it
+
+torch and megatron-core read what is written here, and the other way round. Their own writers want every rank's whole
+state in one shape of grid and plan each save with all ranks; here a rank writes the ranges it owns, whatever their
+shape, and says afterwards what it wrote. Bytes go from the tensor's memory to the file and back without a copy.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.integrity import FileRecord
+from illada_megatron.checkpoint.metadata import read_metadata
+from illada_megatron.checkpoint.storage import Folder, folder
+
+PIECE_BYTES = 32 << 20
+"""Largest piece that is written (a single row may be larger): what a reader has to hold at a time."""
+_METADATA = ".metadata"
+# What megatron-core looks for beside them.
+_BACKEND = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}'
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor, and where its blob lies."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    """Of the blob, in bytes."""
+    length: int
+    """Of the blob, in bytes."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A whole tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[Piece]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """What one writer has written."""
+
+    tensors: dict[str, TensorInfo]
+    """With its own pieces only."""
+    files: dict[str, FileRecord]
+
+
+class TensorWriter:
+    """Writes boxes of tensors into one file of a checkpoint, as they come; `rank` tells the writers of a checkpoint
+    apart. Raises OSError."""
+
+    def __init__(self, place: Folder, rank: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
+        self._name = f"__{rank}_0.distcp"
+        self._sink = place.create(self._name)
+        self._piece_bytes = piece_bytes
+        self._tensors: dict[str, TensorInfo] = {}
+        self._digest = xxhash.xxh3_128()
+        self._position = 0
+
+    def write(
+        self, name: str, tensor: Tensor, offset: Sequence[int] | None = None, whole_shape: Sequence[int] | None = None
+    ) -> None:
+        """Write the box that begins at `offset` of tensor `name` of shape `whole_shape` (None: it is the whole)."""
+        tensor = tensor.detach().cpu().contiguous()
+        first = tuple(offset or (0,) * tensor.dim())
+        info = self._tensors.setdefault(name, TensorInfo(tuple(whole_shape or tensor.shape), tensor.dtype, []))
+        if tensor.numel() == 0:
+            return
+        for row, block in _pieces(tensor, self._piece_bytes):
+            at = (first[0] + row, *first[1:]) if first else ()
+            start = self._position
+            head, tail = _envelope(tensor.dtype, tuple(block.shape))
+            for part in (head, _bytes_of(block), tail):
+                self._append(part)
+            info.pieces.append(Piece(at, tuple(block.shape), self._name, start, self._position - start))
+
+    def close(self) -> WrittenPart:
+        """Make the file durable and say what is in it."""
+        self._sink.close()
+        return WrittenPart(
+            self._tensors, {self._name: FileRecord(bytes=self._position, xxh3_128=self._digest.hexdigest())}
+        )
+
+    def abandon(self) -> None:
+        """Give the file up."""
+        self._sink.abandon()
+
+    def _append(self, block: Any) -> None:
+        self._sink.write(block)
+        self._digest.update(block)
+        self._position += len(block)
+
+
+def write_metadata(place: Folder, parts: Sequence[WrittenPart]) -> dict[str, FileRecord]:
+    """Write `.metadata`, and what megatron-core looks for, when all writers are closed; one process calls it. Returns
+    the records of all files of the checkpoint."""
+    infos: dict[str, TensorInfo] = {}
+    for part in parts:
+        for name, info in part.tensors.items():
+            known = infos.setdefault(name, TensorInfo(info.shape, info.dtype, []))
+            if (known.shape, known.dtype) != (info.shape, info.dtype):
+                raise CheckpointError(
+                    f"{place}: {name} was written as {info.shape} {info.dtype} and as {known.shape} {known.dtype}"
+                )
+            known.pieces.extend(info.pieces)
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for name, info in infos.items():
+        size = torch.Size(info.shape)
+        if (found := sum(math.prod(piece.shape) for piece in info.pieces)) != size.numel():
+            raise CheckpointError(f"{place}: {found} of the {size.numel()} elements of {name} were written")
+        chunks = [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)) for piece in info.pieces]
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=info.dtype), size, chunks)
+        for index, piece in enumerate(info.pieces):
+            storage[MetadataIndex(name, piece.offset, index)] = _StorageInfo(piece.file, piece.start, piece.length)
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    files = {name: record for part in parts for name, record in part.files.items()}
+    for name, content in (
+        (_METADATA, pickle.dumps(Metadata(tensors, storage_data=storage))),
+        ("metadata.json", _BACKEND),
+        ("common.pt", empty.getvalue()),
+    ):
+        sink = place.create(name)
+        sink.write(content)
+        sink.close()
+        files[name] = FileRecord(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+    return dict(sorted(files.items()))
+
+
+class TensorReader:
+    """The tensors of a checkpoint by name; boxes are read straight from where they lie. Threads may share one.
+
+    Raises CheckpointError where `.metadata` is damaged or hostile.
+    """
+
+    def __init__(self, path: Any) -> None:
+        self.place = folder(path)
+        self.tensors: dict[str, TensorInfo] = {}
+        metadata = read_metadata(self.place, _METADATA)
+        for name, entry in metadata.state_dict_metadata.items():
+            pieces = []
+            for index, chunk in enumerate(entry.chunks):
+                where = metadata.storage_data[MetadataIndex(name, chunk.offsets, index)]
+                pieces.append(
+                    Piece(tuple(chunk.offsets), tuple(chunk.sizes), where.relative_path, where.offset, where.length)
+                )
+            self.tensors[name] = TensorInfo(tuple(entry.size), entry.properties.dtype, pieces)
+
+    def read(
+        self,
+        name: str,
+        offset: Sequence[int] | None = None,
+        shape: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The box of `shape` at `offset` (None: the whole tensor), into `out` where it is given, in out's dtype.
+
+        out: contiguous, on the CPU, with as many elements as the box. Raises CheckpointError where the checkpoint does
+        not hold all of the box.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.place}: holds no tensor {name}")
+        offset = tuple(offset if offset is not None else (0,) * len(info.shape))
+        shape = tuple(shape if shape is not None else info.shape)
+        result = torch.empty(shape, dtype=info.dtype) if out is None else out.view(shape)
+        filled = 0
+        for piece in info.pieces:
+            box = _overlap(offset, shape, piece)
+            if box is not None:
+                low, size = box
+                within = tuple(slice(a - b, a - b + n) for a, b, n in zip(low, offset, size, strict=True))
+                self._copy(name, info.dtype, piece, low, size, result[within])
+                filled += math.prod(size)
+        if filled != math.prod(shape):
+            raise CheckpointError(
+                f"{self.place}: holds {filled} of the {math.prod(shape)} elements of {name} at {offset}, shape {shape}"
+            )
+        return result
+
+    def _copy(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        piece: Piece,
+        low: tuple[int, ...],
+        size: tuple[int, ...],
+        target: Tensor,
+    ) -> None:
+        """The part of `piece` of shape `size` at `low` of the whole tensor into `target`."""
+        data = self._data_start(name, dtype, piece)
+        piece_shape, piece_offset = piece.shape, piece.offset
+        if not size:  # a scalar: as a vector of one
+            low, size, piece_shape, piece_offset, target = (0,), (1,), (1,), (0,), target.view(1)
+        row_elements = math.prod(piece_shape[1:])
+        first = low[0] - piece_offset[0]
+        rows = (size[0], *piece_shape[1:])
+        begin = data + first * row_elements * dtype.itemsize
+        if rows == size and target.is_contiguous() and target.dtype == dtype:
+            self.place.read_into(piece.file, begin, _bytes_of(target))
+            return
+        block = torch.empty(rows, dtype=dtype)
+        self.place.read_into(piece.file, begin, _bytes_of(block))
+        within = tuple(slice(a - b, a - b + n) for a, b, n in zip(low[1:], piece_offset[1:], size[1:], strict=True))
+        target.copy_(block[(slice(None), *within)])
+
+    def _data_start(self, name: str, dtype: torch.dtype, piece: Piece) -> int:
+        """Where the piece's elements begin in its file."""
+        head, tail = _envelope(dtype, piece.shape)
+        nbytes = math.prod(piece.shape) * dtype.itemsize
+        if piece.length == len(head) + nbytes + len(tail):
+            found = bytearray(len(head))
+            self.place.read_into(piece.file, piece.start, memoryview(found))
+            if found == head:
+                return piece.start + len(head)
+        # Written by another version of torch, or by another program: its zip archive says where the elements are.
+        with zipfile.ZipFile(io.BufferedReader(_Blob(self.place, piece))) as archive:
+            (data,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+            if data.file_size != nbytes or data.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{self.place}/{piece.file}: the piece of {name} at {piece.offset} has {data.file_size} bytes, "
+                    f"expected {nbytes} uncompressed ones; the file is not a checkpoint of torch"
+                )
+            with archive.open(data) as stream:
+                return piece.start + stream._orig_compress_start  # type: ignore[attr-defined]
+
+
+class _Blob(io.RawIOBase):
+    """One piece's blob as a file of its own, for zipfile."""
+
+    def __init__(self, place: Folder, piece: Piece) -> None:
+        self._place, self._piece, self._at = place, piece, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._piece.length}[whence]
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._piece.length - self._at))
+        if count:
+            self._place.read_into(self._piece.file, self._piece.start + self._at, memoryview(buffer)[:count])
+        self._at += count
+        return count
+
+
+def _overlap(
+    offset: tuple[int, ...], shape: tuple[int, ...], piece: Piece
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(offset, shape) in the whole tensor of what a box shares with a piece; None: nothing."""
+    low = tuple(map(max, offset, piece.offset))
+    high = tuple(min(a + n, b + m) for a, n, b, m in zip(offset, shape, piece.offset, piece.shape, strict=True))
+    size = tuple(b - a for a, b in zip(low, high, strict=True))
+    return (low, size) if all(length > 0 for length in size) else None
+
+
+def _pieces(tensor: Tensor, piece_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of at most `piece_bytes`, at least one row."""
+    if tensor.dim() == 0:
+        yield 0, tensor
+        return
+    rows = max(1, piece_bytes // max(1, tensor[0].numel() * tensor.itemsize))
+    for row in range(0, tensor.shape[0], rows):
+        yield row, tensor[row : row + rows]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4096)
+def _envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and behind a tensor's elements. Its checksum in there is of other elements: torch
+    does not look at it, and the files have their own."""
+    archive = io.BytesIO()
+    tensor = torch.empty(shape, dtype=dtype)
+    with torch.serialization.skip_data():
+        torch.save(tensor, archive)
+    content = archive.getbuffer()
+    archive.seek(0)
+    reader: Any = torch._C.PyTorchFileReader(archive)
+    start = reader.get_record_offset("data/0") if tensor.numel() else len(content)
+    return bytes(content[:start]), bytes(content[start + tensor.nbytes :])
