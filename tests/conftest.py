@@ -1,6 +1,11 @@
 """Shared fixtures."""
 
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +32,49 @@ def illada(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         return Outcome(exit_.value.code or 0, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URL of a bucket on a real S3 server of this machine; the environment says where it is, as a user's would."""
+    pytest.importorskip("moto.server")
+    pytest.importorskip("obstore")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    environment = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            _wait_for(endpoint, server)
+            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/illada-test", method="PUT"))
+            yield "s3://illada-test"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _wait_for(endpoint: str, server: subprocess.Popen) -> None:
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(endpoint)
+            return
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise RuntimeError(f"the S3 server ended with {server.returncode}")
 
 
 TINY = (

@@ -14,6 +14,7 @@ _MODULES = (
     "torch.distributed.checkpoint.planner",
 )
 _NAMES = (
+    *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")),
     *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool")),
 )

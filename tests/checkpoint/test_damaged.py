@@ -67,7 +67,7 @@ DAMAGES = {
     "record cut": (lambda path: _truncate(path / "checkpoint.json"), "checkpoint.json: not JSON"),
     "record of a later version": (
         lambda path: (path / "checkpoint.json").write_text('{"version": 99}'),
-        "version 99, this program reads 2",
+        "version 99, this program reads 3",
     ),
 }
 
@@ -156,8 +156,6 @@ def test_directory_without_checkpoint(command: str, tmp_path: Path, tiny_run: tu
         ("model.num_layers=4", "model.num_layers is 2 in the checkpoint, 4 in the configuration"),
         ("model.rotary_base=10000.0", "model.rotary_base is 500000.0 in the checkpoint, 10000.0 in the configuration"),
         ("model.mask_token_id=4", "model.mask_token_id is 5 in the checkpoint, 4 in the configuration"),
-        ("parallel.use_distributed_optimizer=false", "use_distributed_optimizer=True, the configuration has False"),
-        ("training.precision=bf16", "saved with training.precision=fp32, the configuration has bf16"),
     ],
 )
 def test_checkpoint_of_another_model(
@@ -196,7 +194,7 @@ def _refused(illada: Illada, tiny_run: tuple[str, ...], save_dir: Path, file: st
     for command in (["train", *tiny_run, f"checkpoint.load_dir={save_dir}"], ["evaluate", "--checkpoint", save_dir]):
         outcome = illada(*command)
         assert outcome.code == 2, outcome
-        assert str(save_dir / NEWEST / file) in outcome.err
+        assert f"{save_dir / NEWEST}{file}" in outcome.err
 
 
 @pytest.mark.parametrize("how", ["function of os", "builtin", "through an allowed module", "inside real metadata"])
@@ -223,11 +221,11 @@ def test_metadata_that_runs_code_is_refused(
     assert marker.exists()
     marker.rmdir()
     _hide(path, data)
-    _refused(illada, tiny_run, save_dir, ".metadata")
+    _refused(illada, tiny_run, save_dir, "/.metadata")
     assert not marker.exists()
 
 
-def test_weights_declared_as_objects_are_refused(
+def test_weights_declared_as_objects_are_not_read(
     save_dir: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
 ) -> None:
     """Harmless metadata can say that a weight is a pickled object; torch would unpickle it without any check."""
@@ -242,29 +240,29 @@ def test_weights_declared_as_objects_are_refused(
         del metadata.storage_data[index]
     metadata.storage_data[MetadataIndex(name)] = _StorageInfo("more.distcp", 0, len(buffer.getvalue()))
     _hide(directory / ".metadata", pickle.dumps(metadata))
-    _refused(illada, tiny_run, save_dir, ".metadata")
+    _refused(illada, tiny_run, save_dir, f": holds no tensor {name}")
     assert not marker.exists()
 
 
-def test_common_file_that_runs_code_is_refused(
-    save_dir: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
+def test_files_outside_of_the_checkpoint_are_not_read(
+    save_dir: Path, tiny_run: tuple[str, ...], illada: Illada
 ) -> None:
-    marker = tmp_path / "code_ran"
-    buffer = io.BytesIO()
-    torch.save({"progress": _Call(os.mkdir, str(marker))}, buffer)
-    _hide(save_dir / NEWEST / "common.pt", buffer.getvalue())
-    _refused(illada, tiny_run, save_dir, "common.pt")
-    assert not marker.exists()
+    directory = save_dir / NEWEST
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../{OLDER}/{info.relative_path}"
+    _hide(directory / ".metadata", pickle.dumps(metadata))
+    _refused(illada, tiny_run, save_dir, f"/.metadata: names the file ../{OLDER}/__0_0.distcp")
 
 
-@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_noise_with_the_right_checksum_is_refused(
     name: str, save_dir: Path, tiny_run: tuple[str, ...], illada: Illada
 ) -> None:
     """The record agrees (or checksums are skipped), the content is nonsense."""
     path = save_dir / NEWEST / name
     _hide(path, bytes(7 * i % 251 for i in range(path.stat().st_size)))
-    _refused(illada, tiny_run, save_dir, "" if name.endswith(".distcp") else name)
+    _refused(illada, tiny_run, save_dir, f"/{name}")
 
 
 def test_save_that_cannot_be_written(

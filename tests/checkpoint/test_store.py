@@ -4,19 +4,27 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import xxhash
 
-from illada_megatron.checkpoint.integrity import seal
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.integrity import FileRecord
 from illada_megatron.checkpoint.retention import prune
-from illada_megatron.checkpoint.store import CheckpointError, finish, newest_complete, step_directory
+from illada_megatron.checkpoint.storage import folder
+from illada_megatron.checkpoint.store import finish, newest_complete, step_directory
 
 
 def _checkpoint(save_dir: Path, step: int) -> Path:
-    path = step_directory(save_dir, step)
-    (path / "below").mkdir(parents=True)
-    (path / "a.distcp").write_bytes(b"12345")
-    (path / "below" / "b").write_bytes(b"")
-    finish(path, step, {"model": {"num_layers": step}}, seal(path))
-    return path
+    path = step_directory(folder(save_dir), step)
+    path.make()
+    files = {}
+    for name, content in (("a.distcp", b"12345"), ("b", b"")):
+        sink = path.create(name)
+        sink.write(content)
+        sink.close()
+        files[name] = FileRecord(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+    finish(path, step, {"model": {"num_layers": step}}, {"step": step}, files, {"tokenizer": "mine"})
+    return save_dir / path.name
 
 
 def test_newest_is_by_step_not_by_time_or_pointer(tmp_path: Path) -> None:
@@ -25,14 +33,12 @@ def test_newest_is_by_step_not_by_time_or_pointer(tmp_path: Path) -> None:
         _checkpoint(tmp_path, step)
     info, refused = newest_complete(tmp_path)
     assert info is not None
-    assert (info.step, info.path, info.config, refused) == (
-        30,
-        tmp_path / "step_00000030",
-        {"model": {"num_layers": 30}},
-        [],
-    )
+    assert (info.step, str(info.path), refused) == (30, f"{tmp_path}/step_00000030", [])
+    assert (info.config, info.progress) == ({"model": {"num_layers": 30}}, {"step": 30})
+    assert info.fingerprints == {"tokenizer": "mine"}
+    assert info.versions["torch"] == torch.__version__
     (tmp_path / "latest").unlink()
-    assert newest_complete(tmp_path)[0] == info
+    assert newest_complete(tmp_path)[0].step == 30  # type: ignore[union-attr]
 
 
 def test_pointer_names_what_was_finished_last(tmp_path: Path) -> None:
@@ -46,8 +52,8 @@ def test_pointer_names_what_was_finished_last(tmp_path: Path) -> None:
 def test_record_holds_every_file(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, 4)
     files = json.loads((path / "checkpoint.json").read_text())["files"]
-    assert {name: record["bytes"] for name, record in files.items()} == {"a.distcp": 5, "below/b": 0}
-    assert files["below/b"]["xxh3_128"] == "99aa06d3014798d86001c324468d497f"  # of nothing
+    assert {name: record["bytes"] for name, record in files.items()} == {"a.distcp": 5, "b": 0}
+    assert files["b"]["xxh3_128"] == "99aa06d3014798d86001c324468d497f"  # of nothing
 
 
 @pytest.mark.parametrize("bit", [0, 3, 7])
@@ -82,12 +88,12 @@ def test_what_is_not_kept_goes(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         _checkpoint(tmp_path, step)
     for step in (35, 60):  # interrupted: behind the newest complete one, and in front of it
-        step_directory(tmp_path, step).mkdir()
-    assert prune(tmp_path, None, 20) == []
+        step_directory(folder(tmp_path), step).make()
+    assert prune(folder(tmp_path), None, 20) == []
     assert len(list(tmp_path.glob("step_*"))) == 7
-    assert prune(tmp_path, 2, 20) == []
+    assert prune(folder(tmp_path), 2, 20) == []
     assert sorted(path.name[-2:] for path in tmp_path.glob("step_*")) == ["20", "40", "50", "60"]
-    assert prune(tmp_path, 1, None) == []
+    assert prune(folder(tmp_path), 1, None) == []
     assert sorted(path.name[-2:] for path in tmp_path.glob("step_*")) == ["50", "60"]
     assert newest_complete(tmp_path)[0].step == 50  # type: ignore[union-attr]
 
@@ -99,7 +105,7 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     for step in (10, 20):
         _checkpoint(tmp_path, step)
     monkeypatch.setattr("shutil.rmtree", refuse)
-    (failure,) = prune(tmp_path, 1, None)
+    (failure,) = prune(folder(tmp_path), 1, None)
     assert "step_00000010 could not be deleted" in failure
     assert newest_complete(tmp_path)[0].step == 20  # type: ignore[union-attr]
 

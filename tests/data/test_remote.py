@@ -1,12 +1,6 @@
 """Shards in object storage, on a real S3 server of this machine: the same samples as from the disk."""
 
 import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,47 +17,6 @@ pytest.importorskip("moto.server")
 
 LENGTH = 64
 BUCKET = "illada-test"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """URL of an empty bucket; the environment says where its server is, as a user's would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    environment = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            _wait_for(endpoint, server)
-            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT"))
-            yield f"s3://{BUCKET}"
-        finally:
-            server.terminate()
-            server.wait()
-
-
-def _wait_for(endpoint: str, server: subprocess.Popen) -> None:
-    while server.poll() is None:
-        try:
-            urllib.request.urlopen(endpoint)
-            return
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    raise RuntimeError(f"the S3 server ended with {server.returncode}")
 
 
 def _put(url: str, content: bytes) -> None:
