@@ -28,7 +28,7 @@ def saved_config(info: CheckpointInfo, overrides: Sequence[str] = ()) -> RunConf
     return load_config(info.config, overrides, source=str(info.path))
 
 
-def find_checkpoint(path: Path) -> CheckpointInfo:
+def find_checkpoint(path: str | Path) -> CheckpointInfo:
     """The newest complete checkpoint below `path`; says on stderr which newer ones were refused. Raises
     CheckpointError where there is none."""
     info, refused = newest_complete(path)
@@ -40,7 +40,7 @@ def find_checkpoint(path: Path) -> CheckpointInfo:
 
 
 @contextmanager
-def open_predictor(path: Path, device: str = "auto") -> Iterator[tuple[Predict, RunConfig]]:
+def open_predictor(path: str | Path, device: str = "auto") -> Iterator[tuple[Predict, RunConfig]]:
     """Yield (predict, configuration) for the newest complete checkpoint below `path`, whatever layout saved it.
 
     predict: tokens [b, s] int64 on the CPU -> logits [b, s, vocab_size] on the model's device. All ranks of the world

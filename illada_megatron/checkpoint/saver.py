@@ -66,12 +66,12 @@ class _Job:
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one, and calls it in the same order."""
 
-    def __init__(self, config: RunConfig, fingerprints: Mapping[str, Any], step: int) -> None:
-        """step: where the run begins, which is saved already or not worth it."""
+    def __init__(self, config: RunConfig, fingerprints: Mapping[str, Any], last_saved: int | None) -> None:
+        """last_saved: the step of the checkpoint of checkpoint.save_dir that the run continues from; None: none."""
         self.place = folder(config.checkpoint.save_dir) if config.checkpoint.save_dir else None
         """None: the configuration saves nothing."""
-        self.last_saved = step
-        """Step of the newest good checkpoint."""
+        self.last_saved = last_saved
+        """Step of the newest good checkpoint in `place`."""
         self._config, self._fingerprints = config, dict(fingerprints)
         several = self.place is not None and rank_and_size()[1] > 1
         self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT) if several else None
@@ -112,7 +112,6 @@ class Saver:
         self._outcome = None
         if not self._config.checkpoint.asynchronous:
             self._run(job)
-            self._stall = time.perf_counter() - begin
             return [*earlier, *self.news()]
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
@@ -126,7 +125,8 @@ class Saver:
         outcome, self._outcome, self._thread = self._outcome, None, None
         if outcome.error is None:
             self.last_saved = outcome.step
-        return [replace(outcome, stall_seconds=self._stall)]
+        stall = self._stall if self._config.checkpoint.asynchronous else outcome.seconds
+        return [replace(outcome, stall_seconds=stall)]
 
     def wait(self) -> list[SaveOutcome]:
         """Until nothing is being written."""

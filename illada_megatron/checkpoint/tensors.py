@@ -247,15 +247,28 @@ class TensorReader:
             if found == head:
                 return piece.start + len(head)
         # Written by another version of torch, or by another program: its zip archive says where the elements are.
-        with zipfile.ZipFile(io.BufferedReader(_Blob(self.place, piece))) as archive:
-            (data,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-            if data.file_size != nbytes or data.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(
-                    f"{self.place}/{piece.file}: the piece of {name} at {piece.offset} has {data.file_size} bytes, "
-                    f"expected {nbytes} uncompressed ones; the file is not a checkpoint of torch"
-                )
-            with archive.open(data) as stream:
-                return piece.start + stream._orig_compress_start  # type: ignore[attr-defined]
+        try:
+            with zipfile.ZipFile(io.BufferedReader(_Blob(self.place, piece))) as archive:
+                found_bytes, start = _data_record(archive)
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.place}/{piece.file}: damaged: no tensor of torch lies at byte {piece.start}: {error}"
+            ) from error
+        if found_bytes != nbytes:
+            raise CheckpointError(
+                f"{self.place}/{piece.file}: the piece of {name} at {piece.offset} has {found_bytes} bytes, expected "
+                f"{nbytes}; the file is not of this checkpoint"
+            )
+        return piece.start + start
+
+
+def _data_record(archive: zipfile.ZipFile) -> tuple[int, int]:
+    """(bytes, first byte) of the elements in what torch.save wrote for one tensor."""
+    records = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+    if not records or records[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError("its archive has no uncompressed data")
+    with archive.open(records[0]) as stream:  # reads the record's header, which zipfile alone does not
+        return records[0].file_size, stream._orig_compress_start  # type: ignore[attr-defined]
 
 
 class _Blob(io.RawIOBase):

@@ -20,7 +20,7 @@ _GAP = re.compile(r"<mask:(\d+)>")
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")],
+    checkpoint: Annotated[str, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; `<mask:N>` in it: N tokens to fill in.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The same, from a file.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's data.tokenizer_path.")] = None,

@@ -2,7 +2,6 @@
 second, and `illada preprocess` has no use for it."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -60,7 +59,7 @@ def evaluate(
     overrides: Overrides = None,
     config: ConfigOption = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")
+        str | None, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")
     ] = None,
     nproc: NprocOption = None,
 ) -> None:

@@ -1,7 +1,6 @@
 """The held-out bound of a checkpoint, or of the weights a run starts from, outside of a run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import load_checkpoint
@@ -14,7 +13,7 @@ from illada_megatron.training.validation import HeldOut, evaluate
 _THIS_WORLD = "parallel.data_parallel_size=null"
 
 
-def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint: Path | None) -> HeldOut | None:
+def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint: str | None) -> HeldOut | None:
     """Evaluate the newest checkpoint below `checkpoint`, with the configuration it was saved with, or, without one, the
     initial weights of `config` (a path or a preset). Every rank calls it; only rank 0 gets the figures.
 

@@ -42,6 +42,8 @@ class TrainingState:
     step: int = 0
     """Steps done."""
     consumed_samples: int = 0
+    saved_step: int | None = None
+    """The step of the checkpoint of save_dir that the run continues from."""
     notes: list[str] = field(default_factory=list)
     """What setup has to tell the user."""
 
@@ -131,6 +133,9 @@ def _restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
         return
     state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
     state.schedule.load_state_dict(progress["schedule"])
+    save_dir = state.config.checkpoint.save_dir
+    if save_dir and str(folder(save_dir)) == str(checkpoint.path.parent):
+        state.saved_step = state.step
     state.notes.append(
         f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
     )

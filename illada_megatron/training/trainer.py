@@ -43,7 +43,7 @@ def train(config: RunConfig) -> TrainResult:
             state.loader,
             Reporter(config, run.is_main, state.step, last_step) as reporter,
             StopSignals() as signals,
-            Saver(config, state.fingerprints, state.step) as saver,
+            Saver(config, state.fingerprints, state.saved_step) as saver,
         ):
             _announce(state, reporter)
             stop = state.step >= last_step
@@ -156,6 +156,7 @@ def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     reporter.saves(outcomes)
     if saver.last_saved != state.step:
         raise CheckpointError(
-            f"step {state.step}: the run's last state could not be saved; the last good checkpoint is that of step "
-            f"{saver.last_saved}: mend what was reported above and start the run again, it goes on from there"
+            f"step {state.step}: the run's last state could not be saved in {saver.place}: {outcomes[-1].error}; the "
+            f"last good checkpoint there is of step {saver.last_saved}: mend the cause and start the run again, it "
+            "goes on from there"
         )

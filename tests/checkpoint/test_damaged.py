@@ -15,7 +15,7 @@ from launch import Illada
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from illada_megatron.checkpoint.store import _own_checksum
+from illada_megatron.checkpoint.store import _own_checksum, newest_complete
 
 NEWEST, OLDER = "step_00000002", "step_00000001"
 
@@ -289,3 +289,20 @@ def test_disk_that_fails_while_saving_keeps_the_older_checkpoint(
     assert str(save_dir / "step_00000003") in outcome.err
     assert (save_dir / "latest").read_text() == f"{NEWEST}\n"
     assert _contents(save_dir / NEWEST) == before
+
+
+def test_every_file_truncated_changed_or_removed(save_dir: Path) -> None:
+    """One at a time: the older checkpoint is found, and the refusal names the file."""
+    before = _contents(save_dir / NEWEST)
+    assert len(before) == 5
+    for name, content in before.items():
+        for do in (_truncate, _flip, Path.unlink):
+            do(save_dir / NEWEST / name)
+            info, refused = newest_complete(save_dir)
+            assert info is not None
+            assert info.step == 1, (name, do)
+            assert name in refused[0], (name, do)
+            (save_dir / NEWEST / name).write_bytes(content)
+    info, refused = newest_complete(save_dir)
+    assert info is not None
+    assert (info.step, refused) == (2, [])

@@ -1,0 +1,190 @@
+"""Saving while the run goes on: the same checkpoints, on a disk that fails for a while, and in object storage."""
+
+import json
+import re
+import resource
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from corpus import write_corpus
+from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
+
+from illada_megatron.checkpoint.store import newest_complete
+from illada_megatron.checkpoint.tensors import TensorReader
+
+
+def assert_same_tensors(found: Path | str, expected: Path | str) -> None:
+    """Two checkpoints hold the same model and optimizer, bit for bit, in whatever pieces."""
+    ours, theirs = TensorReader(found), TensorReader(expected)
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name in theirs.tensors:
+        assert torch.equal(ours.read(name), theirs.read(name)), name
+
+
+def test_asynchronous_is_the_same_checkpoint(
+    two_steps: Path, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """A state that changed under the writer's hands would differ."""
+    jsonl = tmp_path / "steps.jsonl"
+    outcome = illada(
+        *("train", *tiny_run, "training.exit_steps=2", "checkpoint.interval_steps=1"),
+        *(f"checkpoint.save_dir={tmp_path}", "checkpoint.asynchronous=false", f"logging.jsonl_path={jsonl}"),
+    )
+    assert outcome.code == 0, outcome.err
+    for step in ("step_00000001", "step_00000002"):
+        assert_same_tensors(tmp_path / step, two_steps / step)
+    first, second = read_steps(jsonl)
+    assert "save_seconds" not in first
+    assert 0 < second["save_stall_seconds"] <= second["save_seconds"]
+
+
+def test_disk_full_for_a_while(tmp_path: Path) -> None:
+    """One rank of two cannot write more than some kilobytes a file: the run says so, keeps its last good checkpoint,
+    goes on, saves again when it can, and has computed what it would have."""
+    corpus = write_corpus(tmp_path / "corpus")
+    jsonl, save_dir = tmp_path / "steps.jsonl", tmp_path / "checkpoints"
+    arguments = [*SMALL, f"data.train_paths=[{corpus}]", "logging.interval_steps=1"]
+
+    def limit(launcher: psutil.Process) -> None:
+        wait_for_step(jsonl, 3, launcher)
+        rank = rank_processes(launcher)[1]
+        before = rank.rlimit(resource.RLIMIT_FSIZE)
+        rank.rlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+        wait_for_step(jsonl, 10, launcher)
+        rank.rlimit(resource.RLIMIT_FSIZE, before)
+
+    saving = [f"checkpoint.save_dir={save_dir}", "checkpoint.interval_steps=2", "checkpoint.keep_last=1"]
+    run = launch("train", [*arguments, *saving], 2, jsonl, limit)
+    assert run.process.returncode == 0, run.output
+    said = run.process.stdout
+    failed = [int(step) for step in re.findall(r"step (\d+): could not be saved: rank 1: .*File too large", said)]
+    assert failed, said
+    assert set(failed) <= {4, 6, 8, 10, 12}
+    saved = [int(step) for step in re.findall(r"saved \S+/step_(\d+):", said)]
+    assert 2 in saved
+    assert saved[-1] == 20
+    assert not set(failed) & set(saved)
+    assert [path.name for path in save_dir.glob("step_*")] == ["step_00000020"]
+    assert newest_complete(save_dir)[1] == []
+    assert [step["loss"] for step in run.steps] == [
+        step["loss"] for step in launch("train", arguments, 2, tmp_path / "undisturbed.jsonl").steps
+    ]
+
+
+def test_last_state_that_cannot_be_saved_is_an_error(
+    two_steps: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
+) -> None:
+    """Nobody has to read the log to know that the run's result is lost."""
+    (tmp_path / "step_00000003").write_text("in the way")
+    outcome = illada("train", *tiny_run, f"checkpoint.load_dir={two_steps}", f"checkpoint.save_dir={tmp_path}")
+    assert outcome.code == 2
+    assert "step 3: the run's last state could not be saved" in outcome.err
+
+
+def test_in_object_storage(s3: str, two_steps: Path, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
+    """Saved, found, checked, continued and evaluated there, as on a disk; what is damaged there is refused."""
+    place = f"{s3}/run"
+    arguments = ("train", *tiny_run, f"checkpoint.save_dir={place}", "checkpoint.interval_steps=1")
+    outcome = illada(*arguments, "training.exit_steps=2", "checkpoint.keep_last=2")
+    assert outcome.code == 0, outcome.err
+    assert_same_tensors(f"{place}/step_00000002", two_steps / "step_00000002")
+    jsonl, expected = tmp_path / "remote.jsonl", tmp_path / "local.jsonl"
+    outcome = illada(*arguments, "checkpoint.keep_last=2", f"logging.jsonl_path={jsonl}")
+    assert outcome.code == 0, outcome.err
+    assert f"continues from {place}/step_00000002: step 2" in outcome.out.replace("\n", "")
+    illada("train", *tiny_run, f"checkpoint.load_dir={two_steps}", f"logging.jsonl_path={expected}")
+    assert [step["loss"] for step in read_steps(jsonl)] == [step["loss"] for step in read_steps(expected)]
+    info, refused = newest_complete(place)
+    assert info is not None
+    assert (info.step, refused) == (3, [])
+    assert info.path.parent.folders() == ["step_00000002", "step_00000003"]
+    name = next(name for name in info.files if name.endswith(".distcp"))
+    content = bytearray(info.path.read(name))
+    content[len(content) // 2] ^= 1
+    info.path.replace(name, bytes(content))
+    older, refused = newest_complete(place)
+    assert older is not None
+    assert older.step == 2
+    assert "its bytes have changed" in refused[0]
+    outcome = illada("evaluate", "--checkpoint", place)
+    assert outcome.code == 0, outcome.err
+    assert "held-out bound" in outcome.out
+
+
+def test_other_data_is_an_error_unless_allowed(
+    two_steps: Path, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """The same sample indices would mean other tokens; the same tokens in other shards do not."""
+    other = tmp_path / "other"
+    write_corpus(other)
+    np.fromfile(tmp_path / "other.bin", dtype=np.uint16)[::-1].tofile(tmp_path / "other.bin")
+    load = f"checkpoint.load_dir={two_steps}"
+    for override, difference in (
+        (f"data.train_paths=[{other}]", "data.corpora. was"),
+        ("training.seed=5", "data.order.seed was 1234, is 5"),
+        ("data.sequence_length=16", "data.order.sequence_length was 32, is 16"),
+    ):
+        outcome = illada("train", *tiny_run, load, override)
+        assert outcome.code == 2, override
+        assert difference in outcome.err
+        assert 'set checkpoint.allow_mismatch=["data"]' in outcome.err
+        outcome = illada("train", *tiny_run, load, override, 'checkpoint.allow_mismatch=["data"]')
+        assert outcome.code == 0, outcome.err
+        assert f"warning: {two_steps}/step_00000002: {difference}" in outcome.out.replace("\n", "")
+    same = write_corpus(tmp_path / "same")
+    assert illada("train", *tiny_run, load, f"data.train_paths=[{same}]").code == 0
+
+
+def test_tokenizer_is_part_of_the_checkpoint(
+    two_steps: Path, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    save = f"checkpoint.save_dir={tmp_path / 'checkpoints'}"
+    tokenizer = tmp_path / "tokenizer.json"
+    words = {"[MASK]": 0} | {chr(97 + index): index + 1 for index in range(26)}
+    content = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "a"}}
+    tokenizer.write_text(json.dumps(content))
+    given = f"data.tokenizer_path={tokenizer}"
+    assert illada("train", *tiny_run, f"checkpoint.load_dir={two_steps}", given).code == 2  # it had none
+    outcome = illada("train", *tiny_run, save, given, "training.exit_steps=2")
+    assert outcome.code == 0, outcome.err
+    words["z"] = 30
+    tokenizer.write_text(json.dumps(content))
+    outcome = illada("train", *tiny_run, save, given)
+    assert outcome.code == 2
+    assert "tokenizer was" in outcome.err
+    assert illada("train", *tiny_run, save, given, 'checkpoint.allow_mismatch=["tokenizer"]').code == 0
+
+
+def test_model_that_may_differ(two_steps: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
+    """Another rotary base, say for a longer context, where it is meant; never another shape."""
+    allowed = ("train", *tiny_run, f"checkpoint.load_dir={two_steps}", 'checkpoint.allow_mismatch=["model"]')
+    assert illada(*allowed, "model.rotary_base=10000.0").code == 0
+    outcome = illada(*allowed, "model.ffn_hidden_size=64")
+    assert outcome.code == 2
+    assert "decoder.layers.0.mlp.linear_fc1.weight has shape (96, 32), this model's is (128, 32)" in outcome.err
+
+
+def _main(reader: TensorReader, name: str) -> torch.Tensor:
+    main = f"optimizer.main.{name}"
+    return reader.read(main if main in reader.tensors else name)
+
+
+@pytest.mark.parametrize("precisions", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_precision_may_change(
+    precisions: tuple[str, str], tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """The main weights are fp32 in both: nothing is lost on the way to fp32 and back."""
+    first, second = (f"training.precision={precision}" for precision in precisions)
+    there, back = (f"checkpoint.save_dir={tmp_path / name}" for name in ("there", "back"))
+    assert illada("train", *tiny_run, first, there, "training.exit_steps=2").code == 0
+    outcome = illada("train", *tiny_run, second, back, "training.exit_steps=2", f"checkpoint.load_dir={tmp_path}/there")
+    assert outcome.code == 0, outcome.err
+    saved = TensorReader(tmp_path / "there" / "step_00000002"), TensorReader(tmp_path / "back" / "step_00000002")
+    for name in saved[0].tensors:
+        if name.startswith("optimizer.exp"):
+            assert torch.equal(saved[0].read(name), saved[1].read(name)), name
+        elif not name.startswith("optimizer."):
+            assert torch.equal(*(_main(reader, name) for reader in saved)), name
