@@ -1,8 +1,9 @@
-"""Saving while the run goes on: a step waits for a copy of the state in memory, a thread writes it.
+"""Saving while the run goes on: a thread writes the state from where it lives until the optimizer is to change it.
 
-    save()   every rank copies what it has to write, which is the whole stall, and hands the copy to its thread
+    save()   hands this rank's part of the state to its thread, and returns
     thread   writes, makes durable, and tells the other ranks' threads through a process group of their own; when all
              have written, rank 0 makes it a checkpoint (`store.finish`) and deletes what is not kept any more
+    optimizer.step()   first waits until what is not written yet is copied (`handover.py`): the whole stall
     news()   between steps: what has become of it
 
 A save that fails on any rank (disk full, permission lost) is given up by all; the last good checkpoint stays, the run
@@ -11,7 +12,7 @@ goes on, and the next save tries again.
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.handover import Handover
 from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.sharded import Part, parts_to_save, saved_progress
+from illada_megatron.checkpoint.state import optimizers
 from illada_megatron.checkpoint.storage import Folder, folder
 from illada_megatron.checkpoint.tensors import TensorWriter, WrittenPart, write_metadata
 from illada_megatron.checkpoint.together import collected, rank_and_size, told
@@ -44,7 +47,7 @@ class SaveOutcome:
     step: int
     path: str
     stall_seconds: float
-    """The run waited so long."""
+    """The run waited so long: in `save` and before the optimizer's next step."""
     seconds: float
     """From the call to the durable checkpoint."""
     nbytes: int
@@ -58,7 +61,9 @@ class SaveOutcome:
 class _Job:
     path: Folder
     step: int
-    parts: list[Part]
+    parts: Iterable[Part]
+    stream: torch.cuda.Stream | None
+    """On a GPU: for the thread's copies, beside the run's work and behind what it had queued when it saved."""
     progress: dict[str, Any]
     begin: float
 
@@ -78,7 +83,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
         self._stall = 0.0
+        self._handover: Handover | None = None
         self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> "Saver":
         return self
@@ -88,6 +95,8 @@ class Saver:
     ) -> None:
         if self._thread is not None:
             self._thread.join(_LAST_WAIT_SECONDS if error is not None else None)
+        for hook in self._hooks:
+            hook.remove()
 
     def save(
         self, step: int, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, progress: Mapping[str, Any]
@@ -95,24 +104,25 @@ class Saver:
         """Save the state as it is now as the checkpoint of `step`; nothing where the configuration saves nothing.
         Returns at once with checkpoint.asynchronous, else when it is durable; with the outcomes known by then.
 
-        progress: plain values, the same on every rank. Raises what copying raises; what goes wrong with the files is
-        in the outcome.
+        progress: plain values, the same on every rank. What goes wrong with the files is in the outcome. Nothing but
+        this optimizer's step may change the state while it is written (`wait` first where something else does).
         """
         if self.place is None:
             return []
         begin = time.perf_counter()
         earlier = self.wait()
         parts = list(parts_to_save(chunks, optimizer, self._config))
-        if self._config.checkpoint.asynchronous:
-            parts = [replace(part, tensor=self._copy(part)) for part in parts]
-            if torch.cuda.is_available() and parts:
-                torch.cuda.synchronize()
         path = store.step_directory(self.place, step)
-        job = _Job(path, step, parts, saved_progress(dict(progress), optimizer), begin)
+        job = _Job(path, step, parts, _side_stream(parts), saved_progress(dict(progress), optimizer), begin)
         self._outcome = None
         if not self._config.checkpoint.asynchronous:
             self._run(job)
             return [*earlier, *self.news()]
+        if not self._hooks:
+            inner = [one.optimizer for one in optimizers(optimizer) if one.optimizer is not None]
+            self._hooks = [one.register_step_pre_hook(self._before_step) for one in inner]
+        self._handover = Handover(parts)
+        job = replace(job, parts=self._handover)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
         self._stall = time.perf_counter() - begin
@@ -134,6 +144,14 @@ class Saver:
             self._thread.join()
         return self.news()
 
+    def _before_step(self, *_: Any) -> None:
+        """The optimizer is about to change what is being written."""
+        if self._handover is not None:
+            begin = time.perf_counter()
+            self._handover.secure(self._copy)
+            self._handover = None
+            self._stall += time.perf_counter() - begin
+
     def _copy(self, part: Part) -> Tensor:
         """Into memory that is kept from save to save: new pages would cost more than the copy."""
         key = (part.name, part.offset)
@@ -141,7 +159,7 @@ class Saver:
         if kept is None or kept.shape != part.tensor.shape or kept.dtype != part.tensor.dtype:
             pinned = part.tensor.is_cuda
             kept = self._copies[key] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
-        return kept.copy_(part.tensor, non_blocking=True)
+        return kept.copy_(part.tensor)
 
     def _run(self, job: _Job) -> None:
         error: str | None
@@ -184,8 +202,9 @@ class Saver:
         writer = None
         try:
             writer = TensorWriter(job.path, rank)
-            for part in job.parts:
-                writer.write(part.name, part.tensor, part.offset, part.whole_shape)
+            with torch.cuda.stream(job.stream):  # None: no GPU, and nothing happens
+                for part in job.parts:
+                    writer.write(part.name, part.tensor, part.offset, part.whole_shape)
             return writer.close()
         except OSError as error:
             if writer is not None:
@@ -199,6 +218,15 @@ class Saver:
         settings = self._config.checkpoint
         warnings = prune(job.path.parent, settings.keep_last, settings.keep_every)
         return sum(record["bytes"] for record in files.values()), tuple(warnings)
+
+
+def _side_stream(parts: Sequence[Part]) -> torch.cuda.Stream | None:
+    device = next((part.tensor.device for part in parts if part.tensor.is_cuda), None)
+    if device is None:
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def _clear(job: _Job) -> None:

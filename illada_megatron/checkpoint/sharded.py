@@ -26,7 +26,7 @@ from illada_megatron.checkpoint.state import (
     set_adam_steps,
 )
 from illada_megatron.checkpoint.store import CheckpointInfo
-from illada_megatron.checkpoint.tensors import TensorReader
+from illada_megatron.checkpoint.tensors import PIECE_BYTES, TensorReader, row_pieces
 from illada_megatron.config import RunConfig
 
 # Reading waits for the storage, not for the processor.
@@ -75,7 +75,8 @@ def _parts(item: Held, name: str, flat: Tensor, begins_at: int, start: int, stop
     """flat: elements of the rank's flattened parameter, or of its like, from `begins_at` on."""
     for box in item.boxes(start, stop):
         view = flat[box.start - begins_at : box.stop - begins_at].view(box.shape)
-        yield Part(name, item.parameter.shape, box.offset, view)
+        for row, rows in row_pieces(view, PIECE_BYTES):
+            yield Part(name, item.parameter.shape, (box.offset[0] + row, *box.offset[1:]), rows)
 
 
 def _own_share(numel: int) -> tuple[int, int]:

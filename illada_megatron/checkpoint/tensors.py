@@ -98,7 +98,7 @@ class TensorWriter:
         info = self._tensors.setdefault(name, TensorInfo(tuple(whole_shape or tensor.shape), tensor.dtype, []))
         if tensor.numel() == 0:
             return
-        for row, block in _pieces(tensor, self._piece_bytes):
+        for row, block in row_pieces(tensor, self._piece_bytes):
             at = (first[0] + row, *first[1:]) if first else ()
             start = self._position
             head, tail = _envelope(tensor.dtype, tuple(block.shape))
@@ -306,7 +306,7 @@ def _overlap(
     return (low, size) if all(length > 0 for length in size) else None
 
 
-def _pieces(tensor: Tensor, piece_bytes: int) -> Iterator[tuple[int, Tensor]]:
+def row_pieces(tensor: Tensor, piece_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of at most `piece_bytes`, at least one row."""
     if tensor.dim() == 0:
         yield 0, tensor
