@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, preprocess, doctor."""
+"""`illada`: train, evaluate, generate, preprocess, sample, doctor."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import warnings
 import typer
 
 from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.cli import generate_command, preprocess_command, run_commands
+from illada_megatron.cli import generate_command, preprocess_command, run_commands, sample_command
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
 
@@ -26,6 +26,7 @@ app.command()(run_commands.train)
 app.command()(run_commands.evaluate)
 app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
+app.command()(sample_command.sample)
 app.command()(run_commands.doctor)
 
 
@@ -39,7 +40,8 @@ def main() -> None:
         app()
     except _USER_ERRORS as error:
         rank = os.environ.get("RANK")
-        if rank in (None, "0") or not isinstance(error, ConfigError):  # a wrong configuration is wrong on every rank
+        # a wrong configuration is wrong on every rank, and so is a loss
+        if rank in (None, "0") or not isinstance(error, ConfigError | FloatingPointError):
             where = f" (rank {rank})" if rank is not None else ""
             print(f"illada: error{where}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@ from illada_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
     DiffusionConfig,
+    FaultsConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,
@@ -35,6 +36,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
@@ -82,6 +84,11 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(
             f"checkpoint.keep_every {config.checkpoint.keep_every} needs checkpoint.keep_last, found null, which keeps "
             "every checkpoint: set it, or leave keep_every out"
+        )
+    if config.faults.on_bad_steps == "rollback" and not (config.checkpoint.save_dir or config.checkpoint.load_dir):
+        raise ValueError(
+            "faults.on_bad_steps rollback needs a checkpoint to go back to, found checkpoint.save_dir and load_dir "
+            "null: set checkpoint.save_dir and checkpoint.interval_steps, or faults.on_bad_steps=stop"
         )
     if parallel.sequence_parallel and tp == 1:
         raise ValueError(

@@ -287,6 +287,30 @@ class CheckpointConfig(Section):
     """What may differ from the run that saved the checkpoint; without it a difference is an error."""
 
 
+class FaultsConfig(Section):
+    """What a run does when a step, a rank or a machine misbehaves (docs/faults.md)."""
+
+    max_bad_steps: PositiveInt = 5
+    """A step whose loss or gradient norm is NaN or infinite changes nothing; so many in a row are too many..."""
+    on_bad_steps: Literal["stop", "rollback"] = "stop"
+    """...and the run ends with an error, or loads its newest checkpoint and goes on behind their samples."""
+    rollback_margin_steps: NonNegativeInt = 100
+    """rollback: the samples of so many steps before the first bad one are left out too, as far as they follow the
+    checkpoint: the same steps, done again, would lead to the same weights (PaLM, arXiv 2204.02311 section 5.1)."""
+    max_rollbacks: PositiveInt = 3
+    """rollback: to one and the same checkpoint; the run ends with an error where it then comes to bad steps again."""
+    spike_window_steps: Annotated[int, Field(ge=10)] | None = 100
+    """A step's loss is compared with those of so many good steps before it; None: it is not."""
+    spike_threshold: PositiveFloat = 8.0
+    """A spike lies above their median by more than this many standard deviations (1.4826 times the median absolute
+    deviation)."""
+    watchdog_seconds: PositiveInt | None = None
+    """A rank without a finished step for so long reports and exits; the first step, validations and savings have ten
+    times as long. None: nobody watches."""
+    straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.2
+    """A rank that computes longer than this many times the median of those that do the same is named."""
+
+
 class LoggingConfig(Section):
     tensorboard_dir: str | None = None
     interval_steps: PositiveInt = 10

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from illada_megatron.data.blend import BlendSchedule
-from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.corpus import Corpus, Origin
 
 
 class BlendedCorpus:
@@ -39,6 +39,11 @@ class BlendedCorpus:
         """Positions in (0, sequence_length) of a sample at which documents begin, ascending."""
         corpus, index = self._locate(sample_index)
         return corpus.document_starts(index)
+
+    def origin(self, sample_index: int) -> Origin:
+        """Where a sample comes from."""
+        corpus, index = self._locate(sample_index)
+        return corpus.origin(index)
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often each corpus was read when the first `num_samples` have been, by name."""

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,22 @@ from numpy.typing import NDArray
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.order import derive_key, permute
 from illada_megatron.data.shards import ShardList, list_shards
-from illada_megatron.data.stream import TokenStream
+from illada_megatron.data.stream import Piece, TokenStream
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample comes from."""
+
+    corpus: str
+    """Its name; "" where there is one."""
+    index: int
+    """Among the samples of that corpus."""
+    epoch: int
+    position: int
+    """In the order of that epoch, of `num_windows`."""
+    num_windows: int
+    pieces: list[Piece]
 
 
 class Corpus:
@@ -101,6 +117,13 @@ class Corpus:
         """Positions in (0, sequence_length) of a sample at which documents begin, ascending."""
         start = self._start(sample_index)
         return self._stream.document_starts(start, start + self.sequence_length) - start
+
+    def origin(self, sample_index: int) -> Origin:
+        """Where a sample comes from."""
+        start = self._start(sample_index)
+        epoch, position = self._split(sample_index)
+        pieces = self._stream.pieces(start, start + self.sequence_length)
+        return Origin(self.name, int(sample_index), epoch, position, self.num_windows, pieces)
 
     def _start(self, sample_index: int) -> int:
         """Stream offset of a sample's first token."""

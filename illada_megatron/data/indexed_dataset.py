@@ -4,6 +4,7 @@
 spelled out in csrc/indexed_dataset/builder.h. Reading, checking and writing are done in C++ (csrc/indexed_dataset/)."""
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,6 +171,10 @@ class IndexedDataset:
         """Stream offsets, ascending and each once, at which documents begin strictly inside (start, stop): what cuts
         the window [start, stop) into documents. int64; O(log documents + result)."""
         return self._index.document_starts(start, stop)
+
+    def document_at(self, token: int) -> int:
+        """The document that the token at this offset belongs to; O(log documents)."""
+        return bisect_right(range(self.num_documents), token, key=lambda one: self._index.document(one)[0]) - 1
 
     def verify(self, vocab_size: int | None = None, progress: Progress | None = None) -> ShardChecksums:
         """Check every entry of the index and, given vocab_size, every token; in one pass over each file, with

@@ -108,6 +108,10 @@ class RemoteIndex:
                 found.append(offset)
         return np.array(found, dtype=np.int64)
 
+    def document_at(self, token: int) -> int:
+        """The document that the token at this offset belongs to."""
+        return self._first_document_after(token) - 1
+
     def _first_document_after(self, token: int) -> int:
         low, high = 0, self._documents
         while low < high:

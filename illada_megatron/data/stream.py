@@ -1,6 +1,7 @@
 """The tokens of all shards of a corpus as one stream, wherever the shards are."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
@@ -14,6 +15,19 @@ from illada_megatron.data.remote import RemoteIndex, RemoteReader, is_remote
 from illada_megatron.data.shards import Shard
 
 _OPEN_INDEXES = 256
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one shard that follow each other."""
+
+    prefix: str
+    first_token: int
+    end_token: int
+    """Tokens [first_token, end_token) of the shard."""
+    first_document: int
+    last_document: int
+    """Which documents of the shard they belong to, counted from 0."""
 
 
 class TokenStream:
@@ -64,6 +78,20 @@ class TokenStream:
             found += (inside + offset).tolist()
             shard += 1
         return np.array(found, dtype=np.int64)
+
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """Where the tokens [start, stop) lie, shard by shard."""
+        found: list[Piece] = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            inside = start - int(self._starts[shard])
+            end = min(stop - int(self._starts[shard]), self._length(shard))
+            if end > inside:
+                index = self._index(shard)
+                documents = index.document_at(inside), index.document_at(end - 1)
+                found.append(Piece(self.shards[shard].prefix, inside, end, *documents))
+            start, shard = int(self._starts[shard]) + max(inside, end), shard + 1
+        return found
 
     def _length(self, shard: int) -> int:
         return self.shards[shard].tokens

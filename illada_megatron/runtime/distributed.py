@@ -75,6 +75,9 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
 def _init_torch_distributed(config: RunConfig, device: Device) -> None:
     backend = "nccl" if device.is_cuda else "gloo"
     timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
+    if config.faults.watchdog_seconds is not None:
+        # torch keeps so many collectives for the watchdog's report; read when the first process group is made
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if is_rank():
         dist.init_process_group(backend, timeout=timeout, device_id=device.torch_device if device.is_cuda else None)
     else:

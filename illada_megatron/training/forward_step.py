@@ -11,7 +11,7 @@ from torch import Tensor
 from illada_megatron.config import RunConfig
 from illada_megatron.data.blended_corpus import BlendedCorpus
 from illada_megatron.data.prefetch import Prefetcher
-from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments
+from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments, sample_t
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime import Runtime
@@ -60,11 +60,22 @@ class BatchSource:
         data = self.config.data
         return Prefetcher(self._build, iter(slices), data.loader_threads, data.prefetch_microbatches)
 
-    def _build(self, part: BatchSlice) -> Microbatch:
+    def samples(self, part: BatchSlice) -> list[int]:
+        """Sample indices of this data-parallel rank's micro-batch of a slice."""
+        return [part.first_sample + one % part.num_samples for one in self._slots(part)]
+
+    def times(self, first_sample: int, num_samples: int) -> list[float]:
+        """The diffusion time t of each sample of a range, drawn again: nothing is kept or sent."""
+        samples = range(first_sample, first_sample + num_samples)
+        return [sample_t(sample, self.config.diffusion, self.noise_seed) for sample in samples]
+
+    def _slots(self, part: BatchSlice) -> range:
         size, ranks = self.config.training.micro_batch_size, self.runtime.layout.data
         slot = (part.microbatch * ranks + self.runtime.data_parallel_rank) * size
-        slots = range(slot, slot + size)
-        indices = [part.first_sample + one % part.num_samples for one in slots]
+        return range(slot, slot + size)
+
+    def _build(self, part: BatchSlice) -> Microbatch:
+        slots, indices = self._slots(part), self.samples(part)
         config, pinned = self.config, self.runtime.device.is_cuda
         if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
             cu_seqlens, longest = make_segments(indices, self.corpus, config.diffusion, self.noise_seed)

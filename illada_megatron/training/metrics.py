@@ -10,7 +10,7 @@ from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 
 T_BUCKETS = 10
-_SCALARS = ("weighted", "cross_entropy", "masked", "squared_lengths", "stop")
+_SCALARS = ("weighted", "cross_entropy", "masked", "squared_lengths", "stop", "bad_gradient")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class StepSums:
     """sum over segments of length^2 (tokens^2)."""
     stop: bool
     """Some rank wants to stop."""
+    bad_gradient: bool
+    """Some rank found a gradient norm that is not finite."""
     bucket_cross_entropy: list[float]
     bucket_masked: list[float]
 
@@ -55,16 +57,19 @@ def microbatch_sums(loss: MaskedLoss, batch: MaskedBatch) -> Tensor:
     return sums
 
 
-def reduce_sums(local: list[Tensor], counts: bool, stop: bool, device: torch.device) -> StepSums:
+def reduce_sums(
+    local: list[Tensor], counts: bool, device: torch.device, stop: bool = False, bad_gradient: bool = False
+) -> StepSums:
     """Sum over micro-batches and all ranks: the one collective of a step that metrics cost.
 
     local: the vectors of this rank's micro-batches (last stage), else empty; counts: whether this rank speaks for its
-    tensor-parallel group, whose ranks all hold the same sums; stop: whether this rank wants to stop.
+    tensor-parallel group, whose ranks all hold the same sums; stop: whether this rank wants to stop; bad_gradient:
+    whether it found a gradient norm that is not finite.
     """
     total = torch.zeros(len(_SCALARS) + 2 * T_BUCKETS, dtype=torch.float64, device=device)
     if counts and local:
         total += torch.stack(local).sum(0)
-    total[4] = float(stop)
+    total[4], total[5] = float(stop), float(bad_gradient)
     dist.all_reduce(total)
     values = total.tolist()
     buckets = values[len(_SCALARS) :]
@@ -74,6 +79,7 @@ def reduce_sums(local: list[Tensor], counts: bool, stop: bool, device: torch.dev
         masked=round(values[2]),
         squared_lengths=round(values[3]),
         stop=values[4] > 0,
+        bad_gradient=values[5] > 0,
         bucket_cross_entropy=buckets[:T_BUCKETS],
         bucket_masked=buckets[T_BUCKETS:],
     )

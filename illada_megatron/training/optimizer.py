@@ -1,5 +1,6 @@
 """AdamW through megatron-core's optimizers (plain, or sharded over the data-parallel ranks)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,6 +112,25 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: flo
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global L2 norm of a step's gradients, which stay as they are, in the way of megatron-core's `optimizer.step`: its
+    first half. Not finite where any gradient is not. Every rank calls it; ranks of one model-parallel group (all ranks
+    with the distributed optimizer) get the same."""
+    if optimizer.prepare_grads():
+        return math.inf
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float) -> None:
+    """The second half: scale the gradients to `clip_grad` where their `norm` is above it (0: never), and update the
+    weights. Every rank calls it."""
+    if clip_grad > 0.0:
+        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if parameters := one.get_parameters():
+                clip_grads.clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
+    optimizer.step_with_ready_grads()
 
 
 def _uses_own_adamw() -> bool:

@@ -1,13 +1,15 @@
 """What the user sees of a run: tables and lines in the terminal, scalars in TensorBoard, one JSON object a step."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
@@ -15,6 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
+from illada_megatron.training.bad_steps import Rollback
+from illada_megatron.training.spikes import Spike
+from illada_megatron.training.stragglers import ComputeTimes
 from illada_megatron.training.validation import HeldOut
 
 
@@ -35,6 +40,8 @@ class StepRecord:
     tflops: float
     """Achieved TFLOP/s of a device."""
     mfu: float | None
+    first_sample: int
+    """The step took the samples [first_sample, consumed_samples)."""
     consumed_samples: int
     consumed_tokens: int
     epochs: dict[str, float]
@@ -42,6 +49,13 @@ class StepRecord:
     seconds: float
     data_wait_seconds: float
     """Of `seconds`: this rank's waiting for micro-batches."""
+    skipped: bool
+    """Loss or gradient norm is not finite: the step changed nothing."""
+    skipped_steps: int
+    """Of the run so far."""
+    bad_samples: list[int]
+    """Samples of the micro-batches whose loss is not finite."""
+    spike: Spike | None
 
 
 class Reporter:
@@ -56,8 +70,14 @@ class Reporter:
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
         self._saved: dict[str, float] = {}
-        if not enabled:
+        self._rollbacks: list[Rollback] = []
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        """Go on with the logs after `first_step`."""
+        if not self.enabled:
             return
+        config = self.config
         if config.logging.tensorboard_dir:
             # purge: what an interrupted run logged after the checkpoint that this one continues from
             self._writer = SummaryWriter(config.logging.tensorboard_dir, purge_step=first_step + 1)
@@ -70,6 +90,9 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
         if self._jsonl is not None:
@@ -93,14 +116,50 @@ class Reporter:
         previous = self._seconds_per_step
         self._seconds_per_step = record.seconds if previous is None else 0.9 * previous + 0.1 * record.seconds
         if self._jsonl is not None:
-            self._jsonl.write(json.dumps({**asdict(record), **self._saved}) + "\n")
+            more: dict[str, Any] = dict(self._saved)
+            if self._rollbacks and record.step == self._rollbacks[-1].to_step + 1:
+                more["rollbacks"] = [asdict(one) for one in self._rollbacks]
+            self._jsonl.write(json.dumps(_without_nan({**asdict(record), **more}), allow_nan=False) + "\n")
             self._jsonl.flush()
             self._saved = {}
         if self._writer is not None:
             for name, value in self._scalars(record).items():
-                self._writer.add_scalar(name, value, record.step)
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, record.step)
+        if record.skipped:
+            self._fault("skipped", record.step, skipped_text(record))
+        if record.spike is not None:
+            self._fault("spike", record.step, spike_text(record.spike), f"\nt: {record.spike.t}")
         if record.step % self.config.logging.interval_steps == 0 or record.step in (1, self.last_step):
             self.console.print(self._line(record))
+
+    def rolled_back(self, rollback: Rollback) -> None:
+        """Log a return to a checkpoint; the steps after it leave the logs, for they come again. In the JSONL log it
+        stands with the step that follows the checkpoint."""
+        if not self.enabled:
+            return
+        if self._rollbacks and self._rollbacks[-1].to_step != rollback.to_step:
+            self._rollbacks = []
+        self._rollbacks.append(rollback)
+        self._close()
+        self._open(rollback.to_step)
+        self._fault("rollback", rollback.to_step, rollback_text(rollback))
+
+    def compute_times(self, step: int, times: ComputeTimes) -> None:
+        """Log how long each rank computed, and name the slowest where it is well above the others."""
+        if not self.enabled:
+            return
+        if self._writer is not None:
+            for name, value in times.scalars().items():
+                self._writer.add_scalar(f"stragglers/{name}", value, step)
+        if (text := times.straggler(self.config.faults.straggler_ratio)) is not None:
+            self._fault("straggler", step, text)
+
+    def _fault(self, kind: str, step: int, text: str, more: str = "") -> None:
+        """What someone may have to look at: in the terminal at any interval, and among TensorBoard's texts."""
+        self.console.print(f"step {step:>7}  {text}")
+        if self._writer is not None:
+            self._writer.add_text(f"faults/{kind}", text + more, step)
 
     def saves(self, outcomes: Sequence[SaveOutcome]) -> None:
         """Log checkpoints that have become durable, or have not; in the JSONL log they stand with the next step."""
@@ -158,6 +217,7 @@ class Reporter:
             "progress/consumed_samples": record.consumed_samples,
             "progress/consumed_tokens": record.consumed_tokens,
             "speed/data_wait_seconds": record.data_wait_seconds,
+            "faults/skipped_steps": record.skipped_steps,
         }
         for name, epochs in record.epochs.items():
             scalars[f"progress/epoch/{name}" if name else "progress/epoch"] = epochs
@@ -168,6 +228,17 @@ class Reporter:
             if value is not None:
                 scalars[f"masked_cross_entropy_by_t_nats/{bucket * width:.1f}-{(bucket + 1) * width:.1f}"] = value
         return scalars
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return value
 
 
 def _continue_log(path: Path, first_step: int) -> TextIO:
@@ -184,3 +255,36 @@ def _continue_log(path: Path, first_step: int) -> TextIO:
         temporary.write_text("".join(kept))
         temporary.replace(path)
     return path.open("a")
+
+
+def skipped_text(record: StepRecord) -> str:
+    """A bad step, for the terminal."""
+    where = f"; not finite in {_list(record.bad_samples)}" if record.bad_samples else ""
+    return (
+        f"skipped: loss {record.loss:.4f}, grad norm {record.grad_norm:.3f}, samples {record.first_sample} to "
+        f"{record.consumed_samples - 1}{where}; weights and optimizer stay as they were"
+    )
+
+
+def spike_text(spike: Spike) -> str:
+    """A loss spike, for the terminal."""
+    excess = (spike.loss - spike.median) / spike.standard_deviation
+    return (
+        f"loss spike: {spike.loss:.4f} nats/token is {excess:.1f} standard deviations above the median "
+        f"{spike.median:.4f}; samples {spike.first_sample} to {spike.end_sample - 1}, "
+        f"t {min(spike.t):.3f} to {max(spike.t):.3f}, mean {fmean(spike.t):.3f} (`illada sample INDEX` shows them)"
+    )
+
+
+def rollback_text(rollback: Rollback) -> str:
+    """A return to a checkpoint, for the terminal."""
+    return (
+        f"rolled back from step {rollback.from_step} to {rollback.checkpoint}: "
+        f"{len(rollback.bad_samples)} bad steps in a row; samples {rollback.first_sample} to "
+        f"{rollback.end_sample - 1} are passed over from now on"
+    )
+
+
+def _list(samples: Sequence[int]) -> str:
+    shown = ", ".join(map(str, samples[:8]))
+    return f"{shown} and {len(samples) - 8} more" if len(samples) > 8 else shown

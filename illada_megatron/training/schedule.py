@@ -1,6 +1,7 @@
 """What a step's learning rate and batch size are."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +20,22 @@ def global_batch_size(config: RunConfig, consumed_samples: int) -> int:
     return start + int(consumed_samples * increments / samples) * increment
 
 
-def samples_of_run(config: RunConfig, step: int, consumed_samples: int) -> int:
-    """Samples consumed at training.train_steps by a run that has consumed `consumed_samples` at `step`."""
+def next_batch(config: RunConfig, consumed_samples: int, skipped: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(first sample, number of samples) of the step that follows `consumed_samples`.
+
+    skipped: ranges [first, end) that no step takes, ascending. A step that would touch one begins behind it: a batch is
+    always a run of samples, and the same after a restart and in any layout.
+    """
+    for first, end in skipped:
+        if consumed_samples < end and consumed_samples + global_batch_size(config, consumed_samples) > first:
+            consumed_samples = end
+    return consumed_samples, global_batch_size(config, consumed_samples)
+
+
+def samples_of_run(config: RunConfig, step: int, consumed_samples: int, skipped: Sequence[tuple[int, int]] = ()) -> int:
+    """Samples consumed at training.train_steps by a run that has consumed `consumed_samples` at `step`; those that it
+    is yet to pass over (`skipped`) count."""
+    consumed_samples += sum(max(0, end - max(first, consumed_samples)) for first, end in skipped)
     while step < config.training.train_steps:
         size = global_batch_size(config, consumed_samples)
         if size == config.training.global_batch_size:  # no more of the ramp-up: the rest is a product

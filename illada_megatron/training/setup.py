@@ -21,9 +21,12 @@ from illada_megatron.data.prefetch import Prefetcher
 from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
+from illada_megatron.training.bad_steps import BadSteps
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch
 from illada_megatron.training.optimizer import build_optimizer
-from illada_megatron.training.schedule import LearningRate, global_batch_size, samples_of_run
+from illada_megatron.training.schedule import LearningRate, next_batch, samples_of_run
+from illada_megatron.training.spikes import SpikeDetector
+from illada_megatron.training.stragglers import ComputeClock
 
 
 @dataclass
@@ -39,6 +42,9 @@ class TrainingState:
     validation: BatchSource | None
     fingerprints: dict[str, Any]
     """Of what the run reads."""
+    bad_steps: BadSteps
+    spikes: SpikeDetector
+    clock: ComputeClock
     step: int = 0
     """Steps done."""
     consumed_samples: int = 0
@@ -48,7 +54,11 @@ class TrainingState:
     """What setup has to tell the user."""
 
     loader: Prefetcher[BatchSlice, Microbatch] = field(init=False)
-    """The micro-batches from `step` on; whoever ends the run closes it."""
+    """The micro-batches from `step` on."""
+
+    def close(self) -> None:
+        """End what works ahead."""
+        self.loader.close()
 
     def progress(self) -> dict[str, Any]:
         """The part of a checkpoint that is not tensors."""
@@ -56,6 +66,8 @@ class TrainingState:
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "schedule": self.schedule.state_dict(),
+            "bad_steps": self.bad_steps.state_dict(),
+            "spikes": self.spikes.state_dict(),
         }
 
 
@@ -68,7 +80,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer)
     source = BatchSource(corpus, config, runtime, config.training.seed)
     models = build_model_chunks(config, runtime.device)
-    checkpoint, refused = _find_checkpoint(config)
+    checkpoint, refused = find_checkpoint(config)
     if checkpoint is None:
         fill_initial_weights(models, config.model, config.training.seed)
     chunks = wrap_data_parallel(config, models)
@@ -81,13 +93,17 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         source=source,
         validation=validation_source(config, runtime) if config.validation.interval_steps else None,
         fingerprints=fingerprints(corpus, tokenizer),
+        bad_steps=BadSteps(config.faults),
+        spikes=SpikeDetector(config.faults),
+        clock=ComputeClock(runtime.device.is_cuda),
     )
+    models[0].config.timers = state.clock
     state.notes += [f"refused {reason}" for reason in refused]
     if checkpoint is not None:
-        _restore(state, checkpoint)
+        restore(state, checkpoint)
     state.schedule.begin(state.step)
     _check_epochs(state)
-    state.loader = source.prefetch(_slices(config, runtime, state.consumed_samples))
+    state.loader = source.prefetch(slices(state))
     return state
 
 
@@ -123,7 +139,7 @@ def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
-def _restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
+def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     """Go on where a checkpoint was saved, or begin with its weights where no run of this program has trained them."""
     if checkpoint.progress is not None:
         _check_fingerprints(state, checkpoint)
@@ -133,6 +149,8 @@ def _restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
         return
     state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
     state.schedule.load_state_dict(progress["schedule"])
+    state.bad_steps.load_state_dict(progress.get("bad_steps", {}))
+    state.spikes.load_state_dict(progress.get("spikes", {}))
     save_dir = state.config.checkpoint.save_dir
     if save_dir and str(folder(save_dir)) == str(checkpoint.path.parent):
         state.saved_step = state.step
@@ -181,7 +199,7 @@ def _checked_tokenizer(config: RunConfig) -> Tokenizer | None:
 def _check_epochs(state: TrainingState) -> None:
     """Before anything is trained: the order is known to its end, so is what it repeats."""
     config = state.config
-    samples = samples_of_run(config, state.step, state.consumed_samples)
+    samples = samples_of_run(config, state.step, state.consumed_samples, state.bad_steps.skipped_samples)
     problems = epoch_problems(state.source.corpus, config.data, samples)
     if problems and config.data.epoch_limit == "error":
         raise ConfigError(
@@ -191,17 +209,19 @@ def _check_epochs(state: TrainingState) -> None:
     state.notes += [f"warning: {problem}" for problem in problems]
 
 
-def _slices(config: RunConfig, runtime: Runtime, consumed_samples: int) -> Iterator[BatchSlice]:
-    """All micro-batches behind `consumed_samples`, without end: the loop knows when to stop."""
-    per_microbatch = config.training.micro_batch_size * runtime.layout.data
+def slices(state: TrainingState) -> Iterator[BatchSlice]:
+    """All micro-batches from where the run is, without end: the loop knows when to stop."""
+    config, consumed_samples = state.config, state.consumed_samples
+    skipped = tuple(state.bad_steps.skipped_samples)
+    per_microbatch = config.training.micro_batch_size * state.runtime.layout.data
     while True:
-        size = global_batch_size(config, consumed_samples)
+        first, size = next_batch(config, consumed_samples, skipped)
         for microbatch in range(size // per_microbatch):
-            yield BatchSlice(consumed_samples, size, microbatch)
-        consumed_samples += size
+            yield BatchSlice(first, size, microbatch)
+        consumed_samples = first + size
 
 
-def _find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str]]:
+def find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str]]:
     """The checkpoint to continue from (save_dir's if it has one, else load_dir's, which has to have one), and why
     others were refused."""
     save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir

@@ -2,7 +2,9 @@
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.saver import Saver
@@ -10,15 +12,19 @@ from illada_megatron.checkpoint.storage import folder
 from illada_megatron.config import RunConfig
 from illada_megatron.config.load import to_yaml
 from illada_megatron.runtime import runtime
+from illada_megatron.training.bad_steps import BadStep
 from illada_megatron.training.flops import training_flops
 from illada_megatron.training.metrics import StepSums, reduce_sums
-from illada_megatron.training.optimizer import set_learning_rate
+from illada_megatron.training.optimizer import apply_gradients, gradient_norm, set_learning_rate
 from illada_megatron.training.reporter import Reporter, StepRecord
-from illada_megatron.training.schedule import global_batch_size
+from illada_megatron.training.rollback import bad_samples, recover
+from illada_megatron.training.schedule import next_batch
 from illada_megatron.training.setup import TrainingState, setup
 from illada_megatron.training.signals import StopSignals
+from illada_megatron.training.spikes import Spike
 from illada_megatron.training.start_table import start_table
 from illada_megatron.training.validation import evaluate, run_schedule, speaks_for_tensor_group
+from illada_megatron.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -32,30 +38,48 @@ class TrainResult:
 
 
 def train(config: RunConfig) -> TrainResult:
-    """Train until training.exit_steps (or train_steps), or until SIGTERM or SIGINT, which save first.
+    """Train until training.exit_steps (or train_steps), or until SIGTERM, SIGINT or SIGUSR1, which save first.
 
-    Every rank calls it, under torchrun or alone. Raises ConfigError, CheckpointError or the data package's error.
+    Every rank calls it, under torchrun or alone. Raises ConfigError, CheckpointError or the data package's error, and
+    FloatingPointError where too many steps in a row were bad (faults.max_bad_steps).
     """
     with runtime(config) as run:
         state = setup(config, run)
         last_step = min(config.training.exit_steps or config.training.train_steps, config.training.train_steps)
         with (
-            state.loader,
+            closing(state),
             Reporter(config, run.is_main, state.step, last_step) as reporter,
             StopSignals() as signals,
             Saver(config, state.fingerprints, state.saved_step) as saver,
+            Watchdog(config.faults.watchdog_seconds, run.rank) as watchdog,
         ):
             _announce(state, reporter)
-            stop = state.step >= last_step
+            first_step, save_due, stop = state.step, False, state.step >= last_step
             while not stop:
+                watchdog.now("step" if state.step > first_step else "first step", state.step + 1)
                 record, stop = train_step(state, stop_requested=signals.received is not None)
                 reporter.step(record)
+                if _due(config.logging.interval_steps, state.step):
+                    reporter.compute_times(state.step, state.clock.gather(run))
+                if state.bad_steps.too_many:
+                    watchdog.now("rollback", state.step)
+                    reporter.saves(saver.wait())
+                    reporter.rolled_back(recover(state))
+                    # where the run is now is saved already, and measured
+                    first_step, saver.last_saved, save_due = state.step, state.saved_step, False
+                    continue
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
+                    watchdog.now("validation", state.step)
                     reporter.held_out(state.step, evaluate(config, run, state.chunks, state.validation))
-                if _due(config.checkpoint.interval_steps, state.step):
+                # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
+                save_due |= _due(config.checkpoint.interval_steps, state.step)
+                if save_due and not state.bad_steps.streak:
+                    watchdog.now("saving", state.step)
                     save(state, saver, reporter)
+                    save_due = False
                 reporter.saves(saver.news())
+            watchdog.now("saving", state.step)
             save_last(state, saver, reporter)
             if state.step < last_step:
                 reporter.say(f"stopped by {signals.received or 'a signal to another rank'} after step {state.step}")
@@ -63,15 +87,20 @@ def train(config: RunConfig) -> TrainResult:
 
 
 def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[StepRecord, bool]:
-    """One optimizer step over one global batch. Returns its record and whether any rank asked to stop."""
+    """One optimizer step over one global batch. Returns its record and whether any rank asked to stop.
+
+    Where the loss or the gradient norm is not finite, all ranks leave weights and optimizer as they are: they decide by
+    sums over all ranks, before anything is changed.
+    """
     config, run = state.config, state.runtime
     start = time.perf_counter()
-    batch_size = global_batch_size(config, state.consumed_samples)
+    first_sample, batch_size = next_batch(config, state.consumed_samples, state.bad_steps.skipped_samples)
     lr = state.schedule.at(state.step)
     set_learning_rate(state.optimizer, lr, config.optimizer.weight_decay)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    state.clock.begin_step()
     local = run_schedule(
         config,
         run,
@@ -80,46 +109,69 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         batch_size // (config.training.micro_batch_size * run.layout.data),
         forward_only=False,
     )
-    _, grad_norm, _ = state.optimizer.step()
-    sums = reduce_sums(local, speaks_for_tensor_group(), stop_requested, run.device.torch_device)
+    state.clock.end_step()
+    norm = gradient_norm(state.optimizer)
+    sums = reduce_sums(
+        local,
+        speaks_for_tensor_group(),
+        run.device.torch_device,
+        stop=stop_requested,
+        bad_gradient=not math.isfinite(norm),
+    )
+    loss = sums.weighted / (batch_size * config.data.sequence_length)
+    good = math.isfinite(loss) and not sums.bad_gradient
+    if good:
+        apply_gradients(state.optimizer, norm, config.optimizer.clip_grad)
     state.step += 1
-    state.consumed_samples += batch_size
-    record = _record(state, sums, batch_size, float(grad_norm or 0.0), lr, time.perf_counter() - start)
-    if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-        # a finite loss with such a gradient has just ruined the weights
-        raise FloatingPointError(
-            f"step {state.step}: the loss is {record.loss}, the gradient norm {record.grad_norm} (samples "
-            f"{state.consumed_samples - batch_size} to {state.consumed_samples - 1}); the last checkpoint is "
-            "untouched: continue from it, with a lower training.lr if it happens again"
-        )
-    state.schedule.observe(state.step - 1, record.loss)
+    state.consumed_samples = first_sample + batch_size
+    seconds = time.perf_counter() - start
+    spike = None
+    if good:
+        state.bad_steps.observe(None)
+        state.schedule.observe(state.step - 1, loss)
+        spike = _spike(state, loss, first_sample, batch_size)
+    else:
+        state.bad_steps.observe(BadStep(state.step, first_sample, state.consumed_samples, loss, norm))
+    record = StepRecord(
+        step=state.step,
+        loss=loss,
+        masked_cross_entropy=sums.masked_cross_entropy,
+        cross_entropy_by_t=sums.cross_entropy_by_t(),
+        grad_norm=norm,
+        lr=lr,
+        first_sample=first_sample,
+        consumed_samples=state.consumed_samples,
+        consumed_tokens=state.consumed_samples * config.data.sequence_length,
+        epochs=state.source.corpus.epochs(state.consumed_samples),
+        **_speed(state, sums, batch_size, seconds),
+        skipped=not good,
+        skipped_steps=state.bad_steps.count,
+        bad_samples=[] if good else bad_samples(state, local, first_sample, batch_size),
+        spike=spike,
+    )
     return record, sums.stop
 
 
-def _record(
-    state: TrainingState, sums: StepSums, batch_size: int, grad_norm: float, lr: float, seconds: float
-) -> StepRecord:
+def _spike(state: TrainingState, loss: float, first_sample: int, batch_size: int) -> Spike | None:
+    found = state.spikes.observe(loss)
+    if found is None:
+        return None
+    return Spike(loss, *found, first_sample, first_sample + batch_size, state.source.times(first_sample, batch_size))
+
+
+def _speed(state: TrainingState, sums: StepSums, batch_size: int, seconds: float) -> dict[str, Any]:
     config, run = state.config, state.runtime
     tokens = batch_size * config.data.sequence_length
     flops = training_flops(config.model, tokens, sums.squared_lengths, sums.masked)
     tflops = flops / seconds / run.world_size / 1e12
     peak = run.device.peak_tflops
-    return StepRecord(
-        step=state.step,
-        loss=sums.weighted / tokens,
-        masked_cross_entropy=sums.masked_cross_entropy,
-        cross_entropy_by_t=sums.cross_entropy_by_t(),
-        grad_norm=grad_norm,
-        lr=lr,
-        tokens_per_second=tokens / seconds,
-        tflops=tflops,
-        mfu=None if peak is None else tflops / peak,
-        consumed_samples=state.consumed_samples,
-        consumed_tokens=state.consumed_samples * config.data.sequence_length,
-        epochs=state.source.corpus.epochs(state.consumed_samples),
-        seconds=seconds,
-        data_wait_seconds=state.loader.take_wait_seconds(),
-    )
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tflops": tflops,
+        "mfu": None if peak is None else tflops / peak,
+        "seconds": seconds,
+        "data_wait_seconds": state.loader.take_wait_seconds(),
+    }
 
 
 def _announce(state: TrainingState, reporter: Reporter) -> None:

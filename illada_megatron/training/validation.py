@@ -74,6 +74,6 @@ def evaluate(
         local = run_schedule(config, runtime, list(chunks), microbatches, num_microbatches, forward_only=True)
     for chunk in chunks:
         chunk.train()
-    sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), False, runtime.device.torch_device)
+    sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), runtime.device.torch_device)
     num_tokens = num_samples * config.data.sequence_length
     return HeldOut(sums.weighted / num_tokens, sums.masked_cross_entropy, num_tokens)
