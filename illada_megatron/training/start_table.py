@@ -72,6 +72,7 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
         ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
         *_corpus_rows(config, corpus),
         ("checkpoints", _checkpoints_text(config)),
+        ("faults", _faults_text(config)),
     ]
 
 
@@ -99,3 +100,13 @@ def _checkpoints_text(config: RunConfig) -> str:
     kept = f", the newest {settings.keep_last} are kept" if settings.keep_last else ""
     more = f" and every {settings.keep_every}th step" if settings.keep_every else ""
     return f"{settings.save_dir}, {every}, {how}{kept}{more}"
+
+
+def _faults_text(config: RunConfig) -> str:
+    faults = config.faults
+    then = "the run stops" if faults.on_bad_steps == "stop" else "back to the last checkpoint"
+    spikes = (
+        f"spikes over {faults.spike_window_steps} steps" if faults.spike_window_steps else "spikes are not looked for"
+    )
+    watchdog = f"watchdog {faults.watchdog_seconds} s" if faults.watchdog_seconds else "no watchdog"
+    return f"{faults.max_bad_steps} bad steps in a row: {then}; {spikes}; {watchdog}"

@@ -16,7 +16,7 @@ from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.tokenizer import load_tokenizer
 from illada_megatron.data.train_tokenizer import train_sentencepiece
 
-COMMANDS = ("train", "evaluate", "generate", "preprocess", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_help_lists_every_command(illada: Illada) -> None:
         assert re.search(rf"^\W*{command}\s+\w", outcome.out, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess", "sample"])
 def test_help_of_a_command_shows_an_example(command: str, illada: Illada) -> None:
     outcome = illada(command, "--help")
     assert outcome.code == 0

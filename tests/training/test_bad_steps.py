@@ -108,7 +108,7 @@ def _assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any
 
 
 def test_the_bad_steps_are_those_that_see_the_token(poisoned: Poisoned, run_from_there: Callable[..., Run]) -> None:
-    """They are skipped and named to the sample, the others are trained; the rate follows the steps as if nothing were."""
+    """They are skipped and named to the sample, the others are trained; the rate follows the steps all the same."""
     run = run_from_there(1, "faults.max_bad_steps=20")
     steps = run.steps
     assert 2 <= len(poisoned.bad_steps) <= 8
