@@ -104,10 +104,12 @@ def test_loss_that_is_not_a_number(tmp_path: Path, tiny_run: tuple[str, ...], il
     first = illada("train", *tiny_run, *settings, "training.exit_steps=1")
     assert first.code == 0, first.err
     before = {path: path.read_bytes() for path in (save_dir / "step_00000001").iterdir()}
-    outcome = illada("train", *tiny_run, *settings, "training.lr=1e30", f"logging.jsonl_path={jsonl}")
+    outcome = illada(
+        "train", *tiny_run, *settings, "training.lr=1e30", "faults.max_bad_steps=1", f"logging.jsonl_path={jsonl}"
+    )
     assert outcome.code == 2
     assert "step 3: the loss is" in outcome.err  # step 2 makes the weights huge, step 3's gradient is not a number
-    assert "(samples 8 to 11)" in outcome.err
+    assert "samples 8 to 11)" in outcome.err
     assert "a lower training.lr" in outcome.err
     assert {path: path.read_bytes() for path in (save_dir / "step_00000001").iterdir()} == before
     assert not (save_dir / "step_00000003").exists()
