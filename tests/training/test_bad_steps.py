@@ -1,6 +1,7 @@
 """A step whose loss or gradient is not finite, made by weights: one row of the input embedding is infinite, so that
 exactly the batches are bad in which that token is visible. No other part of the program knows of it."""
 
+import json
 import math
 import re
 import signal
@@ -18,9 +19,11 @@ from test_layouts import OVERLAP, PLAIN, PP2, SEQUENCE, TP2
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.state import held_parameters, optimizer_shards
 from illada_megatron.config import load_config
+from illada_megatron.config.schema import FaultsConfig
 from illada_megatron.data.configured import training_corpus
 from illada_megatron.diffusion import make_masked_batch
 from illada_megatron.runtime import runtime
+from illada_megatron.training.bad_steps import BadStep, BadSteps
 from illada_megatron.training.schedule import global_batch_size, next_batch, samples_of_run
 from illada_megatron.training.setup import TrainingState, setup
 from illada_megatron.training.trainer import train_step
@@ -250,6 +253,7 @@ def test_rollback_passes_over_the_samples(poisoned: Poisoned, good_steps: list[d
         sample for sample in passed if any(poisoned.seen_in[sample : sample + 8])
     }
     assert all(int(to) < int(source) for source, to, _ in told)
+    assert finished.steps[-1]["skipped_steps"] == len(told)
     (rollback, *_) = next(one["rollbacks"] for one in finished.steps if "rollbacks" in one)
     assert rollback["bad_samples"] == [[rollback["first_sample"], rollback["end_sample"]]]
 
@@ -288,6 +292,55 @@ def test_a_learning_rate_that_overflows(tiny_run: tuple[str, ...], tmp_path: Pat
     unsaved = illada("train", *arguments, "faults.on_bad_steps=rollback")
     assert unsaved.code == 2
     assert "faults.on_bad_steps rollback needs a checkpoint" in unsaved.err
+
+
+def _bad(step: int) -> BadStep:
+    return BadStep(step, 8 * step - 8, 8 * step, math.nan, math.inf)
+
+
+def test_what_is_passed_over_and_how_often() -> None:
+    """The margin ends at the checkpoint; ranges of earlier returns stay; a newer checkpoint begins a new count."""
+    config = FaultsConfig(max_bad_steps=2, rollback_margin_steps=3, max_rollbacks=2)
+    before = BadSteps(config)
+    before.observe(_bad(11))
+    assert not before.too_many
+    before.observe(None)
+    for expected, (steps, checkpoint) in {
+        (56, 96): ((11, 12), 5),  # three steps before step 11
+        (96, 112): ((13, 14), 5),
+        (144, 176): ((21, 22), 18),  # the checkpoint of step 18 has consumed 144
+    }.items():
+        for step in steps:
+            before.observe(_bad(step))
+        assert before.too_many
+        assert before.may_roll_back(checkpoint)
+        restored = BadSteps(config)
+        restored.load_state_dict({})
+        assert restored.roll_back(before, checkpoint, max(8 * checkpoint, expected[0]), 8) == expected
+        before = restored
+        assert not before.streak
+    assert before.skipped_samples == [(56, 112), (144, 176)]
+    assert before.count == 7
+    before.observe(_bad(30))
+    saved = json.loads(json.dumps(before.state_dict(), allow_nan=False))
+    again = BadSteps(config)
+    again.load_state_dict(saved)
+    assert again.skipped_samples == before.skipped_samples
+    assert [(one.step, one.first_sample, one.end_sample) for one in again.streak] == [(30, 232, 240)]
+    assert math.isnan(again.streak[0].loss)
+    assert again.state_dict() == before.state_dict()
+
+
+def test_returns_to_one_checkpoint_are_counted() -> None:
+    steps = BadSteps(FaultsConfig(max_bad_steps=1, max_rollbacks=2))
+    for _ in range(2):
+        assert steps.may_roll_back(5)
+        steps.observe(_bad(9))
+        restored = BadSteps(FaultsConfig(max_bad_steps=1, max_rollbacks=2))
+        restored.roll_back(steps, 5, 40, 8)
+        steps = restored
+    assert not steps.may_roll_back(5)
+    assert steps.may_roll_back(6)
 
 
 def test_batches_behind_what_is_passed_over() -> None:
