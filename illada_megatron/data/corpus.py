@@ -110,7 +110,8 @@ class Corpus:
     def tokens_at(self, offsets: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """The `count` tokens from each of `offsets` of this part on: int64 [len(offsets), count]."""
         tokens = np.empty((len(offsets), count), dtype=np.int64)
-        self._stream.read(self._first + offsets, tokens, self.vocab_size)
+        # any id: whether one is too large is for who trains on it, and then the message names the sample's place
+        self._stream.read(self._first + offsets, tokens, np.iinfo(np.int32).max)
         return tokens
 
     def document_starts(self, sample_index: int) -> NDArray[np.int64]:
