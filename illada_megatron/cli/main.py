@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, preprocess, doctor."""
+"""`illada`: train, evaluate, generate, preprocess, doctor, checkpoint."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import warnings
 import typer
 
 from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.cli import generate_command, preprocess_command, run_commands
+from illada_megatron.cli import checkpoint_commands, generate_command, preprocess_command, run_commands
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
 
@@ -27,6 +27,7 @@ app.command()(run_commands.evaluate)
 app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
 app.command()(run_commands.doctor)
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 def main() -> None:
