@@ -1,6 +1,5 @@
 """Checkpoints of any kind, opened by their path: which kind it is, what it says of itself, its tensors."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ class OpenCheckpoint:
     config: RunConfig
     """That it was saved with."""
     source: Source
+    refused: tuple[str, ...] = ()
+    """Why newer checkpoints of the directory were not taken."""
 
 
 def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> OpenCheckpoint:
@@ -46,11 +47,10 @@ def open_checkpoint(path: str, overrides: Sequence[str] = ()) -> OpenCheckpoint:
         if (local / ".metadata").is_file() and not (local / store.RECORD).is_file():
             return _megatron_dist(local, overrides)
     info, refused = store.newest_complete(place, checksums=False)
-    for reason in refused:
-        print(f"refused {reason}", file=sys.stderr)
     if info is None:
-        raise CheckpointError(f"{place}: holds no checkpoint")
-    return OpenCheckpoint("torch_dist", info, _config(info.config, info.path, ()), TensorReader(info.path))
+        raise CheckpointError(f"{place}: holds no checkpoint" + "".join(f"\n  {reason}" for reason in refused))
+    config = _config(info.config, info.path, ())
+    return OpenCheckpoint("torch_dist", info, config, TensorReader(info.path), tuple(refused))
 
 
 def _iteration(local: Path) -> Path:

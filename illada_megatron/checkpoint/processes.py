@@ -52,11 +52,16 @@ class Pool:
         return [future.result() for future in futures]
 
 
+def default_processes() -> int:
+    """As many as this process has cores, within reason: storage is busy with a few."""
+    return min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
+
+
 @contextmanager
 def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterator[Pool]:
     """Processes that have `shared`, a picklable value. processes None: as this machine has cores, 8 at most. show: the
     bar; None: where stderr is a terminal."""
-    count = processes or min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
+    count = processes or default_processes()
     # Not by fork, as this process has threads; and from a server that has imported torch once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["illada_megatron.checkpoint.tensors"])

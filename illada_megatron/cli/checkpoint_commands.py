@@ -1,14 +1,27 @@
 """`illada checkpoint`: reshard, inspect, diff, average; tools/reshard_checkpoint.py is the first of them."""
 
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from illada_megatron.checkpoint.opening import OpenCheckpoint
+    from illada_megatron.checkpoint.rewriting import Rewritten
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look into, compare and rewrite checkpoints.")
 
 SourceArgument = Annotated[
     str, typer.Argument(help="A save_dir (its newest checkpoint), one step_... of it, or a directory of Megatron's.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="`section.field=value` that Megatron's checkpoints do not say: model.mask_token_id=5."),
 ]
 ProcessesOption = Annotated[int | None, typer.Option(min=1, help="Default: this machine's cores, 8 at most.")]
 MemoryOption = Annotated[
@@ -48,14 +61,12 @@ def reshard(
 
     In from Megatron: `illada checkpoint reshard megatron runs/new --tp 1 --pp 1 model.mask_token_id=5`
     """
-    import time
-
     from illada_megatron.checkpoint.reshard import LayoutChange
     from illada_megatron.checkpoint.reshard import reshard as run_reshard
 
     begin = time.perf_counter()
     done = run_reshard(
-        source,
+        _opened(source, overrides or ()),
         target,
         LayoutChange(tensor=tp, pipeline=pp, virtual=vpp, data=dp),
         format_=format_,
@@ -65,7 +76,123 @@ def reshard(
         verify=verify,
         overrides=overrides or (),
     )
-    seconds = time.perf_counter() - begin
+    _say_written(done, time.perf_counter() - begin)
+
+
+@app.command()
+def inspect(
+    path: SourceArgument,
+    overrides: Overrides = None,
+    norms: Annotated[bool, typer.Option("--norms", help="The L2 norm of each tensor; reads everything.")] = False,
+    memory_mb: MemoryOption = 512,
+    processes: ProcessesOption = None,
+    verify: VerifyOption = True,
+) -> None:
+    """Show what a checkpoint holds and whether it is intact; exits with 1 where it is not.
+
+    `illada checkpoint inspect runs/8b/checkpoints --norms`
+
+    `illada checkpoint inspect runs/8b/checkpoints/step_00001000 --no-verify`
+    """
+    from illada_megatron.checkpoint.inspection import inspect_checkpoint
+
+    opened = _opened(path, overrides or ())
+    found = inspect_checkpoint(opened, norms, verify, memory_mb, processes)
+    console = Console(highlight=False)
+    facts = Table(show_header=False)
+    for row in found.facts:
+        facts.add_row(*row)
+    console.print(facts)
+    tensors = Table("tensor", "shape", "dtype", "bytes", *(["norm"] if norms else []))
+    for tensor in found.tensors:
+        shape = " x ".join(map(str, tensor.shape))
+        norm = [f"{tensor.norm:.6g}"] if tensor.norm is not None else []
+        tensors.add_row(tensor.name, shape, tensor.dtype, f"{tensor.nbytes:,}", *norm)
+    for column in tensors.columns[3:]:
+        column.justify = "right"
+    console.print(tensors)
+    damages = [*opened.refused, *found.damages]
+    for damage in damages:
+        print(f"damaged: {damage}")
+    if damages:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    first: SourceArgument,
+    second: SourceArgument,
+    overrides: Overrides = None,
+    top: Annotated[int, typer.Option(min=0, help="How many tensors to show, the largest differences first.")] = 20,
+    optimizer: Annotated[bool, typer.Option(help="Compare the optimizer's state too.")] = True,
+    memory_mb: MemoryOption = 512,
+    processes: ProcessesOption = None,
+) -> None:
+    """Compare two checkpoints tensor by tensor; exits with 0 where all are the same bit for bit, with 1 where not.
+
+    Their layouts and formats may differ: `illada checkpoint diff runs/8b/checkpoints megatron/iter_0001000`
+    """
+    from illada_megatron.checkpoint.compare import compare
+
+    found = compare(_opened(first, overrides or ()), _opened(second, overrides or ()), optimizer, memory_mb, processes)
+    for name in found.only_in_first:
+        print(f"only in {first}: {name}")
+    for name in found.only_in_second:
+        print(f"only in {second}: {name}")
+    for line in found.of_other_kind:
+        print(line)
+    if found.differences and top:
+        table = Table("tensor", "elements", "of them different", "largest difference", "largest relative difference")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for one in found.differences[:top]:
+            values = (f"{one.largest:.6g}", f"{one.largest_relative:.6g}")
+            table.add_row(one.name, f"{one.elements:,}", f"{one.different:,}", *values)
+        Console(highlight=False).print(table)
+    print(f"{found.same:,} tensors are the same, {len(found.differences):,} differ in their values")
+    if not found.identical:
+        raise typer.Exit(1)
+
+
+@app.command()
+def average(
+    paths: Annotated[list[str], typer.Argument(help="Two checkpoints or more, and the new directory at the end.")],
+    weights: Annotated[str | None, typer.Option(help="One number each, as 1,1,2; default: all alike.")] = None,
+    memory_mb: MemoryOption = 512,
+    processes: ProcessesOption = None,
+    verify: VerifyOption = True,
+) -> None:
+    """Average the weights of several checkpoints of one model, as after annealing. The result has no optimizer state:
+    it can be evaluated, generate, and begin a run.
+
+    `illada checkpoint average runs/8b/checkpoints/step_00009000 runs/8b/checkpoints/step_00010000 averaged`
+    """
+    from illada_megatron.checkpoint.average import average as run_average
+    from illada_megatron.config import ConfigError
+
+    if len(paths) < 3:
+        raise ConfigError(f"average takes two checkpoints or more and a new directory, found {len(paths)} paths")
+    try:
+        numbers = None if weights is None else [float(text) for text in weights.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights is {weights}, expected numbers and commas, as 1,1,2") from error
+    *sources, target = paths
+    begin = time.perf_counter()
+    opened = [_opened(path, ()) for path in sources]
+    done = run_average(opened, Path(target), numbers, memory_mb, processes, verify)
+    _say_written(done, time.perf_counter() - begin)
+
+
+def _opened(path: str, overrides: Sequence[str]) -> "OpenCheckpoint":
+    from illada_megatron.checkpoint.opening import open_checkpoint
+
+    opened = open_checkpoint(path, overrides)
+    for reason in opened.refused:
+        print(f"refused {reason}", file=sys.stderr)
+    return opened
+
+
+def _say_written(done: "Rewritten", seconds: float) -> None:
     print(
         f"{done.path}: step {done.step}, {done.tensors:,} tensors, {done.nbytes:,} bytes in {seconds:.1f} s "
         f"({done.nbytes / seconds / 1e9:.2f} GB/s)"
