@@ -118,6 +118,8 @@ def config_values(args: Any, where: object) -> dict[str, Any]:
     model, tensor = values["model"], getattr(args, "tensor_model_parallel_size", 1)
     if "num_layers" not in model or "num_attention_heads" not in model:
         raise CheckpointError(f"{where}: args lack num_layers or num_attention_heads, expected Megatron's arguments")
+    if model.get("kv_channels", 0) * model["num_attention_heads"] == model.get("hidden_size"):
+        del model["kv_channels"]  # ours is None where it follows from the others
     padded = getattr(args, "padded_vocab_size", None)
     model.setdefault("vocab_size", padded)
     # Megatron's padding depends on tensor parallel: this multiple leads to the same size

@@ -2,7 +2,8 @@
 
 import argparse
 import pickle
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,29 @@ def load_plain(file: Path) -> Any:
     Raises CheckpointError where the file is damaged or is not torch's, OSError.
     """
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        allowed: list[Any] = [(Unread, name) for name in names if name != "argparse.Namespace"]
-        with ExitStack() as stack:
-            stack.enter_context(torch.serialization.safe_globals([argparse.Namespace, *allowed]))
+        with _only_plain_values():
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            unread: list[Any] = [(Unread, name) for name in names if name != "argparse.Namespace"]
+            torch.serialization.add_safe_globals([argparse.Namespace, *unread])
             return torch.load(file, map_location="meta", weights_only=True)
     except OSError:
         raise
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{file}: not a file of torch.save that can be read safely: {reason}") from error
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        raise CheckpointError(f"{file}: not a file of torch.save that can be read safely: {reason:.300}") from error
+
+
+@contextmanager
+def _only_plain_values() -> Iterator[None]:
+    """Within the block torch's unpickler takes no more than that and what is added there; megatron-core, once imported,
+    has added more."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def data_offset(tensor: Tensor, file: Path, name: str) -> int:
