@@ -15,7 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from illada_megatron.checkpoint.errors import CheckpointError
 
-_MOST_BY_DEFAULT = 8
+# with the libraries in memory, what four processes hold stays below 1 GB
+_MOST_BY_DEFAULT = 4
 _shared: Any = None
 
 
@@ -53,13 +54,13 @@ class Pool:
 
 
 def default_processes() -> int:
-    """As many as this process has cores, within reason: storage is busy with a few."""
+    """As many as this process has cores, within reason."""
     return min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
 
 
 @contextmanager
 def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterator[Pool]:
-    """Processes that have `shared`, a picklable value. processes None: as this machine has cores, 8 at most. show: the
+    """Processes that have `shared`, a picklable value. processes None: as this machine has cores, 4 at most. show: the
     bar; None: where stderr is a terminal."""
     count = processes or default_processes()
     # Not by fork, as this process has threads; and from a server that has imported torch once for all of them.

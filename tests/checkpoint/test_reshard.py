@@ -20,8 +20,10 @@ from random_checkpoint import random_tensors, write_checkpoint
 
 from illada_megatron.checkpoint.compare import compare
 from illada_megatron.checkpoint.copying import blocks
+from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.opening import open_checkpoint
 from illada_megatron.checkpoint.reshard import LayoutChange, reshard
+from illada_megatron.checkpoint.stages import parameters_of_stages
 from illada_megatron.config import load_config
 from illada_megatron.config.parameters import parameters
 
@@ -72,8 +74,8 @@ def _goes_on(illada: Illada, arguments: tuple[str, ...], load_dir: Path, jsonl: 
 def test_training_goes_on_as_from_the_source(
     trained: tuple[Path, tuple[str, ...]], tmp_path: Path, illada: Illada
 ) -> None:
-    """Saved by four ranks; resharded to one stage, to interleaved stages of Megatron's legacy files and back: a run that
-    continues computes the same numbers, to the last bit."""
+    """Saved by four ranks; resharded to one stage, to interleaved stages of Megatron's legacy files and back: a run
+    that continues computes the same numbers, to the last bit."""
     saved, arguments = trained
     expected = _goes_on(illada, arguments, saved, tmp_path / "source.jsonl")
     before = _contents(saved)
@@ -118,26 +120,28 @@ def test_blocks_are_every_element_once_in_the_order_of_the_ranks(size: int) -> N
 
 
 def test_ranks_read_their_files_from_front_to_back(tmp_path: Path) -> None:
-    """What tensor-parallel rank r of a stage reads lies in files of its own, ascending; no piece holds another rank's."""
+    """A rank finds its part of each tensor, in its model's order, further back in files that no other rank reads."""
     source = _random(tmp_path / "source")
     reshard(open_checkpoint(str(source)), tmp_path / "new", LayoutChange(tensor=2, pipeline=2), processes=1)
     opened = open_checkpoint(str(tmp_path / "new"))
-    places: dict[str, dict[str, list[int]]] = {"0": {}, "1": {}}
-    for parameter in parameters(opened.config.model):
-        info = opened.source.tensors[parameter.name]
+    tensors = opened.source.tensors
+    readers: dict[str, set[tuple[int, int]]] = {}
+    for stage, held in enumerate(parameters_of_stages(opened.config.model, 2, 1)):
         for rank in range(2):
-            for _, shape, offset in parameter.held(rank, 2):
-                for piece in info.pieces:
-                    inside = all(
-                        a <= b and b + m <= a + n
-                        for a, n, b, m in zip(offset, shape, piece.offset, piece.shape, strict=True)
-                    )
-                    if inside and parameter.split is not None:
-                        places[str(rank)].setdefault(piece.file, []).append(piece.start)
-    assert not places["0"].keys() & places["1"].keys()
-    for files in places.values():
-        for starts in files.values():
-            assert starts == sorted(starts)
+            places = []
+            for prefix in ("", "optimizer.exp_avg."):
+                for parameter in held:
+                    for _, shape, offset in parameter.held(rank, 2) if parameter.split else ():
+                        places += [
+                            (piece.file, piece.start)
+                            for piece in tensors[prefix + parameter.name].pieces
+                            if (piece.offset, piece.shape) == (offset, shape)  # nothing is cut at this size
+                        ]
+            assert len(places) == 2 * sum(len(one.held(rank, 2)) for one in held if one.split)
+            assert places == sorted(places)
+            for file, _ in places:
+                readers.setdefault(file, set()).add((stage, rank))
+    assert sorted(map(len, readers.values())) == [1] * len(readers) == [1] * 4
 
 
 def test_a_bit_changed_in_the_source_is_refused(tmp_path: Path, illada: Illada) -> None:
@@ -227,7 +231,7 @@ def test_killed_in_the_middle(format_: str, large: Path, tmp_path: Path) -> None
     process.wait()
     assert not target.exists()
     assert all(".unfinished" in str(path) for path in files)
-    gone, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     process = _start(*arguments)
     _, errors = process.communicate(timeout=600)
@@ -245,15 +249,14 @@ def test_another_reshard_at_work_is_not_disturbed(tmp_path: Path) -> None:
     with staged(tmp_path / "new", 0) as directory:
         (directory / "file").write_text("x")
         reshard(open_checkpoint(str(source)), tmp_path / "other", LayoutChange(1, 1), processes=1)
-        with pytest.raises(RuntimeError, match="x"), staged(tmp_path / "new", 0) as second:
-            assert second != directory
-            raise RuntimeError("x")
+        with pytest.raises(CheckpointError, match="room"), staged(tmp_path / "new", 10**18):
+            pass
         assert (directory / "file").read_text() == "x"
     assert (tmp_path / "new" / "file").read_text() == "x"
 
 
 def test_memory_is_bounded_by_the_field_and_not_by_the_model(large: Path, tmp_path: Path) -> None:
-    """Peaks of all processes together (proportional set sizes) for a checkpoint and one that is five times larger."""
+    """Peaks of all processes together (proportional set sizes) for a checkpoint and one that is four times larger."""
     config = load_config(None, [*LARGE, "model.vocab_size=100000"])
     larger = write_checkpoint(tmp_path / "source", config, random_tensors(config)).parent
     sizes = [sum(path.stat().st_size for path in source.rglob("*.distcp")) for source in (large, larger)]
@@ -262,7 +265,7 @@ def test_memory_is_bounded_by_the_field_and_not_by_the_model(large: Path, tmp_pa
         process = _start(source, tmp_path / f"new{number}", "--memory-mb", 32, "--processes", 2, "--tp", 2)
         peaks.append(_peak_bytes(process))
         assert process.returncode == 0, process.communicate()
-    assert sizes[1] - sizes[0] > 300e6
+    assert sizes[1] - sizes[0] > 250e6
     assert peaks[1] - peaks[0] < 60e6, (sizes, peaks)
 
 
