@@ -1,7 +1,7 @@
 """Checkpoints of megatron-core's dist_checkpointing (`--ckpt-format torch_dist`) as whole tensors of canonical names.
 
 The same files as this program's, but the layers of each kind lie in one tensor, [layers, ...], and the fp32 main
-weights and moments are called optimizer.state.{fp32_param, exp_avg, exp_avg_sq}. Source: megatron-core's
+weights and moments are called optimizer.state.{param or fp32_param, exp_avg, exp_avg_sq}. Source: megatron-core's
 transformer_block.sharded_state_dict and distrib_optimizer.sharded_param_state_fully_reshardable (0.16).
 """
 
@@ -15,7 +15,8 @@ from illada_megatron.checkpoint.tensors import TensorInfo, TensorReader
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import layer_of, parameters
 
-_STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "main": "fp32_param"}
+# main weights: of the plain optimizer (and an older form of the distributed one), and of the distributed one
+_STATE = {"exp_avg": ("exp_avg",), "exp_avg_sq": ("exp_avg_sq",), "main": ("fp32_param", "param")}
 _LAYERS = "decoder.layers."
 # the local layers are saved under Transformer Engine's names, where a norm belongs to the linear layer behind it
 _NORMS = {
@@ -62,13 +63,15 @@ class MegatronDistSource:
         return self._reader.read(saved, (layer, *at), (1, *size), out).view(size)
 
     def _find(self, name: str, parameter: str, shape: tuple[int, ...], state: str, model: ModelConfig) -> None:
-        prefix = f"optimizer.state.{_STATE[state]}." if state else ""
         layer = layer_of(parameter)
         within = parameter if layer is None else parameter.removeprefix(f"{_LAYERS}{layer}.")
-        candidates: list[tuple[str, int | None]] = [(prefix + parameter, None)]
-        if layer is not None:
-            for spelled in (within, _NORMS.get(within, within)):
-                candidates += [(f"{prefix}{_LAYERS}{spelled}", layer), (f"{prefix}{_LAYERS}{layer}.{spelled}", None)]
+        candidates: list[tuple[str, int | None]] = []
+        for prefix in [f"optimizer.state.{key}." for key in _STATE[state]] if state else [""]:
+            candidates.append((prefix + parameter, None))
+            if layer is not None:
+                for spelled in (within, _NORMS.get(within, within)):
+                    stacked, single = f"{prefix}{_LAYERS}{spelled}", f"{prefix}{_LAYERS}{layer}.{spelled}"
+                    candidates += [(stacked, layer), (single, None)]
         for saved, index in candidates:
             info = self._reader.tensors.get(saved)
             if info is None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from rich.console import Console
@@ -58,14 +60,21 @@ def default_processes() -> int:
     return min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
 
 
+def prepare() -> ForkServerContext:
+    """Begin to import torch in the process that the pool's are forked from: not from this one, which has threads, and
+    once for all. A command calls it before it imports torch itself, so that both happen at the same time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["illada_megatron.checkpoint.rewriting"])
+    forkserver.ensure_running()
+    return context
+
+
 @contextmanager
 def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterator[Pool]:
     """Processes that have `shared`, a picklable value. processes None: as this machine has cores, 4 at most. show: the
     bar; None: where stderr is a terminal."""
     count = processes or default_processes()
-    # Not by fork, as this process has threads; and from a server that has imported torch once for all of them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["illada_megatron.checkpoint.tensors"])
+    context = prepare()
     console = Console(stderr=True)
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()),

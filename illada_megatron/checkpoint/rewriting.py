@@ -138,6 +138,12 @@ def _copies(content: Content) -> list[_Copy]:
     source, config = content.source, content.config
     parallel, held = config.parallel, source.tensors
     states = [state for state in OPTIMIZER_STATE if any(name.startswith(tensor_name("", state)) for name in held)]
+    if states and "main" not in states and config.training.precision != "fp32":
+        raise CheckpointError(
+            f"{content.name}: holds Adam's moments of a {config.training.precision} model but no fp32 main weights: a "
+            "run could not go on exactly from it; save it with main weights (in Megatron, without "
+            "--use-precision-aware-optimizer), or without the optimizer"
+        )
     stages = parameters_of_stages(
         config.model, parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     )

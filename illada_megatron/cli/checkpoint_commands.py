@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from illada_megatron.checkpoint.processes import prepare
+from illada_megatron.config import ConfigError
+
 if TYPE_CHECKING:
     from illada_megatron.checkpoint.opening import OpenCheckpoint
     from illada_megatron.checkpoint.rewriting import Rewritten
@@ -61,10 +64,11 @@ def reshard(
 
     In from Megatron: `illada checkpoint reshard megatron runs/new --tp 1 --pp 1 model.mask_token_id=5`
     """
+    begin = time.perf_counter()
+    prepare()
     from illada_megatron.checkpoint.reshard import LayoutChange
     from illada_megatron.checkpoint.reshard import reshard as run_reshard
 
-    begin = time.perf_counter()
     done = run_reshard(
         _opened(source, overrides or ()),
         target,
@@ -94,11 +98,12 @@ def inspect(
 
     `illada checkpoint inspect runs/8b/checkpoints/step_00001000 --no-verify`
     """
+    prepare()
     from illada_megatron.checkpoint.inspection import inspect_checkpoint
 
     opened = _opened(path, overrides or ())
     found = inspect_checkpoint(opened, norms, verify, memory_mb, processes)
-    console = Console(highlight=False)
+    console = _console()
     facts = Table(show_header=False)
     for row in found.facts:
         facts.add_row(*row)
@@ -132,6 +137,7 @@ def diff(
 
     Their layouts and formats may differ: `illada checkpoint diff runs/8b/checkpoints megatron/iter_0001000`
     """
+    prepare()
     from illada_megatron.checkpoint.compare import compare
 
     found = compare(_opened(first, overrides or ()), _opened(second, overrides or ()), optimizer, memory_mb, processes)
@@ -148,7 +154,7 @@ def diff(
         for one in found.differences[:top]:
             values = (f"{one.largest:.6g}", f"{one.largest_relative:.6g}")
             table.add_row(one.name, f"{one.elements:,}", f"{one.different:,}", *values)
-        Console(highlight=False).print(table)
+        _console().print(table)
     print(f"{found.same:,} tensors are the same, {len(found.differences):,} differ in their values")
     if not found.identical:
         raise typer.Exit(1)
@@ -167,20 +173,26 @@ def average(
 
     `illada checkpoint average runs/8b/checkpoints/step_00009000 runs/8b/checkpoints/step_00010000 averaged`
     """
-    from illada_megatron.checkpoint.average import average as run_average
-    from illada_megatron.config import ConfigError
-
     if len(paths) < 3:
         raise ConfigError(f"average takes two checkpoints or more and a new directory, found {len(paths)} paths")
     try:
         numbers = None if weights is None else [float(text) for text in weights.split(",")]
     except ValueError as error:
         raise ConfigError(f"--weights is {weights}, expected numbers and commas, as 1,1,2") from error
-    *sources, target = paths
     begin = time.perf_counter()
+    prepare()
+    from illada_megatron.checkpoint.average import average as run_average
+
+    *sources, target = paths
     opened = [_opened(path, ()) for path in sources]
     done = run_average(opened, Path(target), numbers, memory_mb, processes, verify)
     _say_written(done, time.perf_counter() - begin)
+
+
+def _console() -> Console:
+    """Names are long: where there is no terminal they are not cut to the width of one."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _opened(path: str, overrides: Sequence[str]) -> "OpenCheckpoint":

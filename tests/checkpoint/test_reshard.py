@@ -189,15 +189,24 @@ def test_a_target_that_exists_is_left_alone(tmp_path: Path, illada: Illada) -> N
     assert _contents(tmp_path / "new") == {"precious": b"x"}
 
 
-def test_missing_tensors_are_refused(tmp_path: Path, illada: Illada) -> None:
-    """A checkpoint that lacks a moment would begin it with zeros, and nobody would know."""
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("exp_avg.decoder.layers.1.mlp.linear_fc1.weight", "holds none of optimizer.exp_avg.decoder.layers.1.mlp"),
+        ("main.", "no fp32 main weights"),
+    ],
+)
+def test_missing_state_is_refused(missing: str, message: str, tmp_path: Path, illada: Illada) -> None:
+    """A checkpoint that lacks a moment would begin it with zeros, one without main weights with rounded ones, and
+    nobody would know."""
     config = load_config(None, [*TINY])
-    tensors = random_tensors(config)
-    del tensors["optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight"]
+    tensors = {
+        name: value for name, value in random_tensors(config).items() if not name.startswith(f"optimizer.{missing}")
+    }
     write_checkpoint(tmp_path / "source", config, tensors)
     outcome = illada("checkpoint", "reshard", tmp_path / "source", tmp_path / "new")
     assert outcome.code == 2
-    assert "holds none of optimizer.exp_avg.decoder.layers.1.mlp.linear_fc1.weight" in outcome.err
+    assert message in outcome.err
 
 
 def _start(*arguments: object) -> subprocess.Popen[str]:
