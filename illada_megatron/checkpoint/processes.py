@@ -82,15 +82,18 @@ def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterat
     )
     show = console.is_terminal if show is None else show
     with (
-        ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(shared,)) as executor,
+        ProcessPoolExecutor(
+            count, mp_context=context, initializer=_begin, initargs=(shared, dict(os.environ))
+        ) as executor,
         Progress(*columns, console=console, disable=not show) as progress,
     ):
         yield Pool(executor, progress, count)
 
 
-def _begin(shared: Any) -> None:
+def _begin(shared: Any, environment: dict[str, str]) -> None:
     global _shared
     _shared = shared
+    os.environ.update(environment)  # what it was forked from may be older
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch

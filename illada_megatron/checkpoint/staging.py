@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -21,12 +22,15 @@ def staged(target: Path, nbytes: int) -> Iterator[Path]:
     """A new directory beside `target` to write into; it becomes `target` at the end of the block, durably, or goes when
     the block fails. What killed processes left of such directories is removed first.
 
-    nbytes: that will be written. Raises CheckpointError where `target` exists or the disk has not enough room.
+    nbytes: that will be written. Raises CheckpointError where `target` exists or is no path of this machine, or the
+    disk has not enough room.
     """
+    if target.parts[:1] == ("s3:",):
+        raise CheckpointError(f"{target}: is written on this machine's disks only: name a directory, and upload it")
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: exists already: name a new directory, or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*{_UNFINISHED}"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
         _remove_unless_used(leftover)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:

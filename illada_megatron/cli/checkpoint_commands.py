@@ -164,6 +164,7 @@ def diff(
 def average(
     paths: Annotated[list[str], typer.Argument(help="Two checkpoints or more, and the new directory at the end.")],
     weights: Annotated[str | None, typer.Option(help="One number each, as 1,1,2; default: all alike.")] = None,
+    overrides: Overrides = None,
     memory_mb: MemoryOption = 512,
     processes: ProcessesOption = None,
     verify: VerifyOption = True,
@@ -184,7 +185,7 @@ def average(
     from illada_megatron.checkpoint.average import average as run_average
 
     *sources, target = paths
-    opened = [_opened(path, ()) for path in sources]
+    opened = [_opened(path, overrides or ()) for path in sources]
     done = run_average(opened, Path(target), numbers, memory_mb, processes, verify)
     _say_written(done, time.perf_counter() - begin)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.names import OPTIMIZER_STATE, tensor_name
-from illada_megatron.checkpoint.storage import LocalFolder
+from illada_megatron.checkpoint.storage import folder
 from illada_megatron.checkpoint.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig
 from illada_megatron.config.parameters import parameters
@@ -37,12 +37,14 @@ def random_tensors(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    save_dir: Path, config: RunConfig, tensors: dict[str, Tensor], step: int = STEP, writers: int = 3
+    save_dir: Path | str, config: RunConfig, tensors: dict[str, Tensor], step: int = STEP, writers: int = 3
 ) -> Path:
-    """Write `tensors` in uneven pieces, dealt out to the files of several writers. Returns the checkpoint's path."""
-    path = save_dir / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    place = LocalFolder(path)
+    """Write `tensors` in uneven pieces, dealt out to the files of several writers. Returns the checkpoint's path.
+
+    save_dir: a directory, or an `s3://` prefix.
+    """
+    place = store.step_directory(folder(save_dir), step)
+    place.make()
     files = [TensorWriter(place, rank, piece_bytes=1 << 22) for rank in range(writers)]
     for number, (name, tensor) in enumerate(tensors.items()):
         cut = math.ceil(len(tensor) / 3)
@@ -52,4 +54,4 @@ def write_checkpoint(
     records = write_metadata(place, [file.close() for file in files])
     progress = {**PROGRESS, "step": step}
     store.finish(place, step, config.model_dump(mode="json"), progress, records, {"tokenizer": None})
-    return path
+    return Path(str(place))

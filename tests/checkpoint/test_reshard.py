@@ -189,6 +189,19 @@ def test_a_target_that_exists_is_left_alone(tmp_path: Path, illada: Illada) -> N
     assert _contents(tmp_path / "new") == {"precious": b"x"}
 
 
+def test_object_storage_is_read_but_not_written(s3: str, tmp_path: Path, illada: Illada) -> None:
+    config = load_config(None, [*TINY])
+    tensors = random_tensors(config)
+    write_checkpoint(f"{s3}/reshard", config, tensors)
+    outcome = illada("checkpoint", "reshard", f"{s3}/reshard", tmp_path / "new", "--tp", 2)
+    assert outcome.code == 0, outcome.err
+    found = open_checkpoint(str(tmp_path / "new")).source
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
+    outcome = illada("checkpoint", "reshard", f"{s3}/reshard", f"{s3}/new")
+    assert outcome.code == 2
+    assert "name a directory, and upload it" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
