@@ -113,8 +113,9 @@ class LegacySink:
                     left, at = left[count:], at + count
 
     def close(self) -> list[WrittenPart]:
-        """The files are made durable when all tensors are in them."""
+        """The disk is busy with these while other processes go on; the files get their checksums when all is in them."""
         for descriptor in self._files.values():
+            os.fdatasync(descriptor)
             os.close(descriptor)
         return []
 
