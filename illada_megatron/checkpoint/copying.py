@@ -113,7 +113,7 @@ class LegacySink:
                     left, at = left[count:], at + count
 
     def close(self) -> list[WrittenPart]:
-        """The disk is busy with these while other processes go on; the files get their checksums when all is in them."""
+        """The disk is busy with these while other processes go on. Checksums are made when all is in the files."""
         for descriptor in self._files.values():
             os.fdatasync(descriptor)
             os.close(descriptor)
