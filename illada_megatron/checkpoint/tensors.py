@@ -102,7 +102,7 @@ class TensorWriter:
             at = (first[0] + row, *first[1:]) if first else ()
             start = self._position
             head, tail = _envelope(tensor.dtype, tuple(block.shape))
-            for part in (head, _bytes_of(block), tail):
+            for part in (head, bytes_of(block), tail):
                 self._append(part)
             info.pieces.append(Piece(at, tuple(block.shape), self._name, start, self._position - start))
 
@@ -225,15 +225,19 @@ class TensorReader:
         piece_shape, piece_offset = piece.shape, piece.offset
         if not size:  # a scalar: as a vector of one
             low, size, piece_shape, piece_offset, target = (0,), (1,), (1,), (0,), target.view(1)
-        row_elements = math.prod(piece_shape[1:])
-        first = low[0] - piece_offset[0]
+        first = 0  # element of the piece
+        while len(size) > 1 and size[0] == 1:  # a single row: only its own elements are read, not the whole of it
+            first += (low[0] - piece_offset[0]) * math.prod(piece_shape[1:])
+            low, size, piece_shape, piece_offset = low[1:], size[1:], piece_shape[1:], piece_offset[1:]
+            target = target[0]
+        first += (low[0] - piece_offset[0]) * math.prod(piece_shape[1:])
         rows = (size[0], *piece_shape[1:])
-        begin = data + first * row_elements * dtype.itemsize
+        begin = data + first * dtype.itemsize
         if rows == size and target.is_contiguous() and target.dtype == dtype:
-            self.place.read_into(piece.file, begin, _bytes_of(target))
+            self.place.read_into(piece.file, begin, bytes_of(target))
             return
         block = torch.empty(rows, dtype=dtype)
-        self.place.read_into(piece.file, begin, _bytes_of(block))
+        self.place.read_into(piece.file, begin, bytes_of(block))
         within = tuple(slice(a - b, a - b + n) for a, b, n in zip(low[1:], piece_offset[1:], size[1:], strict=True))
         target.copy_(block[(slice(None), *within)])
 
@@ -316,7 +320,7 @@ def row_pieces(tensor: Tensor, piece_bytes: int) -> Iterator[tuple[int, Tensor]]
         yield row, tensor[row : row + rows]
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, preprocess, sample, doctor."""
+"""`illada`: train, evaluate, generate, sample, preprocess, checkpoint, doctor."""
 
 import os
 import sys
@@ -7,7 +7,13 @@ import warnings
 import typer
 
 from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.cli import generate_command, preprocess_command, run_commands, sample_command
+from illada_megatron.cli import (
+    checkpoint_commands,
+    generate_command,
+    preprocess_command,
+    run_commands,
+    sample_command,
+)
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
 
@@ -28,6 +34,7 @@ app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
 app.command()(sample_command.sample)
 app.command()(run_commands.doctor)
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 def main() -> None:

@@ -1,0 +1,140 @@
+"""Tensors copied piece by piece from any checkpoint into another's layout."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from illada_megatron.checkpoint.legacy import Slots
+from illada_megatron.checkpoint.sources import Source
+from illada_megatron.checkpoint.storage import LocalFolder
+from illada_megatron.checkpoint.tensors import TensorWriter, WrittenPart, bytes_of
+from illada_megatron.config.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Target:
+    """What of a block a tensor-parallel rank gets."""
+
+    rank: int
+    row: int
+    """First row in the rank's own tensor."""
+    columns: tuple[int, int] | None
+    """Of the block; None: all."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of a whole tensor that is read at once."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+
+def blocks(parameter: Parameter, tensor_parallel: int, itemsize: int, block_bytes: int) -> Iterator[Block]:
+    """The whole of `parameter` in blocks of at most `block_bytes` (one row at least), rank after rank, so that each
+    rank's part comes in the order of its own rows. Columns are cut from whole rows: all ranks' come together."""
+    row_elements = math.prod(parameter.shape[1:])
+    limit = max(1, block_bytes // (row_elements * itemsize))
+    if parameter.split in (None, "columns"):
+        rows, width = parameter.shape[0], parameter.held_shape(tensor_parallel)[-1]
+        divided = parameter.split is not None
+        for row in range(0, rows, limit):
+            targets = tuple(
+                Target(rank, row, (rank * width, (rank + 1) * width) if divided and tensor_parallel > 1 else None)
+                for rank in range(tensor_parallel)
+            )
+            offset = (row, *(0 for _ in parameter.shape[1:]))
+            yield Block(offset, (min(limit, rows - row), *parameter.shape[1:]), targets)
+        return
+    for rank in range(tensor_parallel):
+        for first_row, shape, offset in parameter.held(rank, tensor_parallel):
+            for row in range(0, shape[0], limit):
+                targets = (Target(rank, first_row + row, None),)
+                count = min(limit, shape[0] - row)
+                yield Block((offset[0] + row, *offset[1:]), (count, *shape[1:]), targets)
+
+
+class Sink(Protocol):
+    """Where tensors are written; used by one process."""
+
+    def write(self, name: str, parameter: Parameter, block: Block, tensor: Tensor) -> None:
+        """A block of tensor `name`, which belongs to `parameter`."""
+
+    def close(self) -> list[WrittenPart]: ...
+
+
+class DistSink:
+    """This program's format: one file for each tensor-parallel rank, what a rank reads one behind the other."""
+
+    def __init__(self, path: Path, task: int, tensor_parallel: int, piece_bytes: int) -> None:
+        place = LocalFolder(path)
+        numbers = range(task * tensor_parallel, (task + 1) * tensor_parallel)
+        self._writers = [TensorWriter(place, number, piece_bytes) for number in numbers]
+
+    def write(self, name: str, parameter: Parameter, block: Block, tensor: Tensor) -> None:
+        for target in block.targets:
+            if parameter.split is None and target.rank > 0:
+                continue  # all ranks read the same
+            low, high = target.columns or (0, 0)
+            part, offset = (tensor, block.offset)
+            if target.columns:
+                part, offset = tensor[:, low:high], (block.offset[0], low)
+            self._writers[target.rank].write(name, part, offset, parameter.shape)
+
+    def close(self) -> list[WrittenPart]:
+        return [writer.close() for writer in self._writers]
+
+
+class LegacySink:
+    """Megatron's legacy files, which are there already without their elements (`legacy_skeleton`)."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._files: dict[Path, int] = {}
+
+    def write(self, name: str, _: Parameter, block: Block, tensor: Tensor) -> None:
+        for target in block.targets:
+            part = tensor if target.columns is None else tensor[:, slice(*target.columns)].contiguous()
+            content = bytes_of(part)
+            begin = target.row * math.prod(part.shape[1:]) * part.itemsize
+            for slot in self._slots[name][target.rank]:
+                if slot.file not in self._files:
+                    self._files[slot.file] = os.open(slot.file, os.O_WRONLY)
+                left, at = content, slot.offset + begin
+                while left:
+                    count = os.pwrite(self._files[slot.file], left, at)
+                    left, at = left[count:], at + count
+
+    def close(self) -> list[WrittenPart]:
+        """The disk is busy with these while other processes go on. Checksums are made when all is in the files."""
+        for descriptor in self._files.values():
+            os.fdatasync(descriptor)
+            os.close(descriptor)
+        return []
+
+
+def copy_tensors(
+    source: Source,
+    named: Sequence[tuple[str, Parameter]],
+    tensor_parallel: int,
+    block_bytes: int,
+    sink: Sink,
+) -> list[WrittenPart]:
+    """Copy tensors, (name in the checkpoint, the parameter it belongs to), one behind the other."""
+    memory: dict[torch.dtype, Tensor] = {}
+    for name, parameter in named:
+        dtype = source.tensors[name].dtype
+        for block in blocks(parameter, tensor_parallel, dtype.itemsize, block_bytes):
+            size = math.prod(block.shape)
+            if dtype not in memory or memory[dtype].numel() < size:
+                memory[dtype] = torch.empty(size, dtype=dtype)
+            tensor = source.read(name, block.offset, block.shape, out=memory[dtype][:size].view(block.shape))
+            sink.write(name, parameter, block, tensor)
+    return sink.close()

@@ -1,0 +1,255 @@
+"""A checkpoint written anew from any source, in pieces, by several processes: what reshard and average share."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from illada_megatron.checkpoint import legacy_layout, store
+from illada_megatron.checkpoint.copying import DistSink, LegacySink, Sink, copy_tensors
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.integrity import FileRecord, checksum
+from illada_megatron.checkpoint.legacy import Slots, find_slots
+from illada_megatron.checkpoint.legacy_skeleton import write_skeleton
+from illada_megatron.checkpoint.names import OPTIMIZER_STATE, WEIGHT, tensor_name
+from illada_megatron.checkpoint.processes import Pool, default_processes, pool
+from illada_megatron.checkpoint.sources import Source
+from illada_megatron.checkpoint.stages import Implementation, parameters_of_stages
+from illada_megatron.checkpoint.staging import staged
+from illada_megatron.checkpoint.storage import Folder, LocalFolder
+from illada_megatron.checkpoint.store import CheckpointInfo
+from illada_megatron.checkpoint.tensors import PIECE_BYTES, WrittenPart, write_metadata
+from illada_megatron.config import RunConfig
+from illada_megatron.config.parameters import EMBEDDING, Parameter
+
+Format = Literal["torch_dist", "legacy"]
+MEMORY_MB = 512
+# What a process holds of a block at a time: as it is read, a rank's part of it, what a piece needs to be cut.
+_COPIES_OF_A_BLOCK = 4
+# Of each tensor-parallel rank's file of this program's format: enough files for many processes, not too many to list.
+_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a new checkpoint holds."""
+
+    source: Source
+    name: str
+    """What errors call the source."""
+    step: int
+    config: RunConfig
+    progress: dict[str, Any] | None
+    fingerprints: Mapping[str, Any]
+    verified: Sequence[CheckpointInfo]
+    """Checkpoints whose files are compared with their checksums while they are read."""
+    copies_of_a_block: int = _COPIES_OF_A_BLOCK
+    """Memory that reading and writing a block takes, in blocks."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What was written."""
+
+    path: Path
+    step: int
+    tensors: int
+    nbytes: int
+    """Of the tensors, each once."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process knows."""
+
+    source: Source
+    tensor_parallel: int
+    block_bytes: int
+    target: Path
+    slots: Slots | None
+    """Of the legacy files to fill; None: this program's format is written."""
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Tensors that one process copies, one behind the other."""
+
+    number: int
+    named: tuple[tuple[str, Parameter], ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A file to compare with its checksum, or to find it."""
+
+    place: Folder
+    name: str
+    record: FileRecord | None
+    nbytes: int
+
+
+def rewrite(
+    content: Content,
+    target: Path,
+    format_: Format = "torch_dist",
+    implementation: Implementation = "transformer_engine",
+    memory_mb: int = MEMORY_MB,
+    processes: int | None = None,
+) -> Rewritten:
+    """Write a checkpoint below the new directory `target`, for the layout of its configuration.
+
+    implementation: names of the legacy format's layers. memory_mb: of tensors that all processes together hold at a
+    time. `target` is there as a whole or not at all, whenever this process ends; sources are only read. Raises
+    CheckpointError, OSError.
+    """
+    config, step = content.config, content.step
+    tasks = _copies(content)
+    checks = [
+        _Check(info.path, name, record, record["bytes"])
+        for info in content.verified
+        for name, record in sorted(info.files.items())
+    ]
+    nbytes = sum(task.nbytes for task in tasks)
+    count = processes or default_processes()
+    block_bytes = min(PIECE_BYTES, memory_mb * 10**6 // (count * content.copies_of_a_block))
+    with staged(target, _written_bytes(tasks, config, format_)) as directory:
+        if format_ == "legacy":
+            path = legacy_layout.iteration_directory(directory, step)
+        else:
+            path = directory / store.step_directory(LocalFolder(directory), step).name
+        path.mkdir()
+        slots = _skeleton(path, content, implementation) if format_ == "legacy" else None
+        job = _Job(content.source, config.parallel.tensor_model_parallel_size, block_bytes, path, slots)
+        with pool(job, count) as workers:
+            order = _interleaved(checks, tasks)
+            results = workers.run("writing", _do, order, [task.nbytes for task in order])
+            parts = [part for result in results for part in result]
+            files = write_metadata(LocalFolder(path), parts) if slots is None else _seal(workers, path)
+        _finish(path, content, files, format_)
+    return Rewritten(target, step, sum(len(task.named) for task in tasks), nbytes)
+
+
+def _copies(content: Content) -> list[_Copy]:
+    """All tensors of the source in the order in which the new layout's ranks read them: a stage after the other, its
+    weights before its optimizer's state."""
+    source, config = content.source, content.config
+    parallel, held = config.parallel, source.tensors
+    states = [state for state in OPTIMIZER_STATE if any(name.startswith(tensor_name("", state)) for name in held)]
+    if states and "main" not in states and config.training.precision != "fp32":
+        raise CheckpointError(
+            f"{content.name}: holds Adam's moments of a {config.training.precision} model but no fp32 main weights: a "
+            "run could not go on exactly from it; save it with main weights (in Megatron, without "
+            "--use-precision-aware-optimizer), or without the optimizer"
+        )
+    stages = parameters_of_stages(
+        config.model, parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    )
+    limit = _FILE_BYTES * parallel.tensor_model_parallel_size
+    tasks: list[_Copy] = []
+    for stage in stages:
+        ordered = [(tensor_name(one.name, WEIGHT), one) for one in stage]
+        ordered += [(tensor_name(one.name, state), one) for one in stage for state in states]
+        group: list[tuple[str, Parameter]] = []
+        for name, parameter in ordered:
+            info = held.get(name)
+            if info is None or info.shape != parameter.shape:
+                found = "none" if info is None else f"one of shape {info.shape}"
+                raise CheckpointError(
+                    f"{content.name}: holds {found} of {name}, expected shape {parameter.shape}: it is incomplete, or "
+                    "of another model than its configuration says"
+                )
+            group.append((name, parameter))
+            if _nbytes(source, group) >= limit:
+                tasks.append(_Copy(len(tasks), tuple(group), _nbytes(source, group)))
+                group = []
+        if group:
+            tasks.append(_Copy(len(tasks), tuple(group), _nbytes(source, group)))
+    return tasks
+
+
+def _nbytes(source: Source, named: Sequence[tuple[str, Parameter]]) -> int:
+    return sum(source.tensors[name].nbytes for name, _ in named)
+
+
+def _interleaved(checks: Sequence[_Check], copies: Sequence[_Copy]) -> list[_Check | _Copy]:
+    """Each file is checked shortly before its tensors are copied, as far as both lie in the same order: it is then read
+    from the disk once."""
+    placed: list[tuple[float, int, _Check | _Copy]] = []
+    both: tuple[Sequence[_Check | _Copy], ...] = (checks, copies)
+    for priority, tasks in enumerate(both):
+        total, before = max(1, sum(task.nbytes for task in tasks)), 0
+        for task in tasks:
+            placed.append((before / total, priority, task))
+            before += task.nbytes
+    return [task for _, _, task in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def _do(job: _Job, task: _Check | _Copy) -> list[WrittenPart]:
+    """A process's work."""
+    if isinstance(task, _Check):
+        _check(task)
+        return []
+    sink: Sink
+    if job.slots is None:
+        sink = DistSink(job.target, task.number, job.tensor_parallel, job.block_bytes)
+    else:
+        sink = LegacySink(job.slots)
+    return copy_tensors(job.source, task.named, job.tensor_parallel, job.block_bytes, sink)
+
+
+def _check(task: _Check) -> FileRecord:
+    found = FileRecord(bytes=task.nbytes, xxh3_128=checksum(task.place, task.name, task.nbytes))
+    if task.record is not None and found != task.record:
+        raise CheckpointError(
+            f"{task.place}/{task.name}: its bytes have changed: checksum {found['xxh3_128']}, expected "
+            f"{task.record['xxh3_128']}; take another checkpoint, or --no-verify to read this one as it is"
+        )
+    return found
+
+
+def _skeleton(path: Path, content: Content, implementation: Implementation) -> Slots:
+    progress = content.progress or {"consumed_samples": 0, "optimizer_step": 0}
+    with_optimizer = any(name.startswith("optimizer.") for name in content.source.tensors)
+    write_skeleton(path, content.config, content.step, progress, implementation, with_optimizer)
+    return find_slots(path, content.config)[0]
+
+
+def _seal(workers: Pool, path: Path) -> dict[str, FileRecord]:
+    """Make the filled files durable and describe them."""
+    place = LocalFolder(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    tasks = [_Check(place, str(file.relative_to(path)), None, file.stat().st_size) for file in files]
+    records = workers.run("checksums", _seal_one, tasks, [task.nbytes for task in tasks])
+    return {task.name: record for task, record in zip(tasks, records, strict=True)}
+
+
+def _seal_one(_: _Job, task: _Check) -> FileRecord:
+    descriptor = os.open(f"{task.place}/{task.name}", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return _check(task)
+
+
+def _finish(path: Path, content: Content, files: dict[str, FileRecord], format_: Format) -> None:
+    place, step = LocalFolder(path), content.step
+    dumped = content.config.model_dump(mode="json")
+    if format_ == "legacy":
+        store.write_record(place, step, dumped, content.progress, files, content.fingerprints)
+        place.parent.replace(legacy_layout.TRACKER, f"{step}\n".encode())
+    else:
+        store.finish(place, step, dumped, content.progress, files, content.fingerprints)
+
+
+def _written_bytes(tasks: Sequence[_Copy], config: RunConfig, format_: Format) -> int:
+    """About; legacy: each tensor-parallel rank has its own norms, the last stage its own embedding."""
+    total = sum(task.nbytes for task in tasks)
+    if format_ == "legacy" and config.model.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1:
+        total += sum(
+            math.prod(one.shape) * 16 for task in tasks for name, one in task.named if name == one.name == EMBEDDING
+        )
+    return total

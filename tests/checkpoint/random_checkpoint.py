@@ -1,0 +1,57 @@
+"""Checkpoints of random numbers, without a model or a run."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from illada_megatron.checkpoint import store
+from illada_megatron.checkpoint.names import OPTIMIZER_STATE, tensor_name
+from illada_megatron.checkpoint.storage import folder
+from illada_megatron.checkpoint.tensors import TensorWriter, write_metadata
+from illada_megatron.config import RunConfig
+from illada_megatron.config.parameters import parameters
+
+STEP = 7
+PROGRESS = {
+    "step": STEP,
+    "consumed_samples": 28,
+    "schedule": {"decay_start": 0.8, "decay_start_step": 5, "plateau": None},
+    "optimizer_step": 6,
+}
+
+
+def random_tensors(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
+    """All tensors of a checkpoint of `config`, moments and fp32 main weights (of a bf16 model) included."""
+    generator = torch.Generator().manual_seed(seed)
+    bf16 = config.training.precision == "bf16"
+    tensors = {}
+    for parameter in parameters(config.model):
+        main = torch.randn(parameter.shape, generator=generator)
+        tensors[parameter.name] = main.bfloat16() if bf16 else main
+        for state in OPTIMIZER_STATE[: None if bf16 else 2]:
+            value = main if state == "main" else torch.randn(parameter.shape, generator=generator)
+            tensors[tensor_name(parameter.name, state)] = value
+    return tensors
+
+
+def write_checkpoint(
+    save_dir: Path | str, config: RunConfig, tensors: dict[str, Tensor], step: int = STEP, writers: int = 3
+) -> Path:
+    """Write `tensors` in uneven pieces, dealt out to the files of several writers. Returns the checkpoint's path.
+
+    save_dir: a directory, or an `s3://` prefix.
+    """
+    place = store.step_directory(folder(save_dir), step)
+    place.make()
+    files = [TensorWriter(place, rank, piece_bytes=1 << 22) for rank in range(writers)]
+    for number, (name, tensor) in enumerate(tensors.items()):
+        cut = math.ceil(len(tensor) / 3)
+        for piece, (low, high) in enumerate(((0, cut), (cut, len(tensor)))):
+            offset = (low, *(0 for _ in tensor.shape[1:]))
+            files[(number + piece) % writers].write(name, tensor[low:high], offset, tensor.shape)
+    records = write_metadata(place, [file.close() for file in files])
+    progress = {**PROGRESS, "step": step}
+    store.finish(place, step, config.model_dump(mode="json"), progress, records, {"tokenizer": None})
+    return Path(str(place))
