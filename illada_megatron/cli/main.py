@@ -13,6 +13,8 @@ from illada_megatron.data.errors import DataError
 
 # What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
 _USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
+# Of the errors of the system, those that another attempt would meet again; a disk or a network may come back.
+_LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 app = typer.Typer(
     help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
@@ -30,7 +32,8 @@ app.command()(run_commands.doctor)
 
 
 def main() -> None:
-    """Entry point; exits with 2 on what the user can mend."""
+    """Entry point; exits with 2 on what the user can mend, which the launcher does not try again, with 1 on errors of
+    the system that may pass."""
     # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank. Commands
     # import it only when they run, so that this comes first.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -42,4 +45,4 @@ def main() -> None:
         if rank in (None, "0") or not isinstance(error, ConfigError):  # a wrong configuration is wrong on every rank
             where = f" (rank {rank})" if rank is not None else ""
             print(f"illada: error{where}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _LASTING) else 2)
