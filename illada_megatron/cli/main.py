@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, preprocess, doctor."""
+"""`illada`: train, evaluate, generate, preprocess, plan, doctor."""
 
 import os
 import sys
@@ -7,12 +7,13 @@ import warnings
 import typer
 
 from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.cli import generate_command, preprocess_command, run_commands
+from illada_megatron.cli import generate_command, plan_command, preprocess_command, run_commands
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
+from illada_megatron.planning import PlanError
 
 # What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
+_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError)
 # Of the errors of the system, those that another attempt would meet again; a disk or a network may come back.
 _LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
@@ -28,6 +29,7 @@ app.command()(run_commands.train)
 app.command()(run_commands.evaluate)
 app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
+app.command()(plan_command.plan)
 app.command()(run_commands.doctor)
 
 
