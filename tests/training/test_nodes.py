@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(network.missing() is not None, reason=f"no network namespaces: {network.missing()}"),
 ]
-STEPS = 40
+STEPS = 60
 # 16 or 24 micro-batches a rank: steps long enough to pull a cable between two of them
 TRAINING = (
     *("training.global_batch_size=48", f"training.train_steps={STEPS}", "training.lr=2e-3"),
@@ -54,9 +54,9 @@ def test_first_of_three_machines_is_lost_and_comes_back(
     small: tuple[str, ...], undisturbed: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three data-parallel machines; the one with rank 0 is cut off, but not the one that holds the rendezvous. The
-    other two wait no longer than the timeout, go on from the last checkpoint, and are three again when its cable is
-    back in: its agent lives, and joins by itself. Every step stands once in the log, with the numbers of an undisturbed
-    run."""
+    other two wait no longer than the timeout, go on from the last checkpoint, and are three again when it is started
+    again: they save first, so that no step is lost then. Every step stands once in the log, with the numbers of an
+    undisturbed run."""
     jsonl = tmp_path / "steps.jsonl"
     training = [*small, *TRAINING, TIMEOUT, f"checkpoint.save_dir={tmp_path / 'save'}", f"logging.jsonl_path={jsonl}"]
 
@@ -79,11 +79,14 @@ def test_first_of_three_machines_is_lost_and_comes_back(
         _tell(capsys, f"cut at step {at_the_cut}: noticed after {restarted:.0f} s, next new step after {resumed:.0f} s")
         assert restarted < TIMEOUT_SECONDS + 30
 
+        assert wait_for(first, tmp_path / f"{lost.name}.log") != 0  # nothing of it trains on
         lost.plug_in()
         before = _logged(jsonl)
+        assert before < STEPS - 5, "too few steps are left to come back"
+        again = start(lost)
         joined = wait_until(lambda: len(_worlds(tmp_path)) == 3, "three machines again")
-        _tell(capsys, f"plugged in at step {before}: part of the run after {joined:.0f} s, at step {_logged(jsonl)}")
-        for process in (first, *others):
+        _tell(capsys, f"back at step {before}: part of the run after {joined:.0f} s, at step {_logged(jsonl)}")
+        for process in (again, *others):
             assert wait_for(process, log) == 0, log.read_text()
 
     assert sorted(_worlds(tmp_path)) == [2, 3, 3]
@@ -114,6 +117,7 @@ def test_one_of_two_machines_is_lost_and_the_layout_changes(
         _tell(capsys, f"cut at step {at_the_cut}: next new step after {resumed:.0f} s")
         log = tmp_path / f"{host.address}.log"
         assert wait_for(processes[0], log) == 0, log.read_text()
+        assert wait_for(processes[1], tmp_path / f"{lost.address}.log") != 0
     said = re.sub(r"[\s│]+", " ", log.read_text())
     assert "parallel.layouts[0] of 2, the first that fits" in said
     assert (
