@@ -81,6 +81,13 @@ def train(
     resolved = load_config(config, overrides or ())
     launched = nproc is not None or nnodes != "1"
     launch = _launch_options(nproc, nnodes, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
+    if not launched and adopt_slurm_rank() and max_restarts:
+        raise ConfigError(
+            f"--max-restarts {max_restarts}: srun has started this rank, and only srun can start it again; let it "
+            "start one launcher a node, with --nproc and --nnodes"
+        )
+    if launch.max_nodes > 1 and rdzv_endpoint is None and not dry_run:
+        raise ConfigError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, where the machines find each other")
     if dry_run:
         _show_dry_run(resolved, launch if launched and not is_rank() else None)
         return
@@ -89,8 +96,6 @@ def train(
 
         configured_for(resolved, launch.nproc * launch.max_nodes)
         launch_ranks(launch, sys.argv[1:])
-    if not launched:
-        adopt_slurm_rank()
     end_with_launcher()
     from illada_megatron.training import train as run_training
 
@@ -169,10 +174,8 @@ def _launch_options(
     if not 1 <= least <= most:
         raise ConfigError(f"--nnodes {nnodes}: expected at least 1, and MIN not above MAX")
     options = LaunchOptions(nproc or 1, least, most, local_addr=local_addr, max_restarts=max_restarts)
-    if most == 1:
-        return options
     if rdzv_endpoint is None:
-        raise ConfigError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, where the machines find each other")
+        return options
     pairs = [part.partition("=") for part in rdzv_conf.split(",") if part]
     if any(not value for _, _, value in pairs):
         raise ConfigError(f"--rdzv-conf {rdzv_conf}: expected KEY=VALUE,KEY=VALUE")

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below the ephemeral ones
 
 
-def adopt_slurm_rank() -> None:
-    """Where srun started this process as one task of several, announce it as torchrun would (RANK, WORLD_SIZE, ...)."""
-    os.environ.update(rank_variables(os.environ))
+def adopt_slurm_rank() -> bool:
+    """Where srun started this process as one task of several, announce it as torchrun would (RANK, WORLD_SIZE, ...)
+    and say so."""
+    variables = rank_variables(os.environ)
+    os.environ.update(variables)
+    return bool(variables)
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

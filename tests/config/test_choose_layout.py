@@ -91,7 +91,7 @@ def test_layouts_by_number_of_machines() -> None:
     [
         ({"layouts": [{}, {"tensor_model_parallel_size": 4}]}, r"parallel\.layouts\[1\]: model.num_query_groups 2"),
         ({"layouts": [{"sequence_parallel": True}]}, r"parallel\.layouts\[0\]: parallel.sequence_parallel true needs"),
-        ({"layouts": [{"tensor_size": 2}]}, r"parallel\.layouts\.0\.tensor_size: unknown field; did you mean"),
+        ({"layouts": [{"tensor_size": 2}]}, r"parallel\.layouts\.0\.tensor_size: unknown field; known: tensor"),
         ({"layouts": [{}], "data_parallel_size": 2}, "data_parallel_size 2 fixes the number of ranks"),
     ],
 )
