@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,7 @@ from illada_megatron.planning import (
 # 419 unexpected interruptions in 54 days on 16,384 GPUs, one in 50,700 GPU hours (arXiv 2407.21783, section 3.3.4).
 _GPU_MTBF_HOURS = 49_152.0
 _HOUR, _DAY = 3600.0, 86400.0
+_SWEEP = 60
 
 
 def plan(
@@ -104,8 +106,8 @@ def _table(model: FaultModel, wall_seconds: float, seed: int, step_seconds: floa
         "Young 1974": max(young_interval(stall, mtbf), shortest),
         "Daly 2006": max(daly_interval(stall, mtbf), shortest),
     }
-    best, _ = best_interval(model, wall_seconds, seed, shortest, max(20 * rows["Daly 2006"], 2 * shortest))
-    rows["best of 60, simulated"] = best
+    sweep = np.geomspace(shortest, max(20 * rows["Daly 2006"], 2 * shortest), _SWEEP).tolist()
+    rows[f"best of {_SWEEP + 2}, simulated"], _ = best_interval(model, wall_seconds, seed, [*rows.values(), *sweep])
     wait = (
         f"trains on without a lost machine for {model.replacement_seconds:,.0f} s"
         if model.goes_on_with_fewer

@@ -8,7 +8,7 @@ save waits until the one before is durable, so that saves begin every c = max(ta
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,11 +162,9 @@ def simulate(model: FaultModel, interval_seconds: float, wall_seconds: float, se
 
 
 def best_interval(
-    model: FaultModel, wall_seconds: float, seed: int, smallest: float, largest: float, count: int = 60
+    model: FaultModel, wall_seconds: float, seed: int, candidates: Sequence[float]
 ) -> tuple[float, SimulatedRun]:
-    """The interval of the highest simulated goodput among `count` from smallest to largest, in equal ratios; all meet
-    the same failures."""
-    candidates = np.geomspace(smallest, largest, count).tolist()
+    """The candidate (seconds) with the highest simulated goodput, and its run; all meet the same failures."""
     runs = [(interval, simulate(model, interval, wall_seconds, seed)) for interval in candidates]
     return max(runs, key=lambda pair: pair[1].goodput)
 

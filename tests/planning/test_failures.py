@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launch import Illada
 
@@ -80,7 +81,7 @@ def test_the_best_interval_is_near_dalys_for_cheap_saves() -> None:
     model = replace(LARGE, save_stall_seconds=10.0, save_seconds=10.0)
     daly = daly_interval(10.0, model.mtbf_seconds)
     assert daly == pytest.approx(young_interval(10.0, model.mtbf_seconds), rel=0.03)
-    interval, run = best_interval(model, YEARS / 4, 7, daly / 8, daly * 8, count=30)
+    interval, run = best_interval(model, YEARS / 4, 7, np.geomspace(daly / 8, daly * 8, 30).tolist())
     assert daly / 1.5 < interval < daly * 1.5
     assert run.goodput >= simulate(model, daly / 8, YEARS / 4, 7).goodput + 0.01
     assert run.goodput >= simulate(model, daly * 8, YEARS / 4, 7).goodput + 0.01

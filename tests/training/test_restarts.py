@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,17 @@ def test_what_the_user_has_to_mend_is_not_tried_again(tiny_run: tuple[str, ...])
     assert "start again" not in run.output
 
 
+@pytest.mark.slow
 def test_restarts_are_used_up(small: tuple[str, ...], tmp_path: Path) -> None:
     jsonl = tmp_path / "steps.jsonl"
 
     def kill_each_attempt(launcher: psutil.Process) -> None:
         wait_for_step(jsonl, 2, launcher)
-        first = rank_processes(launcher)
-        first[0].kill()
-        while not (again := [one for one in rank_processes(launcher) if one not in first and "-u" in one.cmdline()]):
+        first = launcher.children()
+        rank_processes(launcher)[0].kill()
+        while not (again := [child for child in launcher.children() if child not in first]):
             assert launcher.status() != psutil.STATUS_ZOMBIE
+            time.sleep(0.1)
         again[0].kill()
 
     run = launch("train", [*small, "--max-restarts", "1"], 2, jsonl, kill_each_attempt)
