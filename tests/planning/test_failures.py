@@ -87,6 +87,12 @@ def test_the_best_interval_is_near_dalys_for_cheap_saves() -> None:
     assert run.goodput >= simulate(model, daly * 8, YEARS / 4, 7).goodput + 0.01
 
 
+@pytest.mark.parametrize(("mtbf_minutes", "interval_minutes"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_dalys_interval_as_published(mtbf_minutes: float, interval_minutes: float) -> None:
+    """Figures 3 to 5 of the paper: saves of 5 minutes, failures every 24 hours, 6 hours, 15 minutes."""
+    assert daly_interval(5.0, mtbf_minutes) == pytest.approx(interval_minutes, rel=0.006)
+
+
 def test_dalys_interval_where_saves_cost_more_than_failures() -> None:
     assert daly_interval(7.0, 3.0) == 3.0
     assert daly_interval(6.0, 3.0) == 3.0
