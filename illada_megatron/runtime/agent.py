@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -22,9 +23,13 @@ def _shutdown_seconds() -> int:
     return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
 
-def ends_the_run(failure: ProcessFailure) -> bool:
-    """Whether another attempt would only fail in the same way."""
-    return failure.exitcode == USER_ERROR
+def decisive(failures: Mapping[int, ProcessFailure]) -> ProcessFailure | None:
+    """The failure for which another attempt would only fail in the same way, if there is one. Where a rank was killed,
+    what the others exit with follows from that; SIGTERM is the agent's own."""
+    codes = [failure.exitcode for failure in failures.values()]
+    if any(code < 0 and code != -signal.SIGTERM for code in codes):
+        return None
+    return next((failure for failure in failures.values() if failure.exitcode == USER_ERROR), None)
 
 
 class Agent(LocalElasticAgent):
@@ -39,7 +44,7 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            if self.stop_requested or any(map(ends_the_run, result.failures.values())):
+            if self.stop_requested or decisive(result.failures):
                 self._remaining_restarts = 0
             self._say_what_follows(result, worker_group.spec.max_restarts)
         elif result.state == WorkerState.SUCCEEDED and not self.stop_requested and self._others_are_waiting():

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from illada_megatron.runtime.agent import Agent, ends_the_run
+from illada_megatron.runtime.agent import Agent, decisive
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _run(options: LaunchOptions, arguments: Sequence[str]) -> int:
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     # The rank has said why; a traceback of the launcher would only bury it.
     print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
-    decisive = next((one for one in result.failures.values() if ends_the_run(one)), failure)
-    return decisive.exitcode if decisive.exitcode > 0 else 1
+    failure = decisive(result.failures) or failure
+    return failure.exitcode if failure.exitcode > 0 else 1
 
 
 def _parameters(options: LaunchOptions) -> RendezvousParameters:

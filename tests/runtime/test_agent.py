@@ -28,13 +28,25 @@ sys.exit(int(sys.argv[2]))
 """
 
 
-def _run(max_restarts: int, *arguments: str, stop: bool = False) -> RunResult:
-    """One rank `python -c ARGUMENTS` under the agent."""
+KILLED_BESIDE = """
+import os, pathlib, signal, sys, time
+with pathlib.Path(sys.argv[1]).open("a") as file:
+    file.write("started\\n")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+if os.environ["LOCAL_RANK"] == "1":
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)
+"""
+
+
+def _run(max_restarts: int, *arguments: str, ranks: int = 1, stop: bool = False) -> RunResult:
+    """Ranks `python -c ARGUMENTS` under the agent."""
     parameters = RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1)
     handler = get_rendezvous_handler(parameters)
     spec = WorkerSpec(
         role="trainer",
-        local_world_size=1,
+        local_world_size=ranks,
         entrypoint=sys.executable,
         args=("-c", *arguments),
         rdzv_handler=handler,
@@ -75,3 +87,10 @@ def test_attempts(code: int, stop: bool, attempts: int, tmp_path: Path, capfd: p
     assert result.is_failed() == (code != 0)
     assert len((tmp_path / "started").read_text().split()) == attempts
     assert capfd.readouterr().err.count("start again") == attempts - 1
+
+
+def test_what_the_others_exit_with_when_a_rank_is_killed(tmp_path: Path) -> None:
+    """They may have met the loss in the middle of a save, and call that the user's."""
+    result = _run(1, KILLED_BESIDE, str(tmp_path / "started"), ranks=2)
+    assert {failure.exitcode for failure in result.failures.values()} == {2, -signal.SIGKILL}
+    assert len((tmp_path / "started").read_text().split()) == 4
