@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, sample, preprocess, checkpoint, doctor."""
+"""`illada`: train, evaluate, generate, sample, preprocess, checkpoint, convert, plan, doctor."""
 
 import os
 import sys
@@ -10,15 +10,19 @@ from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.cli import (
     checkpoint_commands,
     generate_command,
+    plan_command,
     preprocess_command,
     run_commands,
     sample_command,
 )
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
+from illada_megatron.planning import PlanError
 
 # What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, OSError)
+_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError)
+# Of the errors of the system, those that another attempt would meet again; a disk or a network may come back.
+_LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 app = typer.Typer(
     help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
@@ -33,12 +37,14 @@ app.command()(run_commands.evaluate)
 app.command()(generate_command.generate)
 app.command()(preprocess_command.preprocess)
 app.command()(sample_command.sample)
+app.command()(plan_command.plan)
 app.command()(run_commands.doctor)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 def main() -> None:
-    """Entry point; exits with 2 on what the user can mend."""
+    """Entry point; exits with 2 on what the user can mend, which the launcher does not try again, with 1 on errors of
+    the system that may pass."""
     # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank. Commands
     # import it only when they run, so that this comes first.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -51,4 +57,4 @@ def main() -> None:
         if rank in (None, "0") or not isinstance(error, ConfigError | FloatingPointError):
             where = f" (rank {rank})" if rank is not None else ""
             print(f"illada: error{where}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _LASTING) else 2)

@@ -2,14 +2,18 @@
 second, and `illada preprocess` has no use for it."""
 
 import sys
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from illada_megatron.config import ConfigError, RunConfig, load_config
-from illada_megatron.config.layout import Layout, layout_rows, resolve_layout
+from illada_megatron.config.layout import layout_rows, layouts_by_nodes, resolve_layout
 from illada_megatron.config.load import to_yaml
+
+if TYPE_CHECKING:
+    from illada_megatron.runtime.launch import LaunchOptions
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Fields to change: `section.field=value`, as `training.lr=1e-3`.")
@@ -17,15 +21,43 @@ Overrides = Annotated[
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="A YAML file, or a preset: tiny, illada-8b, llada-8b, illada-70b.")
 ]
-NprocOption = Annotated[int | None, typer.Option("--nproc", help="Start this many ranks on this machine.")]
+LAUNCH = "Launch"
+NprocOption = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Start this many ranks on this machine.", rich_help_panel=LAUNCH)
+]
 
 
 def train(
     overrides: Overrides = None,
     config: ConfigOption = None,
     nproc: NprocOption = None,
+    nnodes: Annotated[
+        str,
+        typer.Option(
+            help="Machines of the run, each with this command: N, or MIN:MAX to go on with fewer and to take in more.",
+            rich_help_panel=LAUNCH,
+        ),
+    ] = "1",
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT where the machines find each other; HOST is one of them.", rich_help_panel=LAUNCH),
+    ] = None,
+    rdzv_id: Annotated[str | None, typer.Option(help="The run's name at that place.", rich_help_panel=LAUNCH)] = None,
+    rdzv_conf: Annotated[
+        str, typer.Option(help="Settings of it, as torchrun's: KEY=VALUE,... (docs/faults.md).", rich_help_panel=LAUNCH)
+    ] = "",
+    local_addr: Annotated[
+        str | None,
+        typer.Option(help="Address of this machine, where its host name does not lead to it.", rich_help_panel=LAUNCH),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start failed ranks again this many times.", rich_help_panel=LAUNCH)
+    ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and the layout, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved configuration and the layout (of each number of machines), and stop."
+        ),
     ] = False,
 ) -> None:
     """Train, or continue from the checkpoint in `checkpoint.save_dir`.
@@ -35,24 +67,39 @@ def train(
     Four ranks of this machine: `illada train --nproc 4 --config examples/tiny/config.yaml
     parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2`
 
-    Many machines: `python -m torch.distributed.run --nnodes N --nproc-per-node 8 --rdzv-backend c10d
-    --rdzv-endpoint HOST:PORT -m illada_megatron train --config FILE`
+    Many machines, on each: `illada train --nproc 8 --nnodes 120:128 --rdzv-endpoint HOST:29500 --max-restarts 100
+    --config FILE`. Ranks may also be started by torchrun (`-m illada_megatron train ...`) or, one task each, by srun.
     """
-    from illada_megatron.runtime import is_rank, world_size_from_environment
-    from illada_megatron.runtime.launch import launch_ranks
+    from illada_megatron.runtime import (
+        adopt_slurm_rank,
+        configured_for,
+        end_with_launcher,
+        is_rank,
+        world_size_from_environment,
+    )
 
     resolved = load_config(config, overrides or ())
-    world_size = nproc if nproc and not is_rank() else world_size_from_environment()
+    launched = nproc is not None or nnodes != "1"
+    launch = _launch_options(nproc, nnodes, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
+    if not launched and adopt_slurm_rank() and max_restarts:
+        raise ConfigError(
+            f"--max-restarts {max_restarts}: srun has started this rank, and only srun can start it again; let it "
+            "start one launcher a node, with --nproc and --nnodes"
+        )
+    if launch.max_nodes > 1 and rdzv_endpoint is None and not dry_run:
+        raise ConfigError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, where the machines find each other")
     if dry_run:
-        _show_dry_run(resolved, world_size)
+        _show_dry_run(resolved, launch if launched and not is_rank() else None)
         return
-    if _to_launch(nproc):
-        _check_layout(resolved, world_size)
-        launch_ranks(world_size, sys.argv[1:])
-        return
+    if not is_rank() and (launch.nproc > 1 or launch.max_nodes > 1 or launch.max_restarts):
+        from illada_megatron.runtime.launch import launch_ranks
+
+        configured_for(resolved, launch.nproc * launch.max_nodes)
+        launch_ranks(launch, sys.argv[1:])
+    end_with_launcher()
     from illada_megatron.training import train as run_training
 
-    run_training(resolved)
+    run_training(configured_for(resolved, world_size_from_environment()))
 
 
 def evaluate(
@@ -70,13 +117,17 @@ def evaluate(
     On several ranks the layout is the checkpoint's, unless fields change it: `illada evaluate --nproc 2 --checkpoint
     runs/tiny/checkpoints parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_size=1`
     """
+    from illada_megatron.runtime import adopt_slurm_rank, end_with_launcher, is_rank
+
     if (config is None) == (checkpoint is None):
         raise ConfigError("give one of --checkpoint (to evaluate it) and --config (to evaluate its initial weights)")
-    if _to_launch(nproc):
-        from illada_megatron.runtime.launch import launch_ranks
+    if nproc is not None and nproc > 1 and not is_rank():
+        from illada_megatron.runtime.launch import LaunchOptions, launch_ranks
 
-        launch_ranks(nproc or 1, sys.argv[1:])
-        return
+        launch_ranks(LaunchOptions(nproc), sys.argv[1:])
+    if nproc is None:
+        adopt_slurm_rank()
+    end_with_launcher()
     from illada_megatron.training.evaluate import evaluate_checkpoint
 
     figures = evaluate_checkpoint(config, overrides or (), checkpoint)
@@ -104,25 +155,44 @@ def doctor() -> None:
         console.print(two_columns("a run would use", choice_rows(config, run.device)))
 
 
-def _to_launch(nproc: int | None) -> bool:
-    """Whether this process has to start the ranks: they run the same command, and are ranks already."""
-    from illada_megatron.runtime import is_rank
+def _launch_options(
+    nproc: int | None,
+    nnodes: str,
+    rdzv_endpoint: str | None,
+    rdzv_id: str | None,
+    rdzv_conf: str,
+    local_addr: str | None,
+    max_restarts: int,
+) -> "LaunchOptions":
+    """What the command line says of the launch. Raises ConfigError."""
+    from illada_megatron.runtime.launch import LaunchOptions
 
-    return nproc is not None and nproc > 1 and not is_rank()
+    numbers = nnodes.split(":")
+    if not all(number.isdecimal() for number in numbers) or len(numbers) > 2:
+        raise ConfigError(f"--nnodes {nnodes}: expected N or MIN:MAX")
+    least, most = int(numbers[0]), int(numbers[-1])
+    if not 1 <= least <= most:
+        raise ConfigError(f"--nnodes {nnodes}: expected at least 1, and MIN not above MAX")
+    options = LaunchOptions(nproc or 1, least, most, local_addr=local_addr, max_restarts=max_restarts)
+    if rdzv_endpoint is None:
+        return options
+    pairs = [part.partition("=") for part in rdzv_conf.split(",") if part]
+    if any(not value for _, _, value in pairs):
+        raise ConfigError(f"--rdzv-conf {rdzv_conf}: expected KEY=VALUE,KEY=VALUE")
+    settings = {key.strip(): value.strip() for key, _, value in pairs}
+    return replace(options, rdzv_endpoint=rdzv_endpoint, rdzv_id=rdzv_id or "illada", rdzv_conf=settings)
 
 
-def _show_dry_run(config: RunConfig, world_size: int) -> None:
-    from illada_megatron.runtime import select_device
+def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
+    from illada_megatron.runtime import configured_for, select_device, world_size_from_environment
     from illada_megatron.runtime.tables import two_columns
 
-    layout = _check_layout(config, world_size)
-    print(to_yaml(config), end="")
-    Console(highlight=False).print(two_columns("layout", layout_rows(config, layout)))
+    world_size = launch.nproc * launch.max_nodes if launch else world_size_from_environment()
+    chosen = configured_for(config, world_size)
+    print(to_yaml(chosen), end="")
+    console = Console(highlight=False)
+    console.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
+    if launch and launch.min_nodes < launch.max_nodes:
+        nodes = range(launch.max_nodes, launch.min_nodes - 1, -1)
+        console.print(two_columns("layout by machines", layouts_by_nodes(config, launch.nproc, nodes)))
     select_device(config)
-
-
-def _check_layout(config: RunConfig, world_size: int) -> Layout:
-    try:
-        return resolve_layout(config, world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

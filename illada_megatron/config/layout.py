@@ -10,6 +10,7 @@ from illada_megatron.config.schema import (
     DataConfig,
     DiffusionConfig,
     FaultsConfig,
+    LayoutChoice,
     LoggingConfig,
     LossConfig,
     ModelConfig,
@@ -59,6 +60,19 @@ class Layout:
     """Micro-batches of a step at the full global batch, a data-parallel rank."""
 
 
+@dataclass(frozen=True)
+class ChosenLayout:
+    """The layout that a run takes on a number of ranks."""
+
+    config: RunConfig
+    """With the layout's fields in their places. Choosing from it again chooses the same."""
+    layout: Layout
+    number: int | None
+    """Which of parallel.layouts, from 0; None: there was no choice."""
+    refused: list[str]
+    """Why those before it were not taken."""
+
+
 def check_config(config: RunConfig) -> None:
     """The checks that do not need the world size. Raises ValueError with the fields, the numbers and the fix."""
     model, parallel, training = config.model, config.parallel, config.training
@@ -95,6 +109,16 @@ def check_config(config: RunConfig) -> None:
             "parallel.sequence_parallel true needs parallel.tensor_model_parallel_size > 1, found 1: "
             "set sequence_parallel=false"
         )
+    if parallel.layouts and parallel.data_parallel_size is not None:
+        raise ValueError(
+            f"parallel.data_parallel_size {parallel.data_parallel_size} fixes the number of ranks, for which "
+            "parallel.layouts is there to choose a layout: leave one of them out"
+        )
+    for number, choice in enumerate(parallel.layouts):
+        try:
+            check_config(_with_layout(config, choice, []))
+        except ValueError as error:
+            raise ValueError(f"parallel.layouts[{number}]: {error}") from error
     tokens = training.micro_batch_size * config.data.sequence_length
     if parallel.sequence_parallel and tokens % tp:
         raise ValueError(
@@ -159,17 +183,63 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     return Layout(world_size, tp, pp, virtual, dp, num_microbatches)
 
 
-def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
-    """The layout as rows of a table."""
+def choose_layout(config: RunConfig, world_size: int) -> ChosenLayout:
+    """The first of parallel.layouts that fits `world_size` ranks; where the list is empty, the section's own fields.
+
+    The global batch stays as it is, so that the same samples make the same steps on any number of ranks. Raises
+    ValueError where none fits, with the reason for each.
+    """
+    choices = config.parallel.layouts
+    if not choices:
+        return ChosenLayout(config, resolve_layout(config, world_size), None, [])
     training = config.training
-    interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
+    complete = [
+        choice.model_copy(
+            update={
+                "micro_batch_size": choice.micro_batch_size or training.micro_batch_size,
+                "recompute": choice.recompute or training.recompute,
+            }
+        )
+        for choice in choices
+    ]
+    refused: list[str] = []
+    for number, choice in enumerate(complete):
+        candidate = _with_layout(config, choice, complete)
+        try:
+            return ChosenLayout(candidate, resolve_layout(candidate, world_size), number, refused)
+        except ValueError as error:
+            refused.append(f"parallel.layouts[{number}]: {error}")
+    raise ValueError(
+        f"none of the {len(choices)} parallel.layouts fits {world_size} ranks: start another number of ranks or add a "
+        "layout for it (`illada train --dry-run` with --nproc and --nnodes MIN:MAX shows which numbers fit)\n  "
+        + "\n  ".join(refused)
+    )
+
+
+def _with_layout(config: RunConfig, choice: LayoutChoice, layouts: list[LayoutChoice]) -> RunConfig:
+    """The configuration with a choice's fields in their places, and what may be chosen again."""
+    sizes = choice.model_dump(exclude={"micro_batch_size", "recompute"})
+    training = choice.model_dump(include={"micro_batch_size", "recompute"}, exclude_none=True)
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={**sizes, "layouts": layouts}),
+            "training": config.training.model_copy(update=training),
+        }
+    )
+
+
+def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
+    """The layout as rows of a table, and why it was taken where there was a choice."""
+    training = config.training
+    chosen = choose_layout(config, layout.world_size)
+    why = []
+    if chosen.number is not None:
+        text = f"parallel.layouts[{chosen.number}] of {len(config.parallel.layouts)}, the first that fits"
+        why = [("chosen", "\n".join([text, *(f"not {reason}" for reason in chosen.refused)]))]
     return [
         ("world size", f"{layout.world_size}"),
-        (
-            "layout",
-            f"tensor {layout.tensor}{' + sequence' if config.parallel.sequence_parallel else ''}, "
-            f"pipeline {layout.pipeline}{interleaved}, data {layout.data}",
-        ),
+        ("layout", layout_text(config, layout)),
+        *why,
         (
             "global batch",
             f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
@@ -178,3 +248,24 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         ),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
+
+
+def layout_text(config: RunConfig, layout: Layout) -> str:
+    """The sizes of the process groups in words."""
+    sequence = " + sequence" if config.parallel.sequence_parallel else ""
+    interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
+    return f"tensor {layout.tensor}{sequence}, pipeline {layout.pipeline}{interleaved}, data {layout.data}"
+
+
+def layouts_by_nodes(config: RunConfig, ranks_per_node: int, nodes: range) -> list[tuple[str, str]]:
+    """What would be chosen on each number of machines, as rows of a table. A number that nothing fits ends the run."""
+    rows = []
+    for number in nodes:
+        try:
+            chosen = choose_layout(config, number * ranks_per_node)
+        except ValueError:
+            rows.append((f"{number} nodes", "no layout fits: the run would end"))
+            continue
+        batches = f"{chosen.layout.num_microbatches} micro-batches of {chosen.config.training.micro_batch_size}"
+        rows.append((f"{number} nodes", f"{layout_text(chosen.config, chosen.layout)}; {batches} a rank"))
+    return rows

@@ -4,7 +4,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -106,8 +106,10 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("constrained", "literal")))
     if error["type"] == "extra_forbidden":
         parent: Any = RunConfig
+        listed: Any = None
         for part in error["loc"][:-1]:
-            annotation = parent.model_fields[part].annotation
+            annotation = get_args(listed)[0] if isinstance(part, int) else parent.model_fields[part].annotation
+            listed = annotation  # of a list the next part is a number, and its items' class is the parent
             parent = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else parent
         close = difflib.get_close_matches(str(error["loc"][-1]), parent.model_fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(parent.model_fields)}"

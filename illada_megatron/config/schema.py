@@ -8,6 +8,7 @@ from pydantic import model_validator as validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -83,6 +84,19 @@ class ModelConfig(Section):
         return self
 
 
+class LayoutChoice(Section):
+    """A layout that the run may take, whole: a field that is left out has the value written here."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    sequence_parallel: bool = False
+    micro_batch_size: PositiveInt | None = None
+    """None: training.micro_batch_size."""
+    recompute: Recompute | None = None
+    """None: training.recompute. Fewer ranks hold larger parts of the optimizer's state."""
+
+
 class ParallelConfig(Section):
     """The layout. data_parallel_size is what is left of the world."""
 
@@ -97,6 +111,9 @@ class ParallelConfig(Section):
     """Shard the optimizer's state over the data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    layouts: list[LayoutChoice] = []
+    """Layouts that the run may take, in order of preference: at each start the first that fits the number of ranks
+    replaces the fields above, with the global batch unchanged. Empty: only the fields above."""
 
 
 class DiffusionConfig(Section):
@@ -251,7 +268,7 @@ class TrainingConfig(Section):
     """Save and stop at this step although the schedule is made for train_steps."""
     precision: Dtype = "bf16"
     seed: NonNegativeInt = 1234
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers make again
     what is cheap in any case, docs/cpu_kernels.md) or whole layers (full)."""
 
@@ -323,6 +340,8 @@ class RuntimeConfig(Section):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     num_threads: PositiveInt | None = None
     """CPU threads of a rank; None: cores / ranks on this machine."""
-    distributed_timeout_minutes: PositiveInt = 10
+    distributed_timeout_minutes: PositiveFloat = 10.0
+    """A collective that takes longer fails its rank. Where a machine vanishes without a word, the others notice after
+    this time at the latest."""
     peak_tflops: PositiveFloat | None = None
     """The device's dense peak in the run's precision, for MFU; None: known devices only."""

@@ -1,13 +1,24 @@
 """Where a run happens: device, process groups, and the adaptor that lets megatron-core run on a CPU."""
 
 from illada_megatron.runtime.device import Capability, Device, capabilities, select_device
-from illada_megatron.runtime.distributed import Runtime, is_rank, runtime, world_size_from_environment
+from illada_megatron.runtime.distributed import (
+    Runtime,
+    configured_for,
+    end_with_launcher,
+    is_rank,
+    runtime,
+    world_size_from_environment,
+)
+from illada_megatron.runtime.slurm import adopt_slurm_rank
 
 __all__ = [
     "Capability",
     "Device",
     "Runtime",
+    "adopt_slurm_rank",
     "capabilities",
+    "configured_for",
+    "end_with_launcher",
     "is_rank",
     "runtime",
     "select_device",

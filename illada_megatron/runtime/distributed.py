@@ -1,6 +1,9 @@
 """Process groups: torch.distributed and megatron-core's model-parallel state, on gloo (CPU) or NCCL (CUDA)."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from illada_megatron.config import ConfigError, RunConfig
-from illada_megatron.config.layout import Layout, resolve_layout
+from illada_megatron.config.layout import Layout, choose_layout, resolve_layout
 from illada_megatron.runtime import cpu_adaptor
 from illada_megatron.runtime.device import Device, select_device, set_threads
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,22 @@ def world_size_from_environment() -> int:
 def is_rank() -> bool:
     """Whether a launcher started this process as one rank of a run."""
     return "RANK" in os.environ
+
+
+def end_with_launcher() -> None:
+    """Where torch's agent started this rank: die with it. A rank that outlives its agent would train beside the one
+    that takes its place (Linux; elsewhere nothing is done)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def configured_for(config: RunConfig, world_size: int) -> RunConfig:
+    """The configuration with the first of parallel.layouts that fits. Raises ConfigError, with the reason for each,
+    where none does."""
+    try:
+        return choose_layout(config, world_size).config
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @contextmanager

@@ -1,56 +1,117 @@
-"""Start the ranks of one machine, through torch's own elastic launcher."""
+"""Start the ranks of one machine, and start them again when one fails, through torch's own elastic agent."""
 
-import contextlib
 import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
+from torch.distributed.elastic.agent.server import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from illada_megatron.runtime.agent import Agent, decisive
 
 
-def launch_ranks(nproc: int, arguments: Sequence[str]) -> None:
-    """Run `python -m illada_megatron ARGUMENTS` on `nproc` ranks of this machine, wait, and exit with their status.
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What torchrun calls by the same names."""
 
-    The same as `python -m torch.distributed.run --standalone --nproc-per-node NPROC -m illada_megatron ARGUMENTS`,
-    which several machines use with their rendezvous options; except that SIGTERM and SIGINT are handed on to the ranks,
-    which save and leave with 0 in their own time, where torch's launcher kills them after 30 seconds and fails.
+    nproc: int = 1
+    """Ranks on this machine."""
+    min_nodes: int = 1
+    max_nodes: int = 1
+    rdzv_endpoint: str = "localhost:0"
+    """HOST:PORT; the machine of that name holds the store through which the others find each other."""
+    rdzv_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    rdzv_conf: Mapping[str, str] = field(default_factory=dict)
+    """join_timeout, last_call_timeout, keep_alive_interval, keep_alive_max_attempt, read_timeout (seconds), is_host."""
+    local_addr: str | None = None
+    """By which the other machines reach this one; None: its host name."""
+    max_restarts: int = 0
+    """How often a failure may start the ranks of this machine again; machines that come or go do not count."""
+
+
+def launch_ranks(options: LaunchOptions, arguments: Sequence[str]) -> None:
+    """Run `python -m illada_megatron ARGUMENTS` on the ranks of this machine, wait, and exit with their status.
+
+    The same as `python -m torch.distributed.run --rdzv-backend c10d ... -m illada_megatron ARGUMENTS`, except that
+    SIGTERM and SIGINT are handed on to the ranks, which save and leave with 0 in their own time, where torch's launcher
+    kills them after 30 seconds and fails; that nothing of a failed rank lives on; and that an error which would only
+    come again (exit code 2) is not met with a restart.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    # Else an agent goes on telling its ranks the address of the first rank 0 when that machine is lost:
+    # https://github.com/pytorch/pytorch/issues/135712
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
+    sys.exit(_run(options, arguments))
+
+
+def _run(options: LaunchOptions, arguments: Sequence[str]) -> int:
+    """The exit status."""
+    agent = None
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        if agent is not None:
+            agent.stop_requested = True
+        children = psutil.Process().children()
+        if not children:  # in a rendezvous: nobody to tell
+            raise SignalException(f"got {signal.Signals(number).name}", signal.Signals(number))
+        for child in children:
+            child.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _hand_on)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port
-        max_restarts=0,
-        signals_to_handle="SIGHUP",
-    )
+        signal.signal(number, hand_on)
+    handler = None
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "illada_megatron", *arguments)
-    except ChildFailedError as error:
-        _end_orphans([failure.pid for failure in error.failures.values()])
-        # The rank has said why; the launcher's traceback would only bury it.
-        rank, failure = error.get_first_failure()
-        print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+        handler = get_rendezvous_handler(_parameters(options))
+        agent = Agent(
+            WorkerSpec(
+                role="trainer",
+                local_world_size=options.nproc,
+                entrypoint=sys.executable,
+                args=("-u", "-m", "illada_megatron", *arguments),
+                rdzv_handler=handler,
+                max_restarts=options.max_restarts,
+                local_addr=options.local_addr,
+            ),
+            several_nodes=options.max_nodes > 1,
+        )
+        result = agent.run()
+    except SignalException as error:
+        return 128 + error.sigval  # the rendezvous stays open: the other machines may go on
+    except RendezvousError as error:
+        print(f"illada: error: {_explain(error, options)}", file=sys.stderr)
+        return 1
+    if handler is not None:
+        handler.shutdown()
+    if result is None or not result.is_failed():  # None: a spare machine, when the others have ended the run
+        return 0
+    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    # The rank has said why; a traceback of the launcher would only bury it.
+    print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
+    failure = decisive(result.failures) or failure
+    return failure.exitcode if failure.exitcode > 0 else 1
 
 
-def _end_orphans(ranks: Sequence[int]) -> None:
-    """megatron-core's checkpoint writers outlive a rank that was killed, and keep the terminal's pipe open. torch gives
-    each rank a process group of its own."""
-    for pid in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+def _parameters(options: LaunchOptions) -> RendezvousParameters:
+    return RendezvousParameters(
+        backend="c10d",
+        endpoint=options.rdzv_endpoint,
+        run_id=options.rdzv_id,
+        min_nodes=options.min_nodes,
+        max_nodes=options.max_nodes,
+        local_addr=options.local_addr,
+        **options.rdzv_conf,
+    )
 
 
-def _hand_on(number: int, _: FrameType | None) -> None:
-    for child in psutil.Process().children():
-        child.send_signal(number)
+def _explain(error: RendezvousError, options: LaunchOptions) -> str:
+    where = f"the rendezvous at {options.rdzv_endpoint} (--rdzv-id {options.rdzv_id})"
+    if isinstance(error, RendezvousClosedError):
+        return f"{where} is closed: another machine has ended the run or used up its restarts; its log says why"
+    return f"{where} failed: {error or type(error).__name__}; is HOST:PORT up and reachable from this machine?"

@@ -115,6 +115,21 @@ def test_loss_that_is_not_a_number(tmp_path: Path, tiny_run: tuple[str, ...], il
     assert not (save_dir / "step_00000003").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(FileNotFoundError(2, "No such file", "x"), 2), (ConnectionResetError("reset"), 1), (OSError(5, "I/O error"), 1)],
+)
+def test_errors_of_the_system(error: OSError, code: int, illada: Illada, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2: the launcher gives up; 1: it tries again, the disk or the network may be back."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("illada_megatron.cli.run_commands.load_config", fail)
+    outcome = illada("train")
+    assert (outcome.code, outcome.err) == (code, f"illada: error: {error}\n")
+
+
 def test_error_on_several_ranks_is_shown_once(tiny_run: tuple[str, ...]) -> None:
     """Real ranks: the launcher passes the code on and adds no traceback of its own."""
     run = launch("train", [*tiny_run, "data.train_paths=[/nowhere/shard]"], nproc=2)

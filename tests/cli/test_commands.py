@@ -16,7 +16,7 @@ from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.tokenizer import load_tokenizer
 from illada_megatron.data.train_tokenizer import train_sentencepiece
 
-COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "plan", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_help_lists_every_command(illada: Illada) -> None:
         assert re.search(rf"^\W*{command}\s+\w", outcome.out, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess", "sample"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess", "sample", "plan"])
 def test_help_of_a_command_shows_an_example(command: str, illada: Illada) -> None:
     outcome = illada(command, "--help")
     assert outcome.code == 0
@@ -71,6 +71,52 @@ def test_dry_run_refuses_a_layout(tiny_run: tuple[str, ...], illada: Illada) -> 
     outcome = illada("train", "--dry-run", "--nproc", 3, *tiny_run)
     assert outcome.code == 2
     assert "training.global_batch_size 4 is not a multiple of" in outcome.err
+
+
+def test_dry_run_shows_the_layout_of_each_number_of_machines(tiny_run: tuple[str, ...], illada: Illada) -> None:
+    layouts = "parallel.layouts=[{tensor_model_parallel_size: 2}, {micro_batch_size: 1}]"
+    outcome = illada("train", "--dry-run", "--nnodes", "1:4", *tiny_run, layouts)
+    assert outcome.code == 0, outcome.err
+    flat = re.sub(r"[\s│]+", " ", outcome.out)
+    assert "chosen parallel.layouts[0] of 2, the first that fits" in flat
+    for row in (
+        "4 nodes tensor 2, pipeline 1, data 2; 1 micro-batches of 2 a rank",
+        "3 nodes no layout fits: the run would end",
+        "1 nodes tensor 1, pipeline 1, data 1; 4 micro-batches of 1 a rank",
+    ):
+        assert row in flat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nnodes", "two", "--rdzv-endpoint", "x:1"], "--nnodes two: expected N or MIN:MAX"),
+        (["--nnodes", "3:2", "--rdzv-endpoint", "x:1"], "--nnodes 3:2: expected at least 1, and MIN not above MAX"),
+        (["--nnodes", "2:3"], "--nnodes 2:3 needs --rdzv-endpoint HOST:PORT"),
+        (["--nnodes", "2", "--rdzv-endpoint", "x:1", "--rdzv-conf", "join_timeout"], "expected KEY=VALUE"),
+        (["--nproc", "3"], "training.global_batch_size 4 is not a multiple of"),
+    ],
+)
+def test_launch_refuses(arguments: list[str], message: str, tiny_run: tuple[str, ...], illada: Illada) -> None:
+    outcome = illada("train", *arguments, *tiny_run)
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_ranks_of_srun_are_not_restarted_by_themselves(
+    tiny_run: tuple[str, ...], illada: Illada, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task would train alone, all into the same folder."""
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "n1"}
+    task |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    outcome = illada("train", "--max-restarts", 3, *tiny_run)
+    assert outcome.code == 2
+    assert "srun has started this rank" in outcome.err
 
 
 def test_doctor_shows_what_is_there_and_what_is_missing(illada: Illada) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from illada_megatron.config import load_config
-from illada_megatron.config.layout import resolve_layout
+from illada_megatron.config.layout import choose_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # World sizes that each configuration's comments promise; the demo runs its own at two layouts.
@@ -15,7 +15,7 @@ WORLDS = {
     "demo/quick.yaml": [(2, ()), (4, ("parallel.tensor_model_parallel_size=2",))],
     "tiny/config.yaml": [(1, ()), (2, ()), (4, ("parallel.tensor_model_parallel_size=2",))],
     "illada_8b/config.yaml": [(8, ())],
-    "illada_8b/config_1024_gpus.yaml": [(1024, ())],
+    "illada_8b/config_1024_gpus.yaml": [(1024, ()), (640, ()), (512, ())],
 }
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 
@@ -29,7 +29,7 @@ def test_configuration_fits_its_worlds(name: str) -> None:
     for world_size, layout in WORLDS[name]:
         overrides = [*layout, PIPELINE] if layout else []
         config = load_config(EXAMPLES / name, overrides)
-        assert resolve_layout(config, world_size).world_size == world_size
+        assert choose_layout(config, world_size).layout.world_size == world_size
 
 
 def test_large_layouts_train_the_same_run() -> None:

@@ -1,0 +1,84 @@
+"""torch's elastic agent with the restart policy of this program."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+# What `illada` exits with where the user has to mend something (cli/main.py).
+USER_ERROR = 2
+# torch's agents ask the rendezvous for news at most once in this time.
+_NEWS_SECONDS = 1.0
+
+
+def _shutdown_seconds() -> int:
+    """How long ranks that are told to leave may take, before they are killed; torchrun's variable and its default."""
+    return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
+def decisive(failures: Mapping[int, ProcessFailure]) -> ProcessFailure | None:
+    """The failure for which another attempt would only fail in the same way, if there is one. Where a rank was killed,
+    what the others exit with follows from that; SIGTERM is the agent's own."""
+    codes = [failure.exitcode for failure in failures.values()]
+    if any(code < 0 and code != -signal.SIGTERM for code in codes):
+        return None
+    return next((failure for failure in failures.values() if failure.exitcode == USER_ERROR), None)
+
+
+class Agent(LocalElasticAgent):
+    """Watches the ranks of this machine, and starts them again as `max_restarts` allows."""
+
+    def __init__(self, spec: WorkerSpec, several_nodes: bool) -> None:
+        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=_shutdown_seconds())
+        self._several_nodes = several_nodes
+        self.stop_requested = False
+        """A signal asked the ranks to save and leave: nothing is started again after it."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            if self.stop_requested or decisive(result.failures):
+                self._remaining_restarts = 0
+            self._say_what_follows(result, worker_group.spec.max_restarts)
+        elif result.state == WorkerState.SUCCEEDED and not self.stop_requested and self._others_are_waiting():
+            # Another agent has seen a machine that wants to join before this one did, and told its ranks to save and
+            # leave; all ranks did so together. The run is not over: HEALTHY lets torch's loop look at who waits.
+            return RunResult(state=WorkerState.HEALTHY)
+        return result
+
+    def _others_are_waiting(self) -> bool:
+        if not self._several_nodes:
+            return False
+        time.sleep(_NEWS_SECONDS)
+        return self._rdzv_handler.num_nodes_waiting() > 0
+
+    def _say_what_follows(self, result: RunResult, max_restarts: int) -> None:
+        rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+        if self._remaining_restarts > 0:
+            attempt = max_restarts - self._remaining_restarts + 1
+            print(
+                f"rank {rank} failed with exit code {failure.exitcode}: the ranks of this machine start again "
+                f"(restart {attempt} of {max_restarts})",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002
+        # Ranks that another machine makes start again save first: they have the user's time for it, not 30 seconds.
+        self._shutdown(timeout=self._shutdown_timeout)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        ranks = list(self._pcontext.pids().values()) if self._pcontext is not None else []
+        super()._shutdown(death_sig, timeout)
+        # What a killed rank has started outlives it (writers of checkpoints), keeps its files and ports, and may still
+        # write when the next attempt does. torch gives each rank a process group of its own.
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
