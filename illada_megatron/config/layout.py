@@ -1,6 +1,6 @@
 """The whole configuration, and which layouts can work: the checks between model, parallel, data and training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from pydantic import model_validator as validator
@@ -58,6 +58,13 @@ class Layout:
     data: int
     num_microbatches: int
     """Micro-batches of a step at the full global batch, a data-parallel rank."""
+
+    def microbatches(self, batch_size: int, micro_batch_size: int) -> int:
+        """Micro-batches of a data-parallel rank for `batch_size` samples. Where these do not fill them all, the last
+        places are filled with samples of weight 0."""
+        count = -(-batch_size // (micro_batch_size * self.data))
+        # the interleaved schedule takes multiples of the pipeline's depth
+        return -(-count // self.pipeline) * self.pipeline if self.virtual > 1 else count
 
 
 @dataclass(frozen=True)
@@ -165,22 +172,21 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     if training.rampup_batch_size:
         sizes["training.rampup_batch_size start"] = training.rampup_batch_size[0]
         sizes["training.rampup_batch_size increment"] = training.rampup_batch_size[1]
-    for name, size in sizes.items():
-        if size % (training.micro_batch_size * dp):
+    virtual, micro = parallel.virtual_pipeline_model_parallel_size or 1, training.micro_batch_size
+    layout = Layout(world_size, tp, pp, virtual, dp, num_microbatches=0)
+    for name, size in sizes.items() if not training.pad_global_batch else ():
+        if size % (micro * dp):
             raise ValueError(
-                f"{name} {size} is not a multiple of micro_batch_size * data parallel size "
-                f"{training.micro_batch_size} * {dp} = {training.micro_batch_size * dp}: change one of them"
+                f"{name} {size} is not a multiple of micro_batch_size * data parallel size {micro} * {dp} = "
+                f"{micro * dp}: change one of them, or set training.pad_global_batch=true"
             )
-    virtual = parallel.virtual_pipeline_model_parallel_size or 1
-    num_microbatches = training.global_batch_size // (training.micro_batch_size * dp)
-    for name, size in sizes.items():
-        count = size // (training.micro_batch_size * dp)
-        if virtual > 1 and count % pp:
+        if layout.microbatches(size, micro) * micro * dp != size:
             raise ValueError(
-                f"{name} {size} gives {count} micro-batches a rank, which the interleaved schedule needs to be a "
-                f"multiple of parallel.pipeline_model_parallel_size {pp}"
+                f"{name} {size} gives {size // (micro * dp)} micro-batches a rank, which the interleaved schedule "
+                f"needs to be a multiple of parallel.pipeline_model_parallel_size {pp}: change one of them, or set "
+                "training.pad_global_batch=true"
             )
-    return Layout(world_size, tp, pp, virtual, dp, num_microbatches)
+    return replace(layout, num_microbatches=layout.microbatches(training.global_batch_size, micro))
 
 
 def choose_layout(config: RunConfig, world_size: int) -> ChosenLayout:
@@ -244,10 +250,17 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
             "global batch",
             f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
             f"{training.global_batch_size * config.data.sequence_length:,} tokens; "
-            f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank",
+            f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank"
+            f"{_empty_places(config, layout)}",
         ),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
+
+
+def _empty_places(config: RunConfig, layout: Layout) -> str:
+    places = layout.num_microbatches * config.training.micro_batch_size * layout.data
+    empty = places - config.training.global_batch_size
+    return f"; {empty} of {places} places stay empty" if empty else ""
 
 
 def layout_text(config: RunConfig, layout: Layout) -> str:

@@ -55,7 +55,7 @@ class BatchSource:
         """This data-parallel rank's micro-batches of `slices`, in their order, built ahead by threads, in host memory.
 
         Micro-batch m of rank r takes the r-th run of micro_batch_size samples of the m-th slice. Slots beyond
-        num_samples repeat earlier samples with loss weight 0 (validation sets that the layout does not divide).
+        num_samples repeat earlier samples with loss weight 0 (batches that the layout does not divide).
         """
         data = self.config.data
         return Prefetcher(self._build, iter(slices), data.loader_threads, data.prefetch_microbatches)
@@ -88,10 +88,14 @@ class BatchSource:
 
 
 def forward_step(
-    num_microbatches: int, microbatches: Iterator[Microbatch], model: torch.nn.Module
+    num_microbatches: int, tokens: float, microbatches: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[Tensor | MaskedLoss, Callable[..., Any]]:
-    """One stage's forward pass: (output, function of the loss). With the number of micro-batches of a step bound, it
-    has the signature of megatron-core's schedules."""
+    """One stage's forward pass: (output, function of the loss). With the first two bound, it has the signature of
+    megatron-core's schedules.
+
+    num_microbatches: of a rank's step; tokens: those of the global batch by the micro-batches of all ranks, which is
+    what a micro-batch has, or less where the last ones are filled up.
+    """
     microbatch = next(microbatches)
     batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
     if batch is None:
@@ -101,18 +105,18 @@ def forward_step(
         segments,
         labels=batch.labels.view(-1),
         loss_weight=batch.loss_weight.view(-1),
-        grad_scale=1 / (batch.tokens.numel() * num_microbatches),  # what `_loss` and the schedule divide by
+        grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
     )
-    return output, partial(_loss, batch)
+    return output, partial(_loss, batch, tokens)
 
 
-def _loss(batch: MaskedBatch, output: MaskedLoss) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(batch: MaskedBatch, tokens: float, output: MaskedLoss) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss of the micro-batch in nats/token, the step's sums).
 
     The schedule divides by the number of micro-batches and DDP averages over data parallel, which makes it
     sum(CE / p) / (tokens of the global batch), once.
     """
-    return output.loss_sum / batch.tokens.numel(), {"sums": microbatch_sums(output, batch)}
+    return output.loss_sum / tokens, {"sums": microbatch_sums(output, batch)}
 
 
 def _no_loss(_: Any) -> Any:

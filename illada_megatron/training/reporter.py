@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -11,6 +12,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, TextIO
 
+import psutil
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
@@ -70,6 +72,7 @@ class Reporter:
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
         self._saved: dict[str, float] = {}
+        self._first_step = first_step + 1
         self._rollbacks: list[Rollback] = []
         self._open(first_step)
 
@@ -117,6 +120,8 @@ class Reporter:
         self._seconds_per_step = record.seconds if previous is None else 0.9 * previous + 0.1 * record.seconds
         if self._jsonl is not None:
             more: dict[str, Any] = dict(self._saved)
+            if record.step == self._first_step:
+                more["start_seconds"] = time.time() - psutil.Process().create_time()
             if self._rollbacks and record.step == self._rollbacks[-1].to_step + 1:
                 more["rollbacks"] = [asdict(one) for one in self._rollbacks]
             self._jsonl.write(json.dumps(_without_nan({**asdict(record), **more}), allow_nan=False) + "\n")

@@ -213,10 +213,10 @@ def slices(state: TrainingState) -> Iterator[BatchSlice]:
     """All micro-batches from where the run is, without end: the loop knows when to stop."""
     config, consumed_samples = state.config, state.consumed_samples
     skipped = tuple(state.bad_steps.skipped_samples)
-    per_microbatch = config.training.micro_batch_size * state.runtime.layout.data
+    layout, micro_batch_size = state.runtime.layout, config.training.micro_batch_size
     while True:
         first, size = next_batch(config, consumed_samples, skipped)
-        for microbatch in range(size // per_microbatch):
+        for microbatch in range(layout.microbatches(size, micro_batch_size)):
             yield BatchSlice(first, size, microbatch)
         consumed_samples = first + size
 

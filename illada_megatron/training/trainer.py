@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.storage import folder
 from illada_megatron.config import RunConfig
@@ -106,7 +105,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         run,
         list(state.chunks),
         state.loader,
-        batch_size // (config.training.micro_batch_size * run.layout.data),
+        batch_size,
         forward_only=False,
     )
     state.clock.end_step()
@@ -198,7 +197,7 @@ def save(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
 def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     """Before the run ends: its last state is in a checkpoint, or the run says that it is not.
 
-    Raises CheckpointError where it cannot be saved.
+    Raises OSError where it cannot be saved: a launcher that starts the run again lets it try again.
     """
     reporter.saves(saver.wait())
     if saver.place is None or saver.last_saved == state.step:
@@ -207,7 +206,7 @@ def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     outcomes = saver.wait()
     reporter.saves(outcomes)
     if saver.last_saved != state.step:
-        raise CheckpointError(
+        raise OSError(
             f"step {state.step}: the run's last state could not be saved in {saver.place}: {outcomes[-1].error}; the "
             f"last good checkpoint there is of step {saver.last_saved}: mend the cause and start the run again, it "
             "goes on from there"

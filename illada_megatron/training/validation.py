@@ -33,15 +33,18 @@ def run_schedule(
     runtime: Runtime,
     chunks: list[torch.nn.Module],
     microbatches: Iterator[Microbatch],
-    num_microbatches: int,
+    batch_size: int,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Run megatron-core's schedule over the next `num_microbatches`; returns this rank's sums of them (last stage)."""
+    """Run megatron-core's schedule over the next micro-batches, as many as `batch_size` samples take; returns this
+    rank's sums of them (last stage)."""
     device = runtime.device.torch_device
+    num_microbatches = runtime.layout.microbatches(batch_size, config.training.micro_batch_size)
+    tokens = batch_size * config.data.sequence_length / (num_microbatches * runtime.layout.data)
     on_device = (microbatch.to(device) for microbatch in itertools.islice(microbatches, num_microbatches))
     iterators = itertools.tee(on_device, len(chunks))  # the chunks of an interleaved schedule share them
     losses = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_microbatches),
+        forward_step_func=partial(forward_step, num_microbatches, tokens),
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
@@ -63,15 +66,12 @@ def evaluate(
 ) -> HeldOut:
     """The bound over the first validation.num_samples held-out samples; every rank gets the same figures."""
     num_samples = config.validation.num_samples
-    per_microbatch = config.training.micro_batch_size * runtime.layout.data
-    num_microbatches = -(-num_samples // per_microbatch)
-    if runtime.layout.virtual > 1:  # the interleaved schedule takes multiples of the pipeline's depth
-        num_microbatches = -(-num_microbatches // runtime.layout.pipeline) * runtime.layout.pipeline
+    num_microbatches = runtime.layout.microbatches(num_samples, config.training.micro_batch_size)
     for chunk in chunks:
         chunk.eval()
     slices = (BatchSlice(0, num_samples, microbatch) for microbatch in range(num_microbatches))
     with torch.no_grad(), source.prefetch(slices) as microbatches:
-        local = run_schedule(config, runtime, list(chunks), microbatches, num_microbatches, forward_only=True)
+        local = run_schedule(config, runtime, list(chunks), microbatches, num_samples, forward_only=True)
     for chunk in chunks:
         chunk.train()
     sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), runtime.device.torch_device)

@@ -38,6 +38,8 @@ def test_asynchronous_is_the_same_checkpoint(
         assert_same_tensors(tmp_path / step, two_steps / step)
     first, second = read_steps(jsonl)
     assert "save_seconds" not in first
+    assert first["start_seconds"] > first["seconds"]
+    assert "start_seconds" not in second
     assert 0 < second["save_stall_seconds"] <= second["save_seconds"]
 
 
@@ -80,7 +82,7 @@ def test_last_state_that_cannot_be_saved_is_an_error(
     """Nobody has to read the log to know that the run's result is lost."""
     (tmp_path / "step_00000003").write_text("in the way")
     outcome = illada("train", *tiny_run, f"checkpoint.load_dir={two_steps}", f"checkpoint.save_dir={tmp_path}")
-    assert outcome.code == 2
+    assert outcome.code == 1  # a launcher may try again
     assert "step 3: the run's last state could not be saved" in outcome.err
 
 

@@ -19,6 +19,7 @@ FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 UNTIED = "model.tie_word_embeddings=false"
 RAMP_UP = "training.rampup_batch_size=[4,2,24]"
 BF16 = "training.precision=bf16"
+PAD = "training.pad_global_batch=true"  # batches of 8 in 9 or 12 places
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DP1, plain optimizer": (1, (PLAIN,)),
@@ -31,10 +32,12 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2": (2, (PP2,)),
     "PP2, interleaved, recomputed": (2, (PP2, INTERLEAVED, FULL)),
     "PP4": (4, (PP4,)),
+    "DP3, filled up": (3, (PAD,)),
     "TP2 PP2 DP2": (8, (TP2, PP2)),
 }
 MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2, interleaved": (2, (PP2, INTERLEAVED)),
+    "PP2 DP3, interleaved, filled up": (6, (PP2, INTERLEAVED, PAD)),
     "TP2, selective recomputation": (2, (TP2, SELECTIVE)),
     "TP2, sequence parallel, recomputed": (2, (TP2, SEQUENCE, FULL)),
     "TP2 PP2 DP2, plain optimizer": (8, (TP2, PP2, PLAIN)),
