@@ -26,13 +26,15 @@ def small_config(*overrides: str) -> RunConfig:
     return load_config(None, [*SHAPE, *overrides])
 
 
-def random_checkpoint(save_dir: Path, config: RunConfig, main: bool = False, step: int = 7) -> dict[str, Tensor]:
+def random_checkpoint(
+    save_dir: Path, config: RunConfig, main: bool = False, step: int = 7, piece_bytes: int = 2000
+) -> dict[str, Tensor]:
     """Write a checkpoint of a run of `config` at `step`; main: with fp32 main weights, as a run in bf16 has them.
     Returns the weights (the main weights where there are some), with rows of zeros behind the vocabulary."""
     place = folder(save_dir)
     path = store.step_directory(place, step)
     path.make()
-    writer, generator = TensorWriter(path, piece_bytes=2000), torch.Generator().manual_seed(0)
+    writer, generator = TensorWriter(path, piece_bytes=piece_bytes), torch.Generator().manual_seed(0)
     weights = {}
     for parameter in parameters(config.model):
         weight = torch.randn(parameter.shape, generator=generator) * 0.2 + (len(parameter.shape) == 1)

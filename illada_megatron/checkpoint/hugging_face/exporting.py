@@ -29,7 +29,7 @@ from illada_megatron.model.transformer_config import DTYPES
 Progress = Callable[[int], None]
 """Called with the number of bytes that were written since the last call."""
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 """What is read at a time (a single row may be larger)."""
 
 

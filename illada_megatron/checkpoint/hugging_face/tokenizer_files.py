@@ -20,7 +20,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_
 _UNK_NAMES = ("<unk>", "[UNK]", "<|unk|>")
 # SentencePiece's types of pieces
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_BPE, _UNIGRAM = 2, 1
+_BPE = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def tokenizer_files(path: Path, max_length: int, mask_token_id: int) -> Tokenize
     }
     others = {
         "unk": next((ids[name] for name in _UNK_NAMES if name in ids), None),
-        "mask": mask_token_id if mask_token_id < words.vocab_size else None,
+        # a run may mask with an id that the tokenizer has for a word, or does not have
+        "mask": next((ids[name] for name in words.special_names() if ids.get(name) == mask_token_id), None),
     }
     every = (special | others).items()
     names = {f"{kind}_token": words.piece(token_id) for kind, token_id in every if token_id is not None}
@@ -86,7 +87,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
 def _from_sentencepiece(path: Path, content: bytes, words: Tokenizer) -> bytes:
     """A tokenizer.json that encodes as SentencePiece does."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)
     tokenizer = Tokenizer(_model(path, proto))
@@ -99,7 +100,9 @@ def _from_sentencepiece(path: Path, content: bytes, words: Tokenizer) -> bytes:
     tokenizer.decoder = decoders.Sequence(steps)
     pieces = [(piece.piece, piece.type) for piece in proto.pieces]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name, kind in pieces if kind == _CONTROL])
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name, kind in pieces if kind == _USER_DEFINED])
+    # Not as added tokens: the text between those is normalised piece by piece, each with a space in front.
+    if kept := sorted((name for name, kind in pieces if kind == _USER_DEFINED), key=len, reverse=True):
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, kept))), behavior="isolated")
     _compare(path, tokenizer, words)
     return tokenizer.to_str(pretty=True).encode()
 
@@ -108,13 +111,12 @@ def _model(path: Path, proto: Any) -> Any:
     from tokenizers import models
 
     pieces, trainer = proto.pieces, proto.trainer_spec
-    if trainer.model_type == _UNIGRAM:
-        scores = [(piece.piece, piece.score) for piece in pieces]
-        return models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-    if trainer.model_type != _BPE:
+    if trainer.model_type != _BPE or proto.normalizer_spec.precompiled_charsmap:
+        # the tokenizers library breaks a unigram model's ties otherwise, and normalises combined characters otherwise
         raise DataError(
-            f"{path}: a SentencePiece model of words or characters (model_type {trainer.model_type}), expected BPE or "
-            "unigram: leave the tokenizer out with --no-tokenizer"
+            f"{path}: a tokenizer.json gives the same ids only for a SentencePiece model of BPE without a "
+            f"normalization rule; this one has model_type {trainer.model_type} (BPE is {_BPE}) and the rule "
+            f"{proto.normalizer_spec.name!r}: leave the tokenizer out with --no-tokenizer"
         )
     vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}
     # SentencePiece merges the pair whose result has the highest score, whatever two pieces it consists of.
@@ -127,7 +129,12 @@ def _model(path: Path, proto: Any) -> Any:
     ]
     merges = [(left, right) for _, _, left, right in sorted(ranked)]
     return models.BPE(
-        vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
+        vocabulary,
+        merges,
+        unk_token=trainer.unk_piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+        ignore_merges=any(piece.type == _USER_DEFINED for piece in pieces),  # no merge makes these
     )
 
 
@@ -136,8 +143,6 @@ def _normalizer(spec: Any) -> Any:
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
@@ -160,6 +165,6 @@ def _compare(path: Path, tokenizer: Any, words: Tokenizer) -> None:
             place = min(len(ids), len(reference)) if at is None else at
             raise DataError(
                 f"{path}: as a tokenizer.json it would give {text[:80]!r} other ids than SentencePiece from token "
-                f"{place} on ({ids[place : place + 3]}, expected {reference[place : place + 3]}): leave the tokenizer out with "
-                "--no-tokenizer"
+                f"{place} on ({ids[place : place + 3]}, expected {reference[place : place + 3]}): leave the "
+                "tokenizer out with --no-tokenizer"
             )

@@ -71,6 +71,9 @@ def _foreign_logits(
     kinds |= {info.dtype for name, info in reader.tensors.items() if MAIN + name not in reader.tensors}
     coarse = torch.bfloat16 if torch.bfloat16 in kinds else torch.float32
     config_class, model_class = _classes(layout)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     # the directory's own shape: where a head was untied or a mask added, the checkpoint's differs
     shape = {**model.model_dump(), **fields, "mask_token_id": 0}
     native = ModelConfig.model_validate(shape)
