@@ -58,7 +58,9 @@ def to_hf(
         done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance)
     weights = f"{dtype}, the optimizer's main weights" if done.from_main_weights else dtype
     print(f"{directory}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, layout {layout}")
-    print(f"files: {', '.join(done.files)}")
+    shards = [name for name in done.files if name.endswith(".safetensors")]
+    others = [name for name in done.files if name not in shards]
+    print(f"files: {shards[0] if len(shards) == 1 else f'{len(shards):,} shards'}, {', '.join(others)}")
     if verify:
         _verify(info, directory)
 

@@ -117,9 +117,16 @@ def test_training_begins_with_the_weights(
 
 
 def test_a_save_dir_with_checkpoints_is_left_alone(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="run: has checkpoints of a run"):
+    with pytest.raises(CheckpointError, match=r"run: has checkpoints already \(step_00000007\)"):
         import_weights(open_source(exported), tmp_path / "run")
     assert find_checkpoint(tmp_path / "run").step == 7
+    # what a killed import leaves is no checkpoint
+    left = tmp_path / "start" / "step_00000000"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    import_weights(open_source(exported), tmp_path / "start")
+    with pytest.raises(CheckpointError, match=r"start: has checkpoints already \(step_00000000\)"):
+        import_weights(open_source(exported), tmp_path / "start")
 
 
 def _config(directory: Path, **changes: Any) -> None:

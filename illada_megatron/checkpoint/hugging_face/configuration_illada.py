@@ -29,6 +29,9 @@ class ILLaDAConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
+        # a key of the released files; transformers 5 has another place for it
+        if (scaling := kwargs.pop("rope_scaling", None)) is not None:
+            raise ValueError(f"rope_scaling is {scaling}; this model knows only the default rotary embedding (null)")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -91,9 +91,11 @@ def import_weights(source: Source, save_dir: str | Path, progress: Callable[[int
     """Write the weights below `save_dir` (also `s3://`), where no checkpoint may be yet, as a checkpoint of step 0 that
     runs begin with. Returns its folder. Raises CheckpointError, OSError."""
     place = folder(save_dir)
-    if store.checkpoints_newest_first(place):
-        raise CheckpointError(f"{place}: has checkpoints of a run: give another directory")
     path = store.step_directory(place, 0)
+    for other in store.checkpoints_newest_first(place):
+        if other.name != path.name or other.size(store.RECORD) is not None:  # not what an interrupted import left
+            raise CheckpointError(f"{place}: has checkpoints already ({other.name}): give another directory")
+    path.clear()
     path.make()
     writer = TensorWriter(path)
     try:
