@@ -323,3 +323,17 @@ def test_qwen2_has_biases(tmp_path: Path) -> None:
     qwen.save_pretrained(tmp_path / "qwen")
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.bias is not zero; .* has no biases"):
         open_source(tmp_path / "qwen")
+
+
+def test_checkpoints_in_object_storage(s3: str, exported: Path, tmp_path: Path, illada: Illada) -> None:
+    """In from a disk, out to a disk, the checkpoint between them in a bucket."""
+    place = f"{s3}/converted"
+    outcome = illada("convert", "from-hf", exported, place)
+    assert outcome.code == 0, outcome.err
+    options = ("--dtype", "fp32", "--no-tokenizer", "--max-shard-size", "10KB", "--verify")
+    outcome = illada("convert", "to-hf", place, tmp_path / "again", *options)
+    assert outcome.code == 0, outcome.err
+    files = sorted(path.name for path in exported.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in files:
+        assert (exported / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
