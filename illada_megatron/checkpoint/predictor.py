@@ -14,7 +14,7 @@ from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
 
-_ONE_STAGE = (
+ONE_STAGE = (
     *("parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"),
     *("parallel.data_parallel_size=null", "parallel.sequence_parallel=false"),
     *("training.micro_batch_size=1", "training.rampup_batch_size=null"),
@@ -50,7 +50,7 @@ def open_predictor(path: str | Path, device: str = "auto") -> Iterator[tuple[Pre
     config = saved_config(
         info,
         [
-            *_ONE_STAGE,
+            *ONE_STAGE,
             f"parallel.tensor_model_parallel_size={world_size_from_environment()}",
             f"runtime.device={device}",
         ],

@@ -140,11 +140,11 @@ class LocalFolder:
         sink.write(content)
         sink.close()
         temporary.replace(self.path / name)
-        _sync(self.path)
+        sync(self.path)
 
     def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        _sync(self.path.parent)
+        sync(self.path.parent)
 
     def clear(self) -> None:
         if self.path.exists():
@@ -170,13 +170,13 @@ class _LocalSink:
     def close(self) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
-        _sync(self._directory)
+        sync(self._directory)
 
     def abandon(self) -> None:
         self._file.close()
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

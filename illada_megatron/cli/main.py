@@ -9,6 +9,7 @@ import typer
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.cli import (
     checkpoint_commands,
+    convert_command,
     generate_command,
     plan_command,
     preprocess_command,
@@ -40,6 +41,7 @@ app.command()(sample_command.sample)
 app.command()(plan_command.plan)
 app.command()(run_commands.doctor)
 app.add_typer(checkpoint_commands.app, name="checkpoint")
+app.add_typer(convert_command.app, name="convert")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from illada_megatron.data.indexed_dataset import IndexedDataset
 from illada_megatron.data.tokenizer import load_tokenizer
 from illada_megatron.data.train_tokenizer import train_sentencepiece
 
-COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "plan", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "convert", "plan", "doctor")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,203 @@
+"""config.json of a layout <-> ModelConfig. What the model here does not have is refused, never left out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.hugging_face.layouts import ILLADA, LLADA, Layout
+from illada_megatron.config import ModelConfig
+
+CONFIG = "config.json"
+
+# Field of ModelConfig -> key, in the order in which they are written.
+_LLAMA_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "max_sequence_length": "max_position_embeddings",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_method_std": "initializer_range",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "mask_token_id": "mask_token_id",
+    "kv_channels": "head_dim",
+    "logit_softcap": "logit_softcap",
+}
+_LLADA_KEYS = {
+    "vocab_size": "embedding_size",
+    "hidden_size": "d_model",
+    "ffn_hidden_size": "mlp_hidden_size",
+    "num_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_query_groups": "n_kv_heads",
+    "max_sequence_length": "max_sequence_length",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_method_std": "init_std",
+    "tie_word_embeddings": "weight_tying",
+    "mask_token_id": "mask_token_id",
+    "kv_channels": "head_dim",
+    "logit_softcap": "logit_softcap",
+}
+# What is the same for every model here. A config.json that has another value is of another model; one that lacks the
+# key is not.
+_LLAMA_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "layer_norm_eps": None,
+    "attention_dropout": 0.0,
+    "resid_pdrop": 0.0,
+}
+_LLADA_FIXED: dict[str, Any] = {
+    "activation_type": "silu",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "alibi": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "residual_dropout": 0.0,
+}
+# Keys of Llama and Qwen2 beside them, and what leaves the model as it is here.
+_LLAMA_NEUTRAL: dict[str, Any] = {"use_sliding_window": False, "partial_rotary_factor": 1.0}
+_DROPOUTS = ("attention_dropout", "resid_pdrop", "embedding_dropout", "residual_dropout")
+_AUTOREGRESSIVE = ("llama", "qwen2")
+# Defaults of the classes that wrote a config.json, where a key may be missing.
+_MISSING: dict[str, dict[str, Any]] = {
+    "illada": {"tie_word_embeddings": True},
+    "llada": {"weight_tying": False},
+    "llama": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    "qwen2": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+}
+_OPTIONAL = ("init_method_std", "kv_channels", "logit_softcap", "mask_token_id", "num_query_groups")
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """What a config.json says."""
+
+    layout: Layout
+    model_type: str
+    fields: dict[str, Any]
+    """Of ModelConfig; mask_token_id only where the file has it. vocab_size: rows of the embedding."""
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """It predicts the next token and knows no mask."""
+        return self.model_type in _AUTOREGRESSIVE
+
+
+def config_json(
+    layout: Layout, model: ModelConfig, dtype: str, special_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """The config.json of a model. dtype: as torch names it ("bfloat16"); special_ids: bos, eos and pad of the
+    tokenizer, None where there is none."""
+    keys = _LLADA_KEYS if layout is LLADA else _LLAMA_KEYS
+    fields = model.model_dump()
+    if model.kv_channels is None or model.kv_channels * model.num_attention_heads == model.hidden_size:
+        del fields["kv_channels"]
+    if not model.logit_softcap:
+        del fields["logit_softcap"]
+    values = {key: fields[field] for field, key in keys.items() if field in fields}
+    if layout is LLADA:
+        values["vocab_size"] = model.vocab_size
+    return {
+        "architectures": [layout.architecture],
+        "auto_map": dict(layout.auto_map),
+        "model_type": layout.model_type,
+        **values,
+        **(_LLADA_FIXED if layout is LLADA else _LLAMA_FIXED),
+        "use_cache": False,
+        **{f"{name}_token_id": special_ids.get(name) for name in ("bos", "eos", "pad")},
+        "torch_dtype": dtype,
+    }
+
+
+def read_config_json(directory: Path) -> ForeignModel:
+    """What the config.json in `directory` says. Raises CheckpointError naming the key, its value and what was expected
+    for a model that this program does not have."""
+    path = directory / CONFIG
+    values = _read_json(path)
+    model_type = values.get("model_type")
+    if model_type not in _MISSING:
+        raise CheckpointError(
+            f"{path}: model_type is {model_type!r}, expected one of {', '.join(_MISSING)}: others have other layers"
+        )
+    layout = LLADA if model_type == "llada" else ILLADA
+    values = {**_MISSING[model_type], **values}
+    _flatten_rope(path, values)
+    fixed = _LLADA_FIXED if layout is LLADA else {**_LLAMA_FIXED, **_LLAMA_NEUTRAL}
+    for key, expected in fixed.items():
+        # no dropout here: what they had in training is no part of the model
+        if key in values and key not in _DROPOUTS and values[key] != expected:
+            raise CheckpointError(f"{path}: {key} is {values[key]!r}; this model knows only {expected!r}")
+    fields = {}
+    for field, key in (_LLADA_KEYS if layout is LLADA else _LLAMA_KEYS).items():
+        if values.get(key) is not None:
+            fields[field] = values[key]
+        elif field not in _OPTIONAL:
+            raise CheckpointError(f"{path}: has no key {key}")
+    fields.setdefault("num_query_groups", fields["num_attention_heads"])
+    if fields.get("kv_channels", 0) * fields["num_attention_heads"] == fields["hidden_size"]:
+        del fields["kv_channels"]
+    for field in ("rotary_base", "norm_epsilon"):
+        if isinstance(fields[field], int):
+            fields[field] = float(fields[field])
+    return ForeignModel(layout, model_type, fields)
+
+
+def model_config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a config.json's fields. Raises CheckpointError naming `path` and the field."""
+    try:
+        return ModelConfig.model_validate(dict(fields))
+    except ValidationError as error:
+        reasons = [f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
+        raise CheckpointError(f"{path}: " + "\n".join(reasons)) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; give a directory in a Hugging Face layout") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected an object with keys, found {type(values).__name__}")
+    return values
+
+
+def _flatten_rope(path: Path, values: dict[str, Any]) -> None:
+    """transformers 5 writes rope_theta into `rope_parameters`; earlier ones beside `rope_scaling`."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key)
+        if rope is None:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise CheckpointError(
+                f"{path}: {key} is {rope!r}; this model knows only the default rotary embedding, and would read such "
+                "weights wrongly at every position"
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(
+                f"{path}: {key} has partial_rotary_factor {rope['partial_rotary_factor']}, expected 1"
+            )
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        values[key] = None

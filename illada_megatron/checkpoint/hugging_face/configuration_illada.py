@@ -1,0 +1,49 @@
+"""Configuration of an exported iLLaDA. Lies beside the weights; needs transformers only."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class ILLaDAConfig(PretrainedConfig):
+    """Keys as in the released iLLaDA checkpoints. Not in those, and written only where a model needs them: head_dim,
+    logit_softcap (logits become s tanh(logit / s); 0: they stay), mask_token_id."""
+
+    model_type = "illada"
+
+    def __init__(
+        self,
+        vocab_size: int = 155136,
+        hidden_size: int = 4096,
+        intermediate_size: int = 14336,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 8192,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-5,
+        logit_softcap: float = 0.0,
+        initializer_range: float = 0.02,
+        mask_token_id: int | None = 5,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        # a key of the released files; transformers 5 has another place for it
+        if (scaling := kwargs.pop("rope_scaling", None)) is not None:
+            raise ValueError(f"rope_scaling is {scaling}; this model knows only the default rotary embedding (null)")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.logit_softcap = logit_softcap
+        self.initializer_range = initializer_range
+        self.mask_token_id = mask_token_id
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)

@@ -1,0 +1,147 @@
+"""`illada convert`: to and from the directories that Hugging Face's transformers loads. What needs torch is imported
+when a command runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from illada_megatron.config import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from illada_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles
+    from illada_megatron.checkpoint.store import CheckpointInfo
+
+app = typer.Typer(
+    help="Convert checkpoints to and from the layouts of Hugging Face's transformers.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare logits afterwards, in fp32 on the CPU; needs transformers.")
+]
+
+
+@app.command("to-hf")
+def to_hf(
+    checkpoint: Annotated[str, typer.Argument(help="A run's checkpoint.save_dir, or one step_... below it.")],
+    directory: Annotated[Path, typer.Argument(help="What to write; must not exist or be empty.")],
+    layout: Annotated[
+        Literal["illada", "llada"], typer.Option(help="Names of tensors and of config.json's keys.")
+    ] = "illada",
+    dtype: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="fp32: of a run in bf16, the optimizer's main weights.")
+    ] = "bf16",
+    max_shard_size: Annotated[str, typer.Option(help="Of a file, as 5GB or 500MiB.")] = "5GB",
+    tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's data.tokenizer_path.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave it out.")] = False,
+    verify: Verify = False,
+) -> None:
+    """Write a checkpoint as a directory for `AutoModel.from_pretrained(DIRECTORY, trust_remote_code=True)`.
+
+    `illada convert to-hf runs/tiny/checkpoints exported --verify`
+    """
+    from illada_megatron.checkpoint.hugging_face.exporting import export, export_bytes
+    from illada_megatron.checkpoint.predictor import find_checkpoint
+
+    info = find_checkpoint(checkpoint)
+    words = None if no_tokenizer else _tokenizer_files(info, tokenizer)
+    with _bar("exporting", export_bytes(info, layout, dtype)) as advance:
+        done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance)
+    weights = f"{dtype}, the optimizer's main weights" if done.from_main_weights else dtype
+    print(f"{directory}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, layout {layout}")
+    shards = [name for name in done.files if name.endswith(".safetensors")]
+    others = [name for name in done.files if name not in shards]
+    print(f"files: {shards[0] if len(shards) == 1 else f'{len(shards):,} shards'}, {', '.join(others)}")
+    if verify:
+        _verify(info, directory)
+
+
+@app.command("from-hf")
+def from_hf(
+    directory: Annotated[Path, typer.Argument(help="With config.json and model.safetensors or its index.")],
+    checkpoint: Annotated[str, typer.Argument(help="What to write: a directory or s3:// without checkpoints.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the runs to come: `section.field=value`.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Of the runs to come; the model is the directory's.")
+    ] = None,
+    mask_token_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Where config.json has none. Default: the released models' (illada 5, llada 126336); for Llama and "
+            "Qwen2 a new row behind the vocabulary."
+        ),
+    ] = None,
+    verify: Verify = False,
+) -> None:
+    """Read a model in the layout of iLLaDA or LLaDA, or a Llama or Qwen2 to start diffusion training from.
+
+    `illada convert from-hf exported runs/imported --verify`
+
+    `illada convert from-hf Llama-3.2-1B runs/start --config my.yaml training.precision=bf16`
+
+    Then `illada generate --checkpoint runs/imported`, or `illada train checkpoint.load_dir=runs/imported`.
+    """
+    from illada_megatron.checkpoint.hugging_face.importing import described, import_weights, open_source
+    from illada_megatron.checkpoint.predictor import find_checkpoint
+    from illada_megatron.runtime.tables import two_columns
+
+    source = open_source(directory, config, overrides or (), mask_token_id)
+    Console(highlight=False).print(two_columns(f"{directory}", described(source)))
+    with _bar("importing", source.nbytes) as advance:
+        path = import_weights(source, checkpoint, advance)
+    print(f"{path}: {source.config.model.num_parameters:,} parameters, weights that runs begin with")
+    if verify:
+        _verify(find_checkpoint(checkpoint), directory)
+
+
+def _tokenizer_files(info: "CheckpointInfo", tokenizer: Path | None) -> "TokenizerFiles | None":
+    from illada_megatron.checkpoint.hugging_face.tokenizer_files import tokenizer_files
+    from illada_megatron.checkpoint.predictor import saved_config
+
+    config = saved_config(info)
+    path = tokenizer or (Path(config.data.tokenizer_path) if config.data.tokenizer_path else None)
+    if path is None:
+        raise ConfigError(
+            f"{info.path}: the run names no data.tokenizer_path: give --tokenizer, or leave it out with --no-tokenizer"
+        )
+    return tokenizer_files(path, config.model.max_sequence_length, config.model.mask_token_id)
+
+
+def _verify(info: "CheckpointInfo", directory: Path) -> None:
+    from illada_megatron.checkpoint.hugging_face.verifying import verify
+
+    result = verify(info, directory)
+    print(
+        f"verified in fp32 on weights in {result.rounded_to}: largest difference of logits "
+        f"{result.largest_difference:.3g}, largest logit {result.largest_logit:.3g}"
+    )
+    result.check()
+
+
+def _bytes(text: str) -> int:
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(f"--max-shard-size is {text!r}, expected a size as 5GB or 500MiB") from error
+    if size <= 0:
+        raise ConfigError(f"--max-shard-size is {text!r}, expected more than nothing")
+    return int(size)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> "Iterator[Callable[[int], None]]":
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
