@@ -285,7 +285,7 @@ def test_disk_that_fails_while_saving_keeps_the_older_checkpoint(
     (save_dir / "step_00000003").write_text("in the way")
     before = _contents(save_dir / NEWEST)
     outcome = illada("train", *tiny_run, f"checkpoint.save_dir={save_dir}")
-    assert outcome.code == 2
+    assert outcome.code == 1  # a launcher may try again
     assert str(save_dir / "step_00000003") in outcome.err
     assert (save_dir / "latest").read_text() == f"{NEWEST}\n"
     assert _contents(save_dir / NEWEST) == before
