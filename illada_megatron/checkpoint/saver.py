@@ -167,8 +167,8 @@ class Saver:
         warnings: tuple[str, ...] = ()
         try:
             nbytes, warnings, error = self._write_together(job)
-        except Exception as failure:  # a thread has nobody to raise to; the run says it between steps
-            error = f"{type(failure).__name__}: {failure}"
+        except Exception as failure:  # of the group; a thread has nobody to raise to, the run says it between steps
+            error = _text(failure)
         seconds = time.perf_counter() - job.begin
         self._outcome = SaveOutcome(job.step, str(job.path), 0.0, seconds, nbytes, error, warnings)
 
@@ -186,8 +186,8 @@ class Saver:
             if not errors:
                 try:
                     nbytes, warnings = self._finish(job, parts)
-                except (OSError, CheckpointError) as error:
-                    errors = [f"rank 0: {error}"]
+                except Exception as error:  # the other ranks wait for this one's word
+                    errors = [f"rank 0: {_text(error)}"]
             if errors:
                 problem = "; ".join(errors[:3]) + (f" and {len(errors) - 3} more" if len(errors) > 3 else "")
                 _problem(_clear, job)  # gives the disk's space back
@@ -206,10 +206,10 @@ class Saver:
                 for part in job.parts:
                     writer.write(part.name, part.tensor, part.offset, part.whole_shape)
             return writer.close()
-        except OSError as error:
+        except Exception as error:  # rank 0 waits for this one's word
             if writer is not None:
                 writer.abandon()
-            return str(error)
+            return _text(error)
 
     def _finish(self, job: _Job, parts: Sequence[WrittenPart]) -> tuple[int, tuple[str, ...]]:
         files = write_metadata(job.path, parts)
@@ -238,6 +238,10 @@ def _clear(job: _Job) -> None:
 def _problem(action: Any, job: _Job) -> str | None:
     try:
         action(job)
-    except OSError as error:
-        return f"rank 0: {error}"
+    except Exception as error:  # the other ranks wait for this one's word
+        return f"rank 0: {_text(error)}"
     return None
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError | CheckpointError) else repr(error)

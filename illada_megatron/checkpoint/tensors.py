@@ -11,7 +11,6 @@ shape, and says afterwards what it wrote. Bytes go from the tensor's memory to t
 import io
 import math
 import pickle
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +37,9 @@ from illada_megatron.checkpoint.storage import Folder, folder
 PIECE_BYTES = 32 << 20
 """Largest piece that is written (a single row may be larger): what a reader has to hold at a time."""
 _METADATA = ".metadata"
+# Of the zip archive around a piece's elements: what lies before and behind them is far below the first.
+_HEAD_BYTES = 4096
+_RECORD, _ZIP_HEADER, _ZIP_HEADER_BYTES = b"/data/0", b"PK\x03\x04", 30
 # What megatron-core looks for beside them.
 _BACKEND = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}'
 
@@ -242,62 +244,24 @@ class TensorReader:
         target.copy_(block[(slice(None), *within)])
 
     def _data_start(self, name: str, dtype: torch.dtype, piece: Piece) -> int:
-        """Where the piece's elements begin in its file."""
-        head, tail = _envelope(dtype, piece.shape)
+        """Where the piece's elements begin in its file: behind the header of the record `data/0` of torch.save's zip
+        archive. It is looked for in one read, which object storage answers in one request."""
+        head = bytearray(min(_HEAD_BYTES, piece.length))
+        self.place.read_into(piece.file, piece.start, memoryview(head))
+        name_end = head.find(_RECORD) + len(_RECORD)
+        header = head.rfind(_ZIP_HEADER, 0, name_end)
         nbytes = math.prod(piece.shape) * dtype.itemsize
-        if piece.length == len(head) + nbytes + len(tail):
-            found = bytearray(len(head))
-            self.place.read_into(piece.file, piece.start, memoryview(found))
-            if found == head:
-                return piece.start + len(head)
-        # Written by another version of torch, or by another program: its zip archive says where the elements are.
-        try:
-            with zipfile.ZipFile(io.BufferedReader(_Blob(self.place, piece))) as archive:
-                found_bytes, start = _data_record(archive)
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.place}/{piece.file}: damaged: no tensor of torch lies at byte {piece.start}: {error}"
-            ) from error
-        if found_bytes != nbytes:
-            raise CheckpointError(
-                f"{self.place}/{piece.file}: the piece of {name} at {piece.offset} has {found_bytes} bytes, expected "
-                f"{nbytes}; the file is not of this checkpoint"
-            )
-        return piece.start + start
-
-
-def _data_record(archive: zipfile.ZipFile) -> tuple[int, int]:
-    """(bytes, first byte) of the elements in what torch.save wrote for one tensor."""
-    records = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-    if not records or records[0].compress_type != zipfile.ZIP_STORED:
-        raise ValueError("its archive has no uncompressed data")
-    with archive.open(records[0]) as stream:  # reads the record's header, which zipfile alone does not
-        return records[0].file_size, stream._orig_compress_start  # type: ignore[attr-defined]
-
-
-class _Blob(io.RawIOBase):
-    """One piece's blob as a file of its own, for zipfile."""
-
-    def __init__(self, place: Folder, piece: Piece) -> None:
-        self._place, self._piece, self._at = place, piece, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._piece.length}[whence]
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._piece.length - self._at))
-        if count:
-            self._place.read_into(self._piece.file, self._piece.start + self._at, memoryview(buffer)[:count])
-        self._at += count
-        return count
+        if name_end >= len(_RECORD) and header >= 0 and header + _ZIP_HEADER_BYTES <= len(head):
+            compression = int.from_bytes(head[header + 8 : header + 10], "little")
+            name_bytes, extra_bytes = (int.from_bytes(head[header + at : header + at + 2], "little") for at in (26, 28))
+            start = header + _ZIP_HEADER_BYTES + name_bytes + extra_bytes
+            behind = piece.length - start - nbytes
+            if header + _ZIP_HEADER_BYTES + name_bytes == name_end and compression == 0 and 0 < behind < _HEAD_BYTES:
+                return piece.start + start
+        raise CheckpointError(
+            f"{self.place}/{piece.file}: damaged: at byte {piece.start} lies no tensor of torch with {nbytes} bytes, "
+            f"which the piece of {name} at {piece.offset} has"
+        )
 
 
 def _overlap(

@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,13 +112,21 @@ def test_torch_writes_it(tmp_path: Path) -> None:
         assert torch.equal(reader.read(name), tensor), name
 
 
-def test_envelopes_of_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the bytes before the elements are not this torch's, the zip archive says where they are."""
-    _write(tmp_path, TENSORS, piece_bytes=100)
-    monkeypatch.setattr("illada_megatron.checkpoint.tensors._envelope", lambda *_: (b"other", b""))
+def test_archives_that_are_none(tmp_path: Path) -> None:
+    """Where no tensor of the right size lies, nothing is read, whatever lies there."""
+    _write(tmp_path, TENSORS)
+    file = tmp_path / "__0_0.distcp"
+    whole = file.read_bytes()
+    for old, new in ((b"PK\x03\x04", b"PK\x03\x05"), (b"/data/0", b"/data/1"), (b"PK", b"\0\0")):
+        file.write_bytes(whole.replace(old, new))
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged: at byte 0 lies no tensor"):
+            TensorReader(tmp_path).read("matrix")
+    file.write_bytes(whole)
     reader = TensorReader(tmp_path)
-    for name, tensor in TENSORS.items():
-        assert torch.equal(reader.read(name), tensor), name
+    info = reader.tensors["matrix"]
+    reader.tensors["matrix"] = replace(info, shape=(37, 99), pieces=[replace(info.pieces[0], shape=(37, 99))])
+    with pytest.raises(CheckpointError, match="no tensor of torch with 14652 bytes"):
+        reader.read("matrix")
 
 
 def test_megatron_core_reads_it(two_steps: Path) -> None:
