@@ -17,6 +17,7 @@ _SAME = {
         "ffn_hidden_size": "ffn_hidden_size",
         "num_attention_heads": "num_attention_heads",
         "kv_channels": "kv_channels",
+        "add_qkv_bias": "add_qkv_bias",
         "vocab_size": "vocab_size",
         "max_sequence_length": "max_position_embeddings",
         "rotary_base": "rotary_base",

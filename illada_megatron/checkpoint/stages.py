@@ -9,12 +9,13 @@ from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, Param
 Implementation = Literal["local", "transformer_engine"]
 
 # In the order of megatron-core's modules (attention makes linear_proj first), which is that of named_parameters() and
-# so of the optimizer's parameters.
+# so of the optimizer's parameters. The bias only where the model has it (add_qkv_bias).
 _LAYER_NAMES: dict[Implementation, dict[str, str]] = {
     "local": {
         "input_layernorm.weight": "input_layernorm.weight",
         "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
         "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
+        "self_attention.linear_qkv.bias": "self_attention.linear_qkv.bias",
         "pre_mlp_layernorm.weight": "pre_mlp_layernorm.weight",
         "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
         "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
@@ -24,6 +25,7 @@ _LAYER_NAMES: dict[Implementation, dict[str, str]] = {
         "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
+        "self_attention.linear_qkv.bias": "self_attention.linear_qkv.bias",
         "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
         "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
         "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
@@ -68,6 +70,7 @@ def chunks_of_stages(
                 held += [
                     HeldParameter(f"decoder.layers.{index}.{local}", by_name[f"decoder.layers.{first + index}.{name}"])
                     for local, name in _LAYER_NAMES[implementation].items()
+                    if f"decoder.layers.{first + index}.{name}" in by_name
                 ]
             if is_last:
                 held.append(HeldParameter(FINAL_NORM, by_name[FINAL_NORM]))

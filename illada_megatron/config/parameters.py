@@ -62,9 +62,12 @@ def parameters(model: ModelConfig) -> list[Parameter]:
     hidden, ffn, head = model.hidden_size, model.ffn_hidden_size, model.head_dim
     queries, groups = model.num_attention_heads, model.num_query_groups
     vocabulary = (model.padded_vocab_size, hidden)
+    qkv = (queries + 2 * groups) * head
+    bias: list[tuple[str, tuple[int, ...], Split | None]] = [("self_attention.linear_qkv.bias", (qkv,), "rows")]
     layer: list[tuple[str, tuple[int, ...], Split | None]] = [
         ("input_layernorm.weight", (hidden,), None),
-        ("self_attention.linear_qkv.weight", ((queries + 2 * groups) * head, hidden), "rows"),
+        ("self_attention.linear_qkv.weight", (qkv, hidden), "rows"),
+        *(bias if model.add_qkv_bias else []),
         ("self_attention.linear_proj.weight", (hidden, queries * head), "columns"),
         ("pre_mlp_layernorm.weight", (hidden,), None),
         ("mlp.linear_fc1.weight", (2 * ffn, hidden), "gated rows"),

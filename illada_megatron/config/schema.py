@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The mask predictor (ILLaDA: a Llama block without the causal mask, no biases, no dropout, no time input)."""
+    """The mask predictor (ILLaDA: a Llama block without the causal mask, no dropout, no time input)."""
 
     num_layers: PositiveInt = 4
     hidden_size: PositiveInt = 256
@@ -27,6 +27,8 @@ class ModelConfig(Section):
     """KV heads. Equal to num_attention_heads: multi-head attention; fewer: grouped-query attention."""
     kv_channels: PositiveInt | None = None
     """Size of a head; None: hidden_size / num_attention_heads."""
+    add_qkv_bias: bool = False
+    """Biases at the query, key and value projections, as Qwen2 has them; nothing else has one."""
     vocab_size: PositiveInt = 8000
     make_vocab_size_divisible_by: PositiveInt = 128
     """The embedding has vocab_size rounded up to this multiple. The padded size does not depend on the layout,
@@ -58,6 +60,8 @@ class ModelConfig(Section):
         """Parameters of the model as built, padded vocabulary rows included."""
         h, d = self.hidden_size, self.head_dim
         attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        if self.add_qkv_bias:
+            attention += d * (self.num_attention_heads + 2 * self.num_query_groups)
         layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
         embeddings = self.padded_vocab_size * h * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + h + embeddings

@@ -19,7 +19,7 @@ from illada_megatron.model.mask_predictor import MaskPredictor
 
 @torch.no_grad()
 def fill_initial_weights(chunks: Sequence[MaskPredictor], model: ModelConfig, seed: int) -> None:
-    """Fill the parameters of this rank's chunks in place (stds: see ModelConfig; norm weights are 1).
+    """Fill the parameters of this rank's chunks in place (stds: see ModelConfig; norm weights are 1, biases 0).
 
     Rows that pad the vocabulary are 0: no token reads them and the loss never sees them.
     """
@@ -27,7 +27,7 @@ def fill_initial_weights(chunks: Sequence[MaskPredictor], model: ModelConfig, se
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             full_name = canonical_name(name, chunk.layer_offset, model.tie_word_embeddings)
             values = _sharded_normal(seed, full_name, parameter.shape, rank, size)

@@ -30,6 +30,7 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel.

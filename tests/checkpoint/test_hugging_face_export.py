@@ -24,6 +24,7 @@ MODELS = {
     "grouped queries, tied": (),
     "untied, softcap": ("model.tie_word_embeddings=false", "model.logit_softcap=5.0"),
     "heads of another size": ("model.kv_channels=12", "model.num_query_groups=4"),
+    "biases": ("model.add_qkv_bias=true",),
     "one group, tied, softcap": ("model.num_query_groups=1", "model.logit_softcap=3.0"),
 }
 
@@ -180,7 +181,7 @@ def test_config_has_the_keys_of_the_released_models(tmp_path: Path) -> None:
     assert set(keys) <= values.keys()
     assert (values["model_type"], values["architectures"]) == ("illada", ["ILLaDAForCausalLM"])
     assert (values["vocab_size"], values["rope_theta"], values["mask_token_id"]) == (250, 500000.0, 5)
-    assert "head_dim" not in values
+    assert not {"head_dim", "qkv_bias"} & values.keys()
     export(info, tmp_path / "llada", "llada")
     values = json.loads((tmp_path / "llada" / "config.json").read_text())
     keys = (

@@ -11,8 +11,8 @@ import torch
 from launch import Illada
 from random_weights import DTYPES, random_checkpoint, small_config
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face import exporting
@@ -20,7 +20,7 @@ from illada_megatron.checkpoint.hugging_face.exporting import export
 from illada_megatron.checkpoint.hugging_face.importing import import_weights, open_source
 from illada_megatron.checkpoint.hugging_face.layouts import LAYOUTS, layout_tensors
 from illada_megatron.checkpoint.hugging_face.verifying import verify
-from illada_megatron.checkpoint.predictor import find_checkpoint
+from illada_megatron.checkpoint.predictor import find_checkpoint, open_predictor
 from illada_megatron.checkpoint.tensors import TensorReader
 from illada_megatron.config.parameters import EMBEDDING, HEAD, canonical_name, parameters
 
@@ -80,7 +80,7 @@ def test_there_and_back_is_the_same_checkpoint(
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_row_of_every_parameter_has_one_place(layout: Any) -> None:
     """In both directions, and under the names of Transformer Engine's layers, too."""
-    model = small_config("model.tie_word_embeddings=false").model
+    model = small_config("model.tie_word_embeddings=false", "model.add_qkv_bias=true").model
     rows: dict[str, list[int]] = {}
     names = []
     for tensor in layout_tensors(layout, model):
@@ -140,7 +140,9 @@ def _config(directory: Path, **changes: Any) -> None:
     [
         ({"model_type": "mistral"}, "model_type is 'mistral', expected one of illada, llada, llama, qwen2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model knows only 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": True}, r"has no tensor model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
+        ({"qkv_bias": "yes"}, "model.add_qkv_bias: Input should be a valid boolean, found 'yes'"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .* knows only the default rotary"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .* knows only the default rotary"),
@@ -312,16 +314,77 @@ def test_the_configuration_of_the_runs_to_come(exported: Path, tmp_path: Path) -
     assert _read(import_weights(padded, tmp_path / "padded"))[EMBEDDING].shape == (300, 32)
 
 
-def test_qwen2_has_biases(tmp_path: Path) -> None:
-    """Refused unless they are zero, as they are in a new model."""
+def _random_biases(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen2_comes_with_its_biases(tied: bool, tmp_path: Path) -> None:
+    """The same logits as transformers' Qwen2, told that everything is visible; out again in both layouts, loaded by
+    AutoModel, and in again bit for bit."""
+    torch.manual_seed(0)
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied, attn_implementation="eager"))
+    _random_biases(qwen)
+    qwen.save_pretrained(tmp_path / "qwen")
+    source = open_source(tmp_path / "qwen", mask_token_id=150)
+    assert source.model.add_qkv_bias
+    weights = _read(import_weights(source, tmp_path / "start"))
+    # group 1 of 2: its two query heads, its key head, its value head, of 8 elements each
+    bias, theirs = weights["decoder.layers.1.self_attention.linear_qkv.bias"][32:], qwen.model.layers[1].self_attn
+    assert torch.equal(bias[:16], theirs.q_proj.bias[16:])
+    assert torch.equal(bias[16:24], theirs.k_proj.bias[8:])
+    assert torch.equal(bias[24:], theirs.v_proj.bias[8:])
+    info = find_checkpoint(tmp_path / "start")
+    verify(info, tmp_path / "qwen").check()
+
+    tokens = torch.randint(0, 200, (3, 40))
+    with torch.no_grad():
+        logits = qwen(tokens, attention_mask=torch.zeros(3, 1, 40, 40)).logits
+        causal = qwen(tokens).logits
+    assert (causal - logits).abs().max() > 1e-2
+    with open_predictor(tmp_path / "start", "cpu") as (predict, _):
+        torch.testing.assert_close(predict(tokens), logits, rtol=1e-5, atol=1e-5)
+    for layout in LAYOUTS:
+        directory = export(info, tmp_path / layout, layout, "fp32").directory
+        verify(info, directory).check()
+        model = AutoModel.from_pretrained(directory, trust_remote_code=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-5, atol=1e-5)
+        again = open_source(directory)
+        assert again.model == source.model
+        back = _read(import_weights(again, tmp_path / f"back-{layout}"))
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+
+
+def test_llamas_attention_bias_is_one_at_the_output_too(tmp_path: Path) -> None:
+    """Read where that one is zero; elsewhere nothing here could hold it."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, rms_norm_eps=1e-6))
+    _random_biases(llama)
+    for layer in llama.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.bias)
+    llama.save_pretrained(tmp_path / "llama")
+    source = open_source(tmp_path / "llama")
+    assert source.model.add_qkv_bias
+    import_weights(source, tmp_path / "start")
+    verify(find_checkpoint(tmp_path / "start"), tmp_path / "llama").check()
+    llama.model.layers[1].self_attn.o_proj.bias.data[3] = 0.1
+    llama.save_pretrained(tmp_path / "llama")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero; .* keys and values alone"):
+        open_source(tmp_path / "llama")
+
+
+def test_biases_that_config_json_does_not_name(tmp_path: Path) -> None:
+    """Weights of a model with biases under a config.json of one without."""
     torch.manual_seed(0)
     qwen = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False))
+    _random_biases(qwen)
     qwen.save_pretrained(tmp_path / "qwen")
-    path = import_weights(open_source(tmp_path / "qwen"), tmp_path / "start")
-    assert torch.equal(_read(path)[HEAD][:200], qwen.lm_head.weight.detach())
-    qwen.model.layers[1].self_attn.k_proj.bias.data[3] = 0.1
-    qwen.save_pretrained(tmp_path / "qwen")
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.bias is not zero; .* has no biases"):
+    _config(tmp_path / "qwen", model_type="llama")
+    with pytest.raises(CheckpointError, match=r"self_attn\.[qkv]_proj\.bias is not zero"):
         open_source(tmp_path / "qwen")
 
 

@@ -40,7 +40,7 @@ FUSED = {
 
 def _slice(name: str, whole: Tensor, rank: int, size: int) -> Tensor:
     """A tensor-parallel rank's part, as Megatron's layers hold it."""
-    if whole.dim() == 1:
+    if whole.dim() == 1 and not name.endswith("linear_qkv.bias"):
         return whole
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return whole.chunk(size, dim=1)[rank]

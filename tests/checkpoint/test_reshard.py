@@ -98,7 +98,7 @@ def test_training_goes_on_as_from_the_source(
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_blocks_are_every_element_once_in_the_order_of_the_ranks(size: int) -> None:
     """Small blocks, so that each kind of tensor is cut in the middle; checked with numbered elements."""
-    config = load_config(None, [*TINY, "model.num_query_groups=4"])
+    config = load_config(None, [*TINY, "model.num_query_groups=4", "model.add_qkv_bias=true"])
     for parameter in parameters(config.model):
         whole = torch.arange(torch.Size(parameter.shape).numel()).view(parameter.shape)
         locals_ = [torch.full(parameter.held_shape(size), -1) for _ in range(size)]

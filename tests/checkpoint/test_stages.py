@@ -12,16 +12,17 @@ from illada_megatron.config.parameters import parameters
 from illada_megatron.runtime import Runtime
 
 
-def test_names_and_order_are_gpt_models(tiny_config: RunConfig, single_process: Runtime) -> None:
+@pytest.mark.parametrize("add_qkv_bias", [False, True])
+def test_names_and_order_are_gpt_models(add_qkv_bias: bool, tiny_config: RunConfig, single_process: Runtime) -> None:
     """A name or a place in the order that differs would put moments to other parameters in Megatron."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from illada_megatron.model.transformer_config import transformer_config
 
-    core = transformer_config(tiny_config, single_process.device, "local")
+    model = tiny_config.model.model_copy(update={"add_qkv_bias": add_qkv_bias})
+    core = transformer_config(tiny_config.model_copy(update={"model": model}), single_process.device, "local")
     core.use_te_activation_func = False
-    model = tiny_config.model
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     gpt = GPTModel(
         core,

@@ -1,11 +1,12 @@
-"""The model is transformers' Llama without the causal mask: hidden states, logits and every gradient."""
+"""The model is transformers' Llama, with biases its Qwen2, without the causal mask: hidden states, logits and every
+gradient."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime import Runtime
@@ -13,11 +14,12 @@ from illada_megatron.runtime import Runtime
 SEGMENTS = {"one segment": [0, 40], "packed segments": [0, 1, 14, 40], "equal segments": [0, 20, 40]}
 
 
-def _llama(config: RunConfig) -> LlamaForCausalLM:
+def _transformers_model(config: RunConfig) -> LlamaForCausalLM | Qwen2ForCausalLM:
     model = config.model
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    kind, settings = (Qwen2ForCausalLM, Qwen2Config) if model.add_qkv_bias else (LlamaForCausalLM, LlamaConfig)
+    theirs = kind(
+        settings(
             hidden_size=model.hidden_size,
             intermediate_size=model.ffn_hidden_size,
             num_hidden_layers=model.num_layers,
@@ -32,10 +34,14 @@ def _llama(config: RunConfig) -> LlamaForCausalLM:
             attn_implementation="eager",
         )
     )
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return theirs
 
 
 def _to_ours(config: RunConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Llama's tensors (weights or gradients) under our names: q, k, v of each group side by side, gate over up."""
+    """Their tensors (weights or gradients) under our names: q, k, v of each group side by side, gate over up."""
     model = config.model
     ours = {"decoder.final_layernorm.weight": tensors["model.norm.weight"]}
     padding = model.padded_vocab_size - model.vocab_size
@@ -43,11 +49,10 @@ def _to_ours(config: RunConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     ours["embedding.word_embeddings.weight"] = torch.nn.functional.pad(embedding, (0, 0, 0, padding))
     for layer in range(model.num_layers):
         theirs, name = f"model.layers.{layer}", f"decoder.layers.{layer}"
-        groups = [
-            tensors[f"{theirs}.self_attn.{part}_proj.weight"].view(model.num_query_groups, -1, model.hidden_size)
-            for part in "qkv"
-        ]
-        ours[f"{name}.self_attention.linear_qkv.weight"] = torch.cat(groups, dim=1).reshape(-1, model.hidden_size)
+        for kind in ("weight", "bias") if model.add_qkv_bias else ("weight",):
+            parts = [tensors[f"{theirs}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            groups = [part.unflatten(0, (model.num_query_groups, -1)) for part in parts]
+            ours[f"{name}.self_attention.linear_qkv.{kind}"] = torch.cat(groups, dim=1).flatten(0, 1)
         ours[f"{name}.self_attention.linear_proj.weight"] = tensors[f"{theirs}.self_attn.o_proj.weight"]
         ours[f"{name}.input_layernorm.weight"] = tensors[f"{theirs}.input_layernorm.weight"]
         ours[f"{name}.pre_mlp_layernorm.weight"] = tensors[f"{theirs}.post_attention_layernorm.weight"]
@@ -67,15 +72,20 @@ def _bidirectional_inputs(cu_seqlens: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)
-def test_hidden_states_logits_and_gradients_equal_llama(
-    segments: str, tiny_config: RunConfig, single_process: Runtime
+@pytest.mark.parametrize("add_qkv_bias", [False, True], ids=["Llama", "Qwen2"])
+def test_hidden_states_logits_and_gradients_equal_theirs(
+    add_qkv_bias: bool, segments: str, tiny_config: RunConfig, single_process: Runtime
 ) -> None:
+    """The gradients also as DDP sums them in main_grad, over two micro-batches."""
     from illada_megatron.model import build_model_chunks, pack
+    from illada_megatron.training.setup import wrap_data_parallel
 
+    model = tiny_config.model.model_copy(update={"add_qkv_bias": add_qkv_bias})
+    tiny_config = tiny_config.model_copy(update={"model": model})
     cu_seqlens = SEGMENTS[segments]
-    llama = _llama(tiny_config)
+    theirs = _transformers_model(tiny_config)
     (ours,) = build_model_chunks(tiny_config, single_process.device)
-    ours.load_state_dict(_to_ours(tiny_config, dict(llama.named_parameters())), strict=False)
+    ours.load_state_dict(_to_ours(tiny_config, dict(theirs.named_parameters())), strict=False)
 
     tokens = torch.randint(0, tiny_config.model.vocab_size, (1, cu_seqlens[-1]))
     labels = torch.randint(0, tiny_config.model.vocab_size, tokens.shape)
@@ -84,18 +94,26 @@ def test_hidden_states_logits_and_gradients_equal_llama(
     packed = pack(torch.tensor(cu_seqlens, dtype=torch.int32), longest)
     mask, positions = _bidirectional_inputs(cu_seqlens)
 
-    theirs = llama.model(input_ids=tokens, attention_mask=mask, position_ids=positions).last_hidden_state
+    their_hidden = theirs.model(input_ids=tokens, attention_mask=mask, position_ids=positions).last_hidden_state
     hidden = ours(tokens, packed)
-    torch.testing.assert_close(hidden.squeeze(1), theirs[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.logits(hidden), llama.lm_head(theirs)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.squeeze(1), their_hidden[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.logits(hidden), theirs.lm_head(their_hidden)[0], rtol=1e-5, atol=1e-5)
 
-    ce = torch.nn.functional.cross_entropy(llama.lm_head(theirs)[0], labels[0], reduction="none")
+    ce = torch.nn.functional.cross_entropy(theirs.lm_head(their_hidden)[0], labels[0], reduction="none")
     (ce * weight).sum().backward()
     loss = ours(tokens, packed, labels=labels[0], loss_weight=weight)
     loss.loss_sum.backward()
     torch.testing.assert_close(loss.loss_sum, (ce * weight).sum(), rtol=1e-5, atol=1e-5)
-    expected = _to_ours(tiny_config, {name: p.grad for name, p in llama.named_parameters()})
+    expected = _to_ours(tiny_config, {name: p.grad for name, p in theirs.named_parameters()})
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    ours.zero_grad()
+    (wrapped,) = wrap_data_parallel(tiny_config, [ours])
+    wrapped.zero_grad_buffer()
+    for _ in range(2):
+        wrapped(tokens, packed, labels=labels[0], loss_weight=weight).loss_sum.backward()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.main_grad, 2 * expected[name], rtol=1e-4, atol=2e-5)

@@ -67,6 +67,29 @@ def test_presets_have_the_published_number_of_parameters(
         assert config.model.num_parameters == parameters
 
 
+def test_qwen2_has_the_published_number_of_parameters(single_process: Runtime) -> None:
+    """Qwen2.5-7B's, all biases counted: config.json and the sum of model.safetensors.index.json."""
+    from illada_megatron.model.mask_predictor import count_parameters
+
+    shape = ("num_layers=28", "hidden_size=3584", "ffn_hidden_size=18944", "num_attention_heads=28")
+    more = ("num_query_groups=4", "vocab_size=152064", "tie_word_embeddings=false", "add_qkv_bias=true")
+    config = load_config(None, [f"model.{field}" for field in (*shape, *more)])
+    assert count_parameters(config) == config.model.num_parameters == 7_615_616_512
+
+
+def test_biases_begin_at_zero(tiny_config: RunConfig, single_process: Runtime) -> None:
+    from illada_megatron.model import build_model_chunks, fill_initial_weights
+
+    model = tiny_config.model.model_copy(update={"add_qkv_bias": True})
+    (chunk,) = build_model_chunks(tiny_config.model_copy(update={"model": model}), single_process.device)
+    for parameter in chunk.parameters():
+        torch.nn.init.constant_(parameter, 7.0)
+    fill_initial_weights([chunk], model, seed=3)
+    vectors = {name: set(values.tolist()) for name, values in chunk.named_parameters() if values.dim() == 1}
+    assert sum(name.endswith("linear_qkv.bias") for name in vectors) == model.num_layers
+    assert vectors == {name: {0.0 if name.endswith(".bias") else 1.0} for name in vectors}
+
+
 def test_initial_weights_have_the_documented_spread(tiny_config: RunConfig, single_process: Runtime) -> None:
     from illada_megatron.model import build_model_chunks, fill_initial_weights
 

@@ -19,6 +19,7 @@ FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 UNTIED = "model.tie_word_embeddings=false"
 RAMP_UP = "training.rampup_batch_size=[4,2,24]"
 BF16 = "training.precision=bf16"
+QKV_BIAS = "model.add_qkv_bias=true"
 PAD = "training.pad_global_batch=true"  # batches of 8 in 9 or 12 places
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -138,6 +139,17 @@ def test_z_loss_and_softcap(train_once: TrainOnce) -> None:
     assert_same_training(train_once(2, TP2, SEQUENCE, *options).steps, reference.steps, RELATIVE)
     changed, plain = ([step["loss"] for step in run.steps] for run in (reference, train_once(1)))
     assert _different(changed, plain) > 15
+
+
+def test_qkv_biases(train_once: TrainOnce) -> None:
+    """They are learned, alike where each rank has its part of them and where layers are computed again."""
+    reference = train_once(1, QKV_BIAS)
+    for layout in ((TP2,), (TP2, SEQUENCE, FULL)):
+        assert_same_training(train_once(2, *layout, QKV_BIAS).steps, reference.steps, RELATIVE)
+    # the first losses are the same (biases begin at 0); the gradients' norm already has theirs
+    biased, plain = ([step["grad_norm"] for step in run.steps] for run in (reference, train_once(1)))
+    assert reference.steps[0]["loss"] == train_once(1).steps[0]["loss"]
+    assert _different(biased, plain) > 15
 
 
 def test_batch_ramp_up(train_once: TrainOnce) -> None:

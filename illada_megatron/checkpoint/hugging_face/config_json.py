@@ -30,6 +30,7 @@ _LLAMA_KEYS = {
     "mask_token_id": "mask_token_id",
     "kv_channels": "head_dim",
     "logit_softcap": "logit_softcap",
+    "add_qkv_bias": "qkv_bias",
 }
 _LLADA_KEYS = {
     "vocab_size": "embedding_size",
@@ -46,6 +47,7 @@ _LLADA_KEYS = {
     "mask_token_id": "mask_token_id",
     "kv_channels": "head_dim",
     "logit_softcap": "logit_softcap",
+    "add_qkv_bias": "include_qkv_bias",
 }
 # What is the same for every model here. A config.json that has another value is of another model; one that lacks the
 # key is not.
@@ -65,7 +67,6 @@ _LLADA_FIXED: dict[str, Any] = {
     "rope": True,
     "alibi": False,
     "include_bias": False,
-    "include_qkv_bias": False,
     "attention_layer_norm": False,
     "input_emb_norm": False,
     "scale_logits": False,
@@ -82,9 +83,9 @@ _MISSING: dict[str, dict[str, Any]] = {
     "illada": {"tie_word_embeddings": True},
     "llada": {"weight_tying": False},
     "llama": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
-    "qwen2": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+    "qwen2": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "qkv_bias": True},
 }
-_OPTIONAL = ("init_method_std", "kv_channels", "logit_softcap", "mask_token_id", "num_query_groups")
+_OPTIONAL = ("init_method_std", "kv_channels", "logit_softcap", "mask_token_id", "num_query_groups", "add_qkv_bias")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def config_json(
         del fields["kv_channels"]
     if not model.logit_softcap:
         del fields["logit_softcap"]
+    if layout is ILLADA and not model.add_qkv_bias:
+        del fields["add_qkv_bias"]
     values = {key: fields[field] for field, key in keys.items() if field in fields}
     if layout is LLADA:
         values["vocab_size"] = model.vocab_size
@@ -141,6 +144,9 @@ def read_config_json(directory: Path) -> ForeignModel:
     layout = LLADA if model_type == "llada" else ILLADA
     values = {**_MISSING[model_type], **values}
     _flatten_rope(path, values)
+    if layout is ILLADA and values.get("attention_bias") is True:
+        # Llama's: also of the output projection, whose bias has to be zero (importing.py)
+        values |= {"attention_bias": False, "qkv_bias": True}
     fixed = _LLADA_FIXED if layout is LLADA else {**_LLAMA_FIXED, **_LLAMA_NEUTRAL}
     for key, expected in fixed.items():
         # no dropout here: what they had in training is no part of the model
@@ -153,6 +159,7 @@ def read_config_json(directory: Path) -> ForeignModel:
         elif field not in _OPTIONAL:
             raise CheckpointError(f"{path}: has no key {key}")
     fields.setdefault("num_query_groups", fields["num_attention_heads"])
+    fields.setdefault("add_qkv_bias", False)
     if fields.get("kv_channels", 0) * fields["num_attention_heads"] == fields["hidden_size"]:
         del fields["kv_channels"]
     for field in ("rotary_base", "norm_epsilon"):

@@ -34,6 +34,7 @@ class LLaDAConfig(PretrainedConfig):
         rope_theta: float = 500000.0,
         rms_norm_eps: float = 1e-5,
         logit_softcap: float = 0.0,
+        include_qkv_bias: bool = False,
         init_std: float = 0.02,
         mask_token_id: int = 126336,
         weight_tying: bool = False,
@@ -51,6 +52,7 @@ class LLaDAConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
         self.logit_softcap = logit_softcap
+        self.include_qkv_bias = include_qkv_bias
         self.init_std = init_std
         self.mask_token_id = mask_token_id
         self.weight_tying = weight_tying

@@ -67,7 +67,8 @@ def open_source(
     overrides: Sequence[str] = (),
     mask_token_id: int | None = None,
 ) -> Source:
-    """What is in a directory, checked: config.json, the names and shapes of all tensors, no bias.
+    """What is in a directory, checked: config.json, the names and shapes of all tensors, no bias beside
+    those of queries, keys and values.
 
     config, overrides: of the runs that begin with these weights, as for training; the model is the directory's.
     mask_token_id: where the directory does not say it; None: the released model's, for an autoregressive model a new
@@ -194,8 +195,8 @@ def _check_zero(reader: SafetensorsReader, name: str) -> None:
     shape = reader.tensors[name].shape
     if any(reader.rows(name, *block).any() for block in _all_rows(shape)):
         raise CheckpointError(
-            f"{reader.directory}: {name} is not zero; the model here has no biases, and without it the weights would "
-            "be those of another model. Qwen2 has such biases; Llama and Mistral have none"
+            f"{reader.directory}: {name} is not zero; the model here has biases at queries, keys and values alone, where "
+            f"{CONFIG} says so, and without this one the weights would be those of another model"
         )
 
 

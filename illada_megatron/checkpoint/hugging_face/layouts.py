@@ -15,10 +15,11 @@ from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, parameters
 
 LayoutName = Literal["illada", "llada"]
-Part = Literal["q", "k", "v", "gate", "up"]
+Part = Literal["q", "k", "v", "q bias", "k bias", "v bias", "gate", "up"]
 
 _PARTS: dict[str, tuple[Part, ...]] = {
     "self_attention.linear_qkv.weight": ("q", "k", "v"),
+    "self_attention.linear_qkv.bias": ("q bias", "k bias", "v bias"),
     "mlp.linear_fc1.weight": ("gate", "up"),
 }
 """Parameters of a layer that a layout keeps in several tensors."""
@@ -63,6 +64,9 @@ ILLADA = Layout(
         "q": "self_attn.q_proj.weight",
         "k": "self_attn.k_proj.weight",
         "v": "self_attn.v_proj.weight",
+        "q bias": "self_attn.q_proj.bias",
+        "k bias": "self_attn.k_proj.bias",
+        "v bias": "self_attn.v_proj.bias",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "gate": "mlp.gate_proj.weight",
@@ -92,6 +96,9 @@ LLADA = Layout(
         "q": "q_proj.weight",
         "k": "k_proj.weight",
         "v": "v_proj.weight",
+        "q bias": "q_proj.bias",
+        "k bias": "k_proj.bias",
+        "v bias": "v_proj.bias",
         "self_attention.linear_proj.weight": "attn_out.weight",
         "pre_mlp_layernorm.weight": "ff_norm.weight",
         "gate": "ff_proj.weight",
@@ -136,9 +143,10 @@ def _runs(part: str, rows: int, model: ModelConfig) -> tuple[tuple[int, int], ..
     """Where a part of a parameter of `rows` rows lies in it."""
     if part in ("gate", "up"):
         return ((0 if part == "gate" else rows // 2, rows // 2),)
-    if part not in ("q", "k", "v"):
+    kind = part.removesuffix(" bias")
+    if kind not in ("q", "k", "v"):
         return ((0, rows),)
     head = model.head_dim
     queries = model.num_attention_heads // model.num_query_groups * head
-    start, length = {"q": (0, queries), "k": (queries, head), "v": (queries + head, head)}[part]
+    start, length = {"q": (0, queries), "k": (queries, head), "v": (queries + head, head)}[kind]
     return tuple((group * (queries + 2 * head) + start, length) for group in range(model.num_query_groups))

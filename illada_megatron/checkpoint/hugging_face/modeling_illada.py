@@ -84,9 +84,9 @@ class ILLaDAAttention(nn.Module):
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         groups = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, groups, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
@@ -126,6 +126,8 @@ class ILLaDAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)

@@ -22,9 +22,9 @@ class LLaDABlock(nn.Module):
         self.head_dim = config.head_dim
         hidden, queries, groups = config.d_model, config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
         self.attn_norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.q_proj = nn.Linear(hidden, queries, bias=False)
-        self.k_proj = nn.Linear(hidden, groups, bias=False)
-        self.v_proj = nn.Linear(hidden, groups, bias=False)
+        self.q_proj = nn.Linear(hidden, queries, bias=config.include_qkv_bias)
+        self.k_proj = nn.Linear(hidden, groups, bias=config.include_qkv_bias)
+        self.v_proj = nn.Linear(hidden, groups, bias=config.include_qkv_bias)
         self.attn_out = nn.Linear(queries, hidden, bias=False)
         self.ff_norm = RMSNorm(hidden, config.rms_norm_eps)
         self.ff_proj = nn.Linear(hidden, config.mlp_hidden_size, bias=False)  # the gate
@@ -69,6 +69,8 @@ class LLaDAModelLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
             nn.init.normal_(module.weight, std=self.config.init_std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
