@@ -1,7 +1,6 @@
 """What is exported, transformers loads; it is the same model, and every weight is there bit for bit."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies a directory's code to."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("modules")
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
-        yield
+pytestmark = pytest.mark.usefixtures("modules_cache")
 
 
 def _tokens(model: ModelConfig) -> Tensor:

@@ -30,7 +30,7 @@ MODEL = (
 # of a layer, in the order of megatron-core's modules
 LOCAL = (
     *("input_layernorm.weight", "self_attention.linear_proj.weight", "self_attention.linear_qkv.weight"),
-    *("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
+    *("self_attention.linear_qkv.bias", "pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
 )
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -59,27 +59,30 @@ def _stage(tensors: dict[str, Tensor], layers: list[int], first: bool, last: boo
         held["decoder.final_layernorm.weight"] = "decoder.final_layernorm.weight"
         if not alone:
             held["output_layer.weight"] = "embedding.word_embeddings.weight"
-    return {local: tensors[prefix + name] for local, name in held.items()}
+    return {local: tensors[prefix + name] for local, name in held.items() if prefix + name in tensors}
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "vpp", "distributed", "precision", "implementation"),
+    ("tp", "pp", "vpp", "distributed", "precision", "implementation", "bias"),
     [
-        (1, 1, 1, True, "fp32", "local"),
-        (2, 1, 1, False, "bf16", "transformer_engine"),
-        (2, 2, 1, True, "bf16", "local"),
-        (1, 2, 2, False, "fp32", "local"),
-        (2, 4, 1, False, "bf16", "local"),
-        (2, 2, 2, True, "fp32", "transformer_engine"),
+        (1, 1, 1, True, "fp32", "local", "false"),
+        (2, 1, 1, False, "bf16", "transformer_engine", "true"),
+        (2, 2, 1, True, "bf16", "local", "true"),
+        (1, 2, 2, False, "fp32", "local", "false"),
+        (2, 4, 1, False, "bf16", "local", "true"),
+        (2, 2, 2, True, "fp32", "transformer_engine", "false"),
     ],
 )
 def test_files_are_megatrons_and_come_back_bit_for_bit(
-    tp: int, pp: int, vpp: int, distributed: bool, precision: str, implementation: Any, tmp_path: Path
+    tp: int, pp: int, vpp: int, distributed: bool, precision: str, implementation: Any, bias: str, tmp_path: Path
 ) -> None:
     """Every weight, main weight and moment of every rank, read with plain torch.load, is the slice made by hand."""
     config = load_config(
         None,
-        [*MODEL, f"training.precision={precision}", f"parallel.use_distributed_optimizer={str(distributed).lower()}"],
+        [
+            *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}"),
+            f"parallel.use_distributed_optimizer={str(distributed).lower()}",
+        ],
     )
     tensors = random_tensors(config)
     write_checkpoint(tmp_path / "ours", config, tensors)
@@ -224,12 +227,18 @@ def _megatrons_files(config: RunConfig, ours: Path, directory: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_files_of_megatron_cores_optimizers_are_read(precision: str, distributed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bias", ["true", "false"])
+def test_files_of_megatron_cores_optimizers_are_read(
+    precision: str, distributed: bool, bias: str, tmp_path: Path
+) -> None:
     """Names, order, steps and flat buffers as megatron-core's own code makes them; the random states of numpy and the
     enums among the arguments are not run."""
     config = load_config(
         None,
-        [*MODEL, f"training.precision={precision}", f"parallel.use_distributed_optimizer={str(distributed).lower()}"],
+        [
+            *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}"),
+            f"parallel.use_distributed_optimizer={str(distributed).lower()}",
+        ],
     )
     ours = write_checkpoint(tmp_path / "ours", config, random_tensors(config)).parent
     _megatrons_files(config, ours, tmp_path / "megatron")
