@@ -195,8 +195,8 @@ def _check_zero(reader: SafetensorsReader, name: str) -> None:
     shape = reader.tensors[name].shape
     if any(reader.rows(name, *block).any() for block in _all_rows(shape)):
         raise CheckpointError(
-            f"{reader.directory}: {name} is not zero; the model here has biases at queries, keys and values alone, where "
-            f"{CONFIG} says so, and without this one the weights would be those of another model"
+            f"{reader.directory}: {name} is not zero; the model here has biases at queries, keys and values alone, "
+            f"where {CONFIG} says so, and without this one the weights would be those of another model"
         )
 
 
