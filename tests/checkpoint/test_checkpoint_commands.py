@@ -164,9 +164,11 @@ def test_average_refuses(tmp_path: Path, illada: Illada) -> None:
         assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("precision", "distributed"), [("fp32", True), ("bf16", True), ("bf16", False)])
+@pytest.mark.parametrize(
+    ("precision", "distributed", "bias"), [("fp32", True, "false"), ("bf16", True, "true"), ("bf16", False, "true")]
+)
 def test_checkpoints_of_megatron_cores_dist_checkpointing_are_read(
-    precision: str, distributed: bool, tmp_path: Path, illada: Illada
+    precision: str, distributed: bool, bias: str, tmp_path: Path, illada: Illada
 ) -> None:
     """Written by megatron-core's own code: layers stacked, norms under Transformer Engine's names, moments fully
     reshardable. Every value is where it was."""
@@ -179,7 +181,7 @@ def test_checkpoints_of_megatron_cores_dist_checkpointing_are_read(
     from illada_megatron.training.setup import wrap_data_parallel
 
     plain = f"parallel.use_distributed_optimizer={str(distributed).lower()}"
-    config = _config(f"training.precision={precision}", plain)
+    config = _config(f"training.precision={precision}", f"model.add_qkv_bias={bias}", plain)
     ours = open_checkpoint(str(_write(tmp_path / "ours", random_tensors(config), config)))
     theirs = tmp_path / "theirs" / f"iter_{STEP:07d}"
     theirs.mkdir(parents=True)

@@ -69,7 +69,7 @@ class LLaDAModelLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             nn.init.normal_(module.weight, std=self.config.init_std)
         elif isinstance(module, RMSNorm):
