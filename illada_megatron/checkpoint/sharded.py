@@ -27,7 +27,7 @@ from illada_megatron.checkpoint.state import (
 )
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.checkpoint.tensors import PIECE_BYTES, TensorReader, row_pieces
-from illada_megatron.config import RunConfig
+from illada_megatron.config import ModelConfig, RunConfig
 
 # Reading waits for the storage, not for the processor.
 _READERS = 8
@@ -169,7 +169,9 @@ def _spread_main_weights(chunks: Sequence[nn.Module], optimizer: MegatronOptimiz
 
 def check_model(info: CheckpointInfo, config: RunConfig) -> None:
     """A tensor of another size would be an obscure error, one of another meaning none at all."""
-    saved, wanted = info.config["model"], config.model.model_dump(mode="json")
+    wanted = config.model.model_dump(mode="json")
+    # a field that came later has its default in earlier checkpoints
+    saved = ModelConfig().model_dump(mode="json") | info.config["model"]
     irrelevant = ("max_sequence_length", "init_method_std", "embedding_init_std")
     different = [
         f"model.{key} is {saved.get(key)} in the checkpoint, {value} in the configuration"
