@@ -15,6 +15,9 @@ from launch import Illada
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
+from illada_megatron.checkpoint.sharded import check_model
 from illada_megatron.checkpoint.store import _own_checksum, newest_complete
 
 NEWEST, OLDER = "step_00000002", "step_00000001"
@@ -153,6 +156,7 @@ def test_directory_without_checkpoint(command: str, tmp_path: Path, tiny_run: tu
     ("override", "message"),
     [
         ("model.hidden_size=64", "model.hidden_size is 32 in the checkpoint, 64 in the configuration"),
+        ("model.add_qkv_bias=true", "model.add_qkv_bias is False in the checkpoint, True in the configuration"),
         ("model.num_layers=4", "model.num_layers is 2 in the checkpoint, 4 in the configuration"),
         ("model.rotary_base=10000.0", "model.rotary_base is 500000.0 in the checkpoint, 10000.0 in the configuration"),
         ("model.mask_token_id=4", "model.mask_token_id is 5 in the checkpoint, 4 in the configuration"),
@@ -223,6 +227,17 @@ def test_metadata_that_runs_code_is_refused(
     _hide(path, data)
     _refused(illada, tiny_run, save_dir, "/.metadata")
     assert not marker.exists()
+
+
+def test_a_field_that_an_earlier_checkpoint_lacks_has_its_default(two_steps: Path) -> None:
+    """A run of before model.add_qkv_bias goes on; with biases it is another model."""
+    info = find_checkpoint(two_steps)
+    del info.config["model"]["add_qkv_bias"]
+    config = saved_config(info)
+    check_model(info, config)
+    biased = config.model_copy(update={"model": config.model.model_copy(update={"add_qkv_bias": True})})
+    with pytest.raises(CheckpointError, match=r"model\.add_qkv_bias is False in the checkpoint, True"):
+        check_model(info, biased)
 
 
 def test_weights_declared_as_objects_are_not_read(
