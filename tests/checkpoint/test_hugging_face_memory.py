@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from random_weights import random_checkpoint, small_config
 
 from illada_megatron.checkpoint.tensors import PIECE_BYTES
@@ -22,6 +23,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_240_mb_takes_less_than_half_of_it(tmp_path: Path) -> None:
     """In fp32; a block has 16 MB and a piece of a checkpoint 32 MB, and there are a handful of them."""
     shapes = {

@@ -277,6 +277,7 @@ def test_another_reshard_at_work_is_not_disturbed(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "file").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_field_and_not_by_the_model(large: Path, tmp_path: Path) -> None:
     """Peaks of all processes together (proportional set sizes) for a checkpoint and one that is four times larger."""
     config = load_config(None, [*LARGE, "model.vocab_size=100000"])
