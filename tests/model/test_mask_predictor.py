@@ -67,8 +67,8 @@ def test_presets_have_the_published_number_of_parameters(
         assert config.model.num_parameters == parameters
 
 
-def test_qwen2_has_the_published_number_of_parameters(single_process: Runtime) -> None:
-    """Qwen2.5-7B's, all biases counted: config.json and the sum of model.safetensors.index.json."""
+def test_parameters_of_qwen2(single_process: Runtime) -> None:
+    """Of Qwen2.5-7B's shape, published as 7.61B, all biases counted."""
     from illada_megatron.model.mask_predictor import count_parameters
 
     shape = ("num_layers=28", "hidden_size=3584", "ffn_hidden_size=18944", "num_attention_heads=28")
