@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 BAR = 0.1
 CONFIG = (
     *("model.num_layers=8", "model.hidden_size=1024", "model.ffn_hidden_size=3584", "model.num_attention_heads=16"),
-    *("model.num_query_groups=4", "model.vocab_size=32000", "data.sequence_length=512", "training.micro_batch_size=2"),
-    *("training.global_batch_size=8", "training.precision=bf16", "runtime.device=cpu"),
+    *("model.num_query_groups=4", "model.vocab_size=32000", "data.sequence_length=256", "training.micro_batch_size=1"),
+    *("training.global_batch_size=4", "training.precision=bf16", "runtime.device=cpu"),
 )
 
 
