@@ -235,7 +235,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("large") / "source", config, random_tensors(config)).parent
 
 
-@pytest.mark.parametrize("format_", ["torch_dist", "legacy"])
+@pytest.mark.parametrize("format_", ["torch_dist", pytest.param("legacy", marks=pytest.mark.slow)])
 def test_killed_in_the_middle(format_: str, large: Path, tmp_path: Path) -> None:
     """kill -9 while files are written: the source is as it was, there is no target, no process stays, and the next
     attempt removes what is left and succeeds."""

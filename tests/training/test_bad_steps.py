@@ -127,7 +127,11 @@ def test_the_bad_steps_are_those_that_see_the_token(poisoned: Poisoned, run_from
 
 @pytest.mark.parametrize(
     ("nproc", "layout"),
-    [(2, OVERLAP), (2, (TP2, SEQUENCE)), (2, (PP2, PLAIN))],
+    [
+        pytest.param(2, OVERLAP, marks=pytest.mark.slow),
+        (2, (TP2, SEQUENCE)),
+        pytest.param(2, (PP2, PLAIN), marks=pytest.mark.slow),
+    ],
     ids=["DP2, overlapped", "TP2, sequence parallel", "PP2, plain optimizer"],
 )
 def test_all_ranks_skip_alike(nproc: int, layout: tuple[str, ...], run_from_there: Callable[..., Run]) -> None:
@@ -258,6 +262,7 @@ def test_rollback_passes_over_the_samples(poisoned: Poisoned, good_steps: list[d
     assert rollback["bad_samples"] == [[rollback["first_sample"], rollback["end_sample"]]]
 
 
+@pytest.mark.slow
 def test_rollback_in_another_layout(poisoned: Poisoned, good_steps: list[dict[str, Any]], tmp_path: Path) -> None:
     """With gradients and weights exchanged in the background: what is under way when the run goes back ends first."""
     jsonl = tmp_path / "steps.jsonl"

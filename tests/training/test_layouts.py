@@ -141,6 +141,7 @@ def test_z_loss_and_softcap(train_once: TrainOnce) -> None:
     assert _different(changed, plain) > 15
 
 
+@pytest.mark.slow
 def test_qkv_biases(train_once: TrainOnce) -> None:
     """They are learned, alike where each rank has its part of them and layers are computed again."""
     reference, plain = train_once(1, QKV_BIAS), train_once(1)

@@ -80,6 +80,7 @@ def test_restarts_are_used_up(small: tuple[str, ...], tmp_path: Path) -> None:
     assert "Traceback" not in run.process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_started_after_the_launcher_is_told_to_stop(
     number: signal.Signals, small: tuple[str, ...], tmp_path: Path

@@ -76,7 +76,7 @@ def test_same_layout_bit_for_bit(
         ((1, ()), (2, ())),
         ((1, ()), (2, (TP2, SEQUENCE))),
         ((2, (PP2, INTERLEAVED, PLAIN)), (2, (TP2, PLAIN))),
-        ((8, (TP2, PP2)), (1, ())),
+        pytest.param((8, (TP2, PP2)), (1, ()), marks=pytest.mark.slow),
         pytest.param((8, (TP2, PP2)), (2, (PP2, INTERLEAVED)), marks=pytest.mark.slow),
         pytest.param((1, ()), (8, (TP2, PP2)), marks=pytest.mark.slow),
         pytest.param((2, ()), (1, ()), marks=pytest.mark.slow),
