@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/fuzz/*.cpp tests/simt/*.h tests/simt/*.cpp)
 FUZZ_SECONDS ?= 600
+# Processes that tests are divided among; most of a test is the start of processes, one after the other.
+WORKERS ?= 2
 
 .PHONY: help demo test test-all check format fuzz clean
 help:
@@ -28,7 +30,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
