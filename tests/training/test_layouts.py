@@ -34,10 +34,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2, interleaved, recomputed": (2, (PP2, INTERLEAVED, FULL)),
     "PP4": (4, (PP4,)),
     "DP3, filled up": (3, (PAD,)),
-    "TP2 PP2 DP2": (8, (TP2, PP2)),
+    "TP2 PP2": (4, (TP2, PP2)),
 }
 MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2, interleaved": (2, (PP2, INTERLEAVED)),
+    "TP2 PP2 DP2": (8, (TP2, PP2)),
     "PP2 DP3, interleaved, filled up": (6, (PP2, INTERLEAVED, PAD)),
     "TP2, selective recomputation": (2, (TP2, SELECTIVE)),
     "TP2, sequence parallel, recomputed": (2, (TP2, SEQUENCE, FULL)),
