@@ -53,11 +53,16 @@ def _log(path: Path, losses: list[float]) -> Path:
             tokens_per_second=1000.0 if step <= 150 else 500.0,
             tflops=0.1,
             mfu=None,
+            first_sample=8 * (step - 1),
             consumed_samples=8 * step,
             consumed_tokens=800 * step,
             epochs={"": 0.0},
             seconds=0.8,
             data_wait_seconds=0.0,
+            skipped=False,
+            skipped_steps=0,
+            bad_samples=[],
+            spike=None,
         )
         for step, loss in enumerate(losses, start=1)
     )
