@@ -238,11 +238,11 @@ def _seal_one(_: _Job, task: _Check) -> FileRecord:
 def _finish(path: Path, content: Content, files: dict[str, FileRecord], format_: Format) -> None:
     place, step = LocalFolder(path), content.step
     dumped = content.config.model_dump(mode="json")
+    store.finish(place, step, dumped, content.progress, files, content.fingerprints)
     if format_ == "legacy":
-        store.write_record(place, step, dumped, content.progress, files, content.fingerprints)
         place.parent.replace(legacy_layout.TRACKER, f"{step}\n".encode())
     else:
-        store.finish(place, step, dumped, content.progress, files, content.fingerprints)
+        store.move_pointer(place)
 
 
 def _written_bytes(tasks: Sequence[_Copy], config: RunConfig, format_: Format) -> int:

@@ -215,6 +215,7 @@ class Saver:
         files = write_metadata(job.path, parts)
         config = self._config.model_dump(mode="json")
         store.finish(job.path, job.step, config, job.progress, files, self._fingerprints)
+        store.move_pointer(job.path)
         settings = self._config.checkpoint
         warnings = prune(job.path.parent, settings.keep_last, settings.keep_every)
         return sum(record["bytes"] for record in files.values()), tuple(warnings)

@@ -12,15 +12,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.names import tensor_name
 from illada_megatron.checkpoint.state import (
-    MAIN,
     MOMENTS,
     Held,
     Shard,
     adam_steps,
     fill_moments,
     held_parameters,
-    moment_name,
     optimizer_shards,
     optimizers,
     set_adam_steps,
@@ -64,11 +63,11 @@ def parts_to_save(
         if shard is None:
             continue
         if shard.main.dtype != item.tensor.dtype:
-            yield from _parts(item, MAIN + name, shard.main.detach().view(-1), shard.start, start, stop)
+            yield from _parts(item, tensor_name(name, "main"), shard.main.detach().view(-1), shard.start, start, stop)
         for moment in MOMENTS:
             if moment in shard.state:
                 flat = shard.state[moment].detach().view(-1)
-                yield from _parts(item, moment_name(moment, name), flat, shard.start, start, stop)
+                yield from _parts(item, tensor_name(name, moment), flat, shard.start, start, stop)
 
 
 def _parts(item: Held, name: str, flat: Tensor, begins_at: int, start: int, stop: int) -> Iterator[Part]:
@@ -128,10 +127,10 @@ def _weights(item: Held) -> list[Part]:
 def _optimizer_parts(reader: TensorReader, item: Held, shard: Shard, steps: int) -> list[Part]:
     """What the optimizer of this rank has to know; the weights follow from it."""
     name = item.parameter.name
-    main_name = MAIN + name if MAIN + name in reader.tensors else name
-    tensors = [(main_name, shard.main)]
+    main = tensor_name(name, "main")
+    tensors = [(main if main in reader.tensors else name, shard.main)]
     if steps:
-        tensors += [(moment_name(moment, name), shard.state[moment]) for moment in MOMENTS]
+        tensors += [(tensor_name(name, moment), shard.state[moment]) for moment in MOMENTS]
     return [
         part
         for saved, tensor in tensors

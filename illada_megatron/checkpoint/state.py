@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, Parameter, canonical_name, parameters
 
-MAIN = "optimizer.main."
-"""Prefix of the fp32 main weights; where the model itself is fp32 its weights are the main weights."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's; their prefixes are `optimizer.exp_avg.` and `optimizer.exp_avg_sq.`."""
-
-
-def moment_name(moment: str, parameter: str) -> str:
-    """Name in a checkpoint of a moment of a parameter."""
-    return f"optimizer.{moment}.{parameter}"
+"""Adam's."""
 
 
 @dataclass(frozen=True)

@@ -74,20 +74,7 @@ def finish(
     files: Mapping[str, FileRecord],
     fingerprints: Mapping[str, Any] | None = None,
 ) -> None:
-    """Record the durable files of `path`, which makes it a checkpoint, and move the pointer. One rank calls it."""
-    write_record(path, step, config, progress, files, fingerprints)
-    path.parent.replace(_POINTER, f"{path.name}\n".encode())
-
-
-def write_record(
-    path: Folder,
-    step: int,
-    config: dict[str, Any],
-    progress: dict[str, Any] | None,
-    files: Mapping[str, FileRecord],
-    fingerprints: Mapping[str, Any] | None = None,
-) -> None:
-    """Record the durable files of `path`, and whose they are."""
+    """Record the durable files of `path`, which makes it a checkpoint. One rank calls it; raises OSError."""
     record: dict[str, Any] = {
         "version": _VERSION,
         "step": step,
@@ -99,6 +86,11 @@ def write_record(
     }
     record["checksum"] = _own_checksum(record)
     path.replace(RECORD, json.dumps(record, indent=1).encode())
+
+
+def move_pointer(path: Folder) -> None:
+    """Let `latest` name the finished checkpoint `path`. Raises OSError."""
+    path.parent.replace(_POINTER, f"{path.name}\n".encode())
 
 
 def newest_complete(

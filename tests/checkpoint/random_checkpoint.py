@@ -54,4 +54,5 @@ def write_checkpoint(
     records = write_metadata(place, [file.close() for file in files])
     progress = {**PROGRESS, "step": step}
     store.finish(place, step, config.model_dump(mode="json"), progress, records, {"tokenizer": None})
+    store.move_pointer(place)
     return Path(str(place))

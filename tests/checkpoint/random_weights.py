@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.state import MAIN
+from illada_megatron.checkpoint.names import tensor_name
 from illada_megatron.checkpoint.storage import folder
 from illada_megatron.checkpoint.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig, load_config
@@ -41,11 +41,12 @@ def random_checkpoint(
         if parameter.name in (EMBEDDING, HEAD):
             weight[config.model.vocab_size :] = 0
         if main:
-            writer.write(MAIN + parameter.name, weight)
+            writer.write(tensor_name(parameter.name, "main"), weight)
         else:
             weight = weight.to(DTYPES[config.training.precision])
         writer.write(parameter.name, weight.to(DTYPES[config.training.precision]))
         weights[parameter.name] = weight
     files = write_metadata(path, [writer.close()])
     store.finish(path, step, config.model_dump(mode="json"), {"step": step}, files)
+    store.move_pointer(path)
     return weights

@@ -11,7 +11,7 @@ from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.integrity import FileRecord
 from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.storage import folder
-from illada_megatron.checkpoint.store import finish, newest_complete, step_directory
+from illada_megatron.checkpoint.store import finish, move_pointer, newest_complete, step_directory
 
 
 def _checkpoint(save_dir: Path, step: int) -> Path:
@@ -24,6 +24,7 @@ def _checkpoint(save_dir: Path, step: int) -> Path:
         sink.close()
         files[name] = FileRecord(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
     finish(path, step, {"model": {"num_layers": step}}, {"step": step}, files, {"tokenizer": "mine"})
+    move_pointer(path)
     return save_dir / path.name
 
 

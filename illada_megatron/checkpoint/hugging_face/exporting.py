@@ -18,8 +18,8 @@ from illada_megatron.checkpoint.hugging_face.config_json import CONFIG, config_j
 from illada_megatron.checkpoint.hugging_face.layouts import LAYOUTS, LayoutName, LayoutTensor, layout_tensors
 from illada_megatron.checkpoint.hugging_face.safetensors_files import NewTensor, write_file, write_safetensors
 from illada_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles
+from illada_megatron.checkpoint.names import WEIGHT, tensor_name
 from illada_megatron.checkpoint.predictor import saved_config
-from illada_megatron.checkpoint.state import MAIN
 from illada_megatron.checkpoint.storage import Folder, LocalFolder, sync
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.checkpoint.tensors import TensorReader
@@ -66,7 +66,7 @@ def export(
     reader = TensorReader(info.path)
     tensors = layout_tensors(layout, model)
     target = DTYPES[dtype]
-    main = dtype == "fp32" and all(MAIN + tensor.parameter in reader.tensors for tensor in tensors)
+    main = dtype == "fp32" and all(tensor_name(tensor.parameter, "main") in reader.tensors for tensor in tensors)
     values = config_json(layout, model, str(target).removeprefix("torch."), tokenizer.special_ids if tokenizer else {})
 
     temporary = directory.with_name(f"{directory.name}.incomplete")
@@ -86,8 +86,8 @@ def export(
             write_file(place, name, source.read_bytes())
         if tokenizer is not None:
             tokenizer.write(place)
-        prefix = MAIN if main else ""
-        blocks = (block for tensor in tensors for block in _blocks(reader, tensor, prefix, target, progress))
+        state = "main" if main else WEIGHT
+        blocks = (block for tensor in tensors for block in _blocks(reader, tensor, state, target, progress))
         new = [NewTensor(tensor.name, tensor.shape) for tensor in tensors]
         write_safetensors(place, new, target, max_shard_bytes, blocks)
         written = tuple(sorted(path.name for path in temporary.iterdir()))
@@ -113,9 +113,9 @@ def row_blocks(first: int, rows: int, row_bytes: int) -> Iterator[tuple[int, int
 
 
 def _blocks(
-    reader: TensorReader, tensor: LayoutTensor, prefix: str, dtype: torch.dtype, progress: Progress
+    reader: TensorReader, tensor: LayoutTensor, state: str, dtype: torch.dtype, progress: Progress
 ) -> Iterator[Tensor]:
-    name, rest = prefix + tensor.parameter, tensor.shape[1:]
+    name, rest = tensor_name(tensor.parameter, state), tensor.shape[1:]
     zeros = (0,) * len(rest)
     for first, rows in tensor.runs:
         for start, count in row_blocks(first, rows, math.prod(rest) * 4):

@@ -109,6 +109,7 @@ def import_weights(source: Source, save_dir: str | Path, progress: Callable[[int
         path.clear()
         raise
     store.finish(path, 0, source.config.model_dump(mode="json"), None, written)
+    store.move_pointer(path)
     return path
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face.config_json import config_json, read_config_json
 from illada_megatron.checkpoint.hugging_face.layouts import LLADA, Layout
+from illada_megatron.checkpoint.names import tensor_name
 from illada_megatron.checkpoint.predictor import ONE_STAGE, saved_config
-from illada_megatron.checkpoint.state import MAIN
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.checkpoint.tensors import TensorReader
 from illada_megatron.config import ModelConfig
@@ -68,7 +68,7 @@ def _foreign_logits(
     from illada_megatron.checkpoint.hugging_face.safetensors_files import SafetensorsReader
 
     kinds = {stored.dtype for stored in SafetensorsReader(directory).tensors.values()}
-    kinds |= {info.dtype for name, info in reader.tensors.items() if MAIN + name not in reader.tensors}
+    kinds |= {info.dtype for name, info in reader.tensors.items() if tensor_name(name, "main") not in reader.tensors}
     coarse = torch.bfloat16 if torch.bfloat16 in kinds else torch.float32
     config_class, model_class = _classes(layout)
     from transformers.utils.logging import disable_progress_bar
@@ -115,8 +115,8 @@ def _own_logits(info: CheckpointInfo, reader: TensorReader, tokens: Tensor, dtyp
         for name, parameter in model.named_parameters():
             saved = canonical_name(name, 0, config.model.tie_word_embeddings)
             # an export in fp32 is of the main weights
-            wanted = MAIN + saved if dtype == torch.float32 and MAIN + saved in reader.tensors else saved
-            reader.read(wanted, out=parameter.data)
+            main = tensor_name(saved, "main")
+            reader.read(main if dtype == torch.float32 and main in reader.tensors else saved, out=parameter.data)
         _round(model, dtype)
         batch, length = tokens.shape
         hidden = model(tokens.view(1, -1), equal_segments(batch, length, run.device.torch_device))
