@@ -3,7 +3,9 @@
 import json
 import re
 import resource
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,7 +15,7 @@ from corpus import write_corpus
 from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
 
 from illada_megatron.checkpoint.store import newest_complete
-from illada_megatron.checkpoint.tensors import TensorReader
+from illada_megatron.checkpoint.tensors import TensorReader, TensorWriter
 
 
 def assert_same_tensors(found: Path | str, expected: Path | str) -> None:
@@ -41,6 +43,25 @@ def test_asynchronous_is_the_same_checkpoint(
     assert first["start_seconds"] > first["seconds"]
     assert "start_seconds" not in second
     assert 0 < second["save_stall_seconds"] <= second["save_seconds"]
+
+
+def test_slow_disk_gets_the_state_as_it_was(
+    tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step's optimizer is ready long before all is written: what it changes has to be copied first."""
+    write = TensorWriter.write
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.03)
+        write(*arguments)
+
+    arguments = ("train", *tiny_run, "training.exit_steps=2", "checkpoint.interval_steps=1")
+    at_once = (f"checkpoint.save_dir={tmp_path}/at_once", "checkpoint.asynchronous=false")
+    assert illada(*arguments, *at_once).code == 0
+    monkeypatch.setattr(TensorWriter, "write", slowly)
+    assert illada(*arguments, f"checkpoint.save_dir={tmp_path}/slow").code == 0
+    for step in ("step_00000001", "step_00000002"):
+        assert_same_tensors(tmp_path / "slow" / step, tmp_path / "at_once" / step)
 
 
 def test_disk_full_for_a_while(tmp_path: Path) -> None:
