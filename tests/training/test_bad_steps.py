@@ -1,6 +1,7 @@
 """A step whose loss or gradient is not finite, made by weights: one row of the input embedding is infinite, so that
 exactly the batches are bad in which that token is visible. No other part of the program knows of it."""
 
+import itertools
 import json
 import math
 import re
@@ -43,6 +44,7 @@ class Poisoned:
     bad_steps: list[int]
     """Of steps 3 to 20, counted from 1."""
     bad_samples: list[int]
+    """Those whose loss is not finite: where nothing is masked that attends to the token, only the gradient is not."""
     seen_in: list[bool]
     """By sample: whether the token is visible in it."""
 
@@ -63,6 +65,9 @@ def poisoned(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, None)
     batch = make_masked_batch(corpus, range(8 * 60), config.diffusion, config.model.mask_token_id, config.training.seed)
     seen = [set(row.tolist()) for row in batch.tokens]
+    offsets = batch.cu_seqlens.tolist()
+    tokens, masked = batch.tokens.flatten(), batch.loss_weight.flatten() > 0
+    segments = [slice(*ends) for ends in itertools.pairwise(offsets)]
 
     def bad(token: int) -> list[int]:
         return [step for step in range(3, STEPS + 1) if any(token in one for one in seen[8 * step - 8 : 8 * step])]
@@ -77,10 +82,15 @@ def poisoned(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
         (outcome,) = saver.wait()
         assert outcome.error is None
         state.close()
+    loss_of = {
+        segment.start // config.data.sequence_length
+        for segment in segments
+        if token in tokens[segment] and masked[segment].any()
+    }
     return Poisoned(
         (*arguments, f"checkpoint.load_dir={directory}", "checkpoint.allow_mismatch=[data,tokenizer]"),
         bad(token),
-        [sample for step in bad(token) for sample in range(8 * step - 8, 8 * step) if token in seen[sample]],
+        [sample for step in bad(token) for sample in range(8 * step - 8, 8 * step) if sample in loss_of],
         [token in one for one in seen],
     )
 
@@ -117,11 +127,12 @@ def test_the_bad_steps_are_those_that_see_the_token(poisoned: Poisoned, run_from
     assert 2 <= len(poisoned.bad_steps) <= 8
     assert [one["step"] for one in steps if one["skipped"]] == poisoned.bad_steps
     assert [sample for one in steps for sample in one["bad_samples"]] == poisoned.bad_samples
-    assert all((one["loss"] is None) == one["skipped"] for one in steps)
+    assert poisoned.bad_samples
+    assert all((one["loss"] is None) == bool(one["bad_samples"]) for one in steps)
     assert [one["consumed_samples"] for one in steps] == [8 * step for step in range(3, 21)]
     assert steps[-1]["skipped_steps"] == len(poisoned.bad_steps)
     assert run.process.stdout.count("weights and optimizer stay as they were") == len(poisoned.bad_steps)
-    first = steps[poisoned.bad_steps[0] - 3]
+    first = next(one for one in steps if one["bad_samples"])
     assert f"samples {first['first_sample']} to {first['consumed_samples'] - 1}; not finite in" in run.process.stdout
 
 
@@ -257,7 +268,8 @@ def test_rollback_passes_over_the_samples(poisoned: Poisoned, good_steps: list[d
         sample for sample in passed if any(poisoned.seen_in[sample : sample + 8])
     }
     assert all(int(to) < int(source) for source, to, _ in told)
-    assert finished.steps[-1]["skipped_steps"] == len(told)
+    # the signal may come between a return and the next save: then the return is made, and told, twice
+    assert finished.steps[-1]["skipped_steps"] == len(set(told))
     (rollback, *_) = next(one["rollbacks"] for one in finished.steps if "rollbacks" in one)
     assert rollback["bad_samples"] == [[rollback["first_sample"], rollback["end_sample"]]]
 
