@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import gc
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from corpus import write_corpus
 from launch import Illada, Outcome
@@ -16,6 +18,17 @@ from launch import Illada, Outcome
 from illada_megatron.cli.main import main
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import Runtime, runtime
+
+_MANY_THREADS = 100
+
+
+@pytest.fixture(autouse=True)
+def process_groups_end() -> Iterator[None]:
+    """Each of gloo's groups has three threads that wake a hundred times a second, until nothing refers to it; models
+    do, in cycles. After some hundred tests they would take most of the machine."""
+    yield
+    if psutil.Process().num_threads() > _MANY_THREADS:
+        gc.collect()
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def average(
         progress=None,
         fingerprints=newest.info.fingerprints,
         verified=[one.info for one in opened] if verify else [],
+        read_bytes=max(one.info.path.block_bytes for one in opened),
         copies_of_a_block=_COPIES_OF_A_BLOCK,
     )
     return rewrite(content, target, memory_mb=memory_mb, processes=processes)

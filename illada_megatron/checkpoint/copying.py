@@ -30,11 +30,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Block:
-    """A box of a whole tensor that is read at once."""
+    """A box of a whole tensor."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     targets: tuple[Target, ...]
+
+    def rows(self, itemsize: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of `nbytes` at most (one row at least), one behind the other."""
+        count = max(1, nbytes // (math.prod(self.shape[1:]) * itemsize))
+        for row in range(0, self.shape[0], count):
+            yield row, min(count, self.shape[0] - row)
 
 
 def blocks(parameter: Parameter, tensor_parallel: int, itemsize: int, block_bytes: int) -> Iterator[Block]:
@@ -64,8 +70,9 @@ def blocks(parameter: Parameter, tensor_parallel: int, itemsize: int, block_byte
 class Sink(Protocol):
     """Where tensors are written; used by one process."""
 
-    def write(self, name: str, parameter: Parameter, block: Block, tensor: Tensor) -> None:
-        """A block of tensor `name`, which belongs to `parameter`."""
+    def write(self, name: str, parameter: Parameter, block: Block, row: int, tensor: Tensor) -> None:
+        """The rows of a block from `row` on, of tensor `name`, which belongs to `parameter`; they come in their order,
+        one block behind the other."""
 
     def close(self) -> list[WrittenPart]: ...
 
@@ -73,20 +80,23 @@ class Sink(Protocol):
 class DistSink:
     """This program's format: one file for each tensor-parallel rank, what a rank reads one behind the other."""
 
-    def __init__(self, path: Path, task: int, tensor_parallel: int, piece_bytes: int) -> None:
+    def __init__(self, path: Path, task: int, tensor_parallel: int) -> None:
         place = LocalFolder(path)
         numbers = range(task * tensor_parallel, (task + 1) * tensor_parallel)
-        self._writers = [TensorWriter(place, number, piece_bytes) for number in numbers]
+        self._writers = [TensorWriter(place, number) for number in numbers]
 
-    def write(self, name: str, parameter: Parameter, block: Block, tensor: Tensor) -> None:
+    def write(self, name: str, parameter: Parameter, block: Block, row: int, tensor: Tensor) -> None:
         for target in block.targets:
             if parameter.split is None and target.rank > 0:
                 continue  # all ranks read the same
-            low, high = target.columns or (0, 0)
-            part, offset = (tensor, block.offset)
+            writer, part = self._writers[target.rank], tensor
+            shape, offset = block.shape, block.offset
             if target.columns:
-                part, offset = tensor[:, low:high], (block.offset[0], low)
-            self._writers[target.rank].write(name, part, offset, parameter.shape)
+                low, high = target.columns
+                part, shape, offset = tensor[:, low:high].contiguous(), (shape[0], high - low), (offset[0], low)
+            if row == 0:
+                writer.begin(name, tensor.dtype, shape, offset, parameter.shape)
+            writer.append(part)
 
     def close(self) -> list[WrittenPart]:
         return [writer.close() for writer in self._writers]
@@ -99,11 +109,11 @@ class LegacySink:
         self._slots = slots
         self._files: dict[Path, int] = {}
 
-    def write(self, name: str, _: Parameter, block: Block, tensor: Tensor) -> None:
+    def write(self, name: str, _: Parameter, block: Block, row: int, tensor: Tensor) -> None:
         for target in block.targets:
             part = tensor if target.columns is None else tensor[:, slice(*target.columns)].contiguous()
             content = bytes_of(part)
-            begin = target.row * math.prod(part.shape[1:]) * part.itemsize
+            begin = (target.row + row) * math.prod(part.shape[1:]) * part.itemsize
             for slot in self._slots[name][target.rank]:
                 if slot.file not in self._files:
                     self._files[slot.file] = os.open(slot.file, os.O_WRONLY)
@@ -125,16 +135,20 @@ def copy_tensors(
     named: Sequence[tuple[str, Parameter]],
     tensor_parallel: int,
     block_bytes: int,
+    read_bytes: int,
     sink: Sink,
 ) -> list[WrittenPart]:
-    """Copy tensors, (name in the checkpoint, the parameter it belongs to), one behind the other."""
+    """Copy tensors, (name in the checkpoint, the parameter it belongs to), one behind the other, in pieces of
+    `block_bytes` of which `read_bytes` are read and written at once."""
     memory: dict[torch.dtype, Tensor] = {}
     for name, parameter in named:
         dtype = source.tensors[name].dtype
         for block in blocks(parameter, tensor_parallel, dtype.itemsize, block_bytes):
-            size = math.prod(block.shape)
-            if dtype not in memory or memory[dtype].numel() < size:
-                memory[dtype] = torch.empty(size, dtype=dtype)
-            tensor = source.read(name, block.offset, block.shape, out=memory[dtype][:size].view(block.shape))
-            sink.write(name, parameter, block, tensor)
+            for row, rows in block.rows(dtype.itemsize, read_bytes):
+                offset, shape = (block.offset[0] + row, *block.offset[1:]), (rows, *block.shape[1:])
+                size = math.prod(shape)
+                if dtype not in memory or memory[dtype].numel() < size:
+                    memory[dtype] = torch.empty(size, dtype=dtype)
+                tensor = source.read(name, offset, shape, out=memory[dtype][:size].view(shape))
+                sink.write(name, parameter, block, row, tensor)
     return sink.close()

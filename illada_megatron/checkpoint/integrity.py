@@ -8,8 +8,6 @@ import xxhash
 from illada_megatron.checkpoint.storage import Folder
 from illada_megatron.checkpoint.together import rank_and_size
 
-_BLOCK = 1 << 23
-
 
 class FileRecord(TypedDict):
     """A file as its writer meant it."""
@@ -40,9 +38,9 @@ def damage(place: Folder, files: Mapping[str, FileRecord], checksums: bool) -> s
 
 def checksum(place: Folder, name: str, nbytes: int) -> str:
     """XXH3-128 of a file of `nbytes`: an error check at memory speed, not a signature. Raises OSError."""
-    digest, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
-    for start in range(0, nbytes, _BLOCK):
-        part = block[: min(_BLOCK, nbytes - start)]
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(min(nbytes, place.block_bytes)))
+    for start in range(0, nbytes, place.block_bytes):
+        part = block[: nbytes - start]
         place.read_into(name, start, part)
         digest.update(part)
     return digest.hexdigest()

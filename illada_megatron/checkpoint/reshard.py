@@ -54,6 +54,7 @@ def reshard(
         progress=info.progress,
         fingerprints=info.fingerprints,
         verified=(info,) if verify else (),
+        read_bytes=info.path.block_bytes,
     )
     return rewrite(content, target, format_, implementation, memory_mb, processes)
 

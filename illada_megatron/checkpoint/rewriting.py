@@ -45,6 +45,8 @@ class Content:
     fingerprints: Mapping[str, Any]
     verified: Sequence[CheckpointInfo]
     """Checkpoints whose files are compared with their checksums while they are read."""
+    read_bytes: int = LocalFolder.block_bytes
+    """What is best read at once where the source lies."""
     copies_of_a_block: int = _COPIES_OF_A_BLOCK
     """Memory that reading and writing a block takes, in blocks."""
 
@@ -67,6 +69,8 @@ class _Job:
     source: Source
     tensor_parallel: int
     block_bytes: int
+    read_bytes: int
+    """Of a block at a time."""
     target: Path
     slots: Slots | None
     """Of the legacy files to fill; None: this program's format is written."""
@@ -122,7 +126,8 @@ def rewrite(
             path = directory / store.step_directory(LocalFolder(directory), step).name
         path.mkdir()
         slots = _skeleton(path, content, implementation) if format_ == "legacy" else None
-        job = _Job(content.source, config.parallel.tensor_model_parallel_size, block_bytes, path, slots)
+        tensor_parallel, read_bytes = config.parallel.tensor_model_parallel_size, min(block_bytes, content.read_bytes)
+        job = _Job(content.source, tensor_parallel, block_bytes, read_bytes, path, slots)
         with pool(job, count) as workers:
             order = _interleaved(checks, tasks)
             results = workers.run("writing", _do, order, [task.nbytes for task in order])
@@ -193,11 +198,8 @@ def _do(job: _Job, task: _Check | _Copy) -> list[WrittenPart]:
         _check(task)
         return []
     sink: Sink
-    if job.slots is None:
-        sink = DistSink(job.target, task.number, job.tensor_parallel, job.block_bytes)
-    else:
-        sink = LegacySink(job.slots)
-    return copy_tensors(job.source, task.named, job.tensor_parallel, job.block_bytes, sink)
+    sink = DistSink(job.target, task.number, job.tensor_parallel) if job.slots is None else LegacySink(job.slots)
+    return copy_tensors(job.source, task.named, job.tensor_parallel, job.block_bytes, job.read_bytes, sink)
 
 
 def _check(task: _Check) -> FileRecord:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.storage import sync
 
 _UNFINISHED = ".unfinished"
 # what file systems without locks answer; what a killed process left there stays, as it may be another's at work
@@ -42,9 +43,9 @@ def staged(target: Path, nbytes: int) -> Iterator[Path]:
         _try_lock(descriptor)
         yield temporary
         for directory, _, _ in os.walk(temporary):
-            _sync(Path(directory))
+            sync(Path(directory))
         temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -70,11 +71,3 @@ def _try_lock(descriptor: int) -> bool:
             raise
         return False
     return True
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

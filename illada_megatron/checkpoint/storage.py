@@ -19,6 +19,8 @@ _SCHEME = "s3://"
 # An object's parts, and how many of them are on their way at a time: what a writer holds in memory.
 _PART_BYTES = 16 << 20
 _PARTS_ON_THEIR_WAY = 4
+# What stays in a core's cache on its way: between reading, checksum and writing nothing then goes through main memory.
+_CACHED_BYTES = 1 << 20
 
 
 class Sink(Protocol):
@@ -36,6 +38,10 @@ class Sink(Protocol):
 
 class Folder(Protocol):
     """A directory, or the objects below a prefix."""
+
+    @property
+    def block_bytes(self) -> int:
+        """What is best read, or written, at once."""
 
     @property
     def name(self) -> str:
@@ -86,6 +92,8 @@ def folder(place: str | os.PathLike[str] | Folder) -> Folder:
 
 class LocalFolder:
     """A directory of a (possibly shared) file system."""
+
+    block_bytes = _CACHED_BYTES
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -188,6 +196,8 @@ def sync(directory: Path) -> None:
 class ObjectFolder:
     """The objects below `s3://bucket/prefix`. An object is complete and durable when its upload has ended, and does not
     exist before; one request replaces it."""
+
+    block_bytes = _PART_BYTES
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")

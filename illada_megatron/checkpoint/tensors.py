@@ -86,10 +86,12 @@ class TensorWriter:
     def __init__(self, place: Folder, rank: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
         self._name = f"__{rank}_0.distcp"
         self._sink = place.create(self._name)
-        self._piece_bytes = piece_bytes
+        self._piece_bytes, self._block_bytes = piece_bytes, place.block_bytes
         self._tensors: dict[str, TensorInfo] = {}
         self._digest = xxhash.xxh3_128()
         self._position = 0
+        self._missing = 0  # bytes of the piece that was begun
+        self._tail = b""
 
     def write(
         self, name: str, tensor: Tensor, offset: Sequence[int] | None = None, whole_shape: Sequence[int] | None = None
@@ -102,14 +104,38 @@ class TensorWriter:
             return
         for row, block in row_pieces(tensor, self._piece_bytes):
             at = (first[0] + row, *first[1:]) if first else ()
-            start = self._position
-            head, tail = _envelope(tensor.dtype, tuple(block.shape))
-            for part in (head, bytes_of(block), tail):
-                self._append(part)
-            info.pieces.append(Piece(at, tuple(block.shape), self._name, start, self._position - start))
+            self.begin(name, block.dtype, block.shape, at, info.shape)
+            self.append(block)
+
+    def begin(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], offset: Sequence[int], whole_shape: Sequence[int]
+    ) -> None:
+        """Begin a piece of tensor `name`, the box of `shape`, not empty, at `offset`; `append` has to give its elements
+        before another begins."""
+        if self._missing:
+            raise ValueError(f"{self._name}: {self._missing} bytes of the last piece are missing, a new one begins")
+        info = self._tensors.setdefault(name, TensorInfo(tuple(whole_shape), dtype, []))
+        head, self._tail = _envelope(dtype, tuple(shape))
+        self._missing = math.prod(shape) * dtype.itemsize
+        length = len(head) + self._missing + len(self._tail)
+        info.pieces.append(Piece(tuple(offset), tuple(shape), self._name, self._position, length))
+        self._append(head)
+
+    def append(self, tensor: Tensor) -> None:
+        """The next elements of the piece: a contiguous tensor on the CPU, in the piece's dtype."""
+        content = bytes_of(tensor)
+        self._missing -= len(content)
+        if self._missing < 0:
+            raise ValueError(f"{self._name}: {-self._missing} bytes more than the piece has")
+        for start in range(0, len(content), self._block_bytes):
+            self._append(content[start : start + self._block_bytes])
+        if not self._missing:
+            self._append(self._tail)
 
     def close(self) -> WrittenPart:
         """Make the file durable and say what is in it."""
+        if self._missing:
+            raise ValueError(f"{self._name}: {self._missing} bytes of the last piece are missing")
         self._sink.close()
         return WrittenPart(
             self._tensors, {self._name: FileRecord(bytes=self._position, xxh3_128=self._digest.hexdigest())}
@@ -201,6 +227,8 @@ class TensorReader:
         result = torch.empty(shape, dtype=info.dtype) if out is None else out.view(shape)
         filled = 0
         for piece in info.pieces:
+            if shape and not offset[0] - piece.shape[0] < piece.offset[0] < offset[0] + shape[0]:
+                continue  # most pieces of a large tensor: they are many
             box = _overlap(offset, shape, piece)
             if box is not None:
                 low, size = box

@@ -1,9 +1,9 @@
 """Lets megatron-core, which is written against CUDA, run on a CPU: the one place of this package that knows how.
 
 megatron-core names the device as `torch.cuda.current_device()`, `device="cuda"` or `.cuda()`, keeps its random states
-in `torch.cuda`, and recognises parameters by `Tensor.type()`. `install` redirects exactly these names to their CPU
-meaning. Numbers are not touched: the same operators run, on CPU tensors. It is installed once, at start, and only
-where no GPU is used; nothing else in the package asks whether it is.
+in `torch.cuda`, and recognises parameters by `Tensor.type()`. `install` redirects exactly these
+names to their CPU meaning. Numbers are not touched: the same operators run, on CPU tensors. It is installed once, at
+start, and only where no GPU is used; nothing else in the package asks whether it is.
 """
 
 import contextlib
@@ -21,6 +21,20 @@ _FACTORIES = (
     *("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like"),
 )
 _installed = False
+
+
+def import_megatron() -> None:
+    """Import megatron-core, without the compiler where there is no GPU: its fusions are applied to functions while they
+    are imported, no CPU run uses them, and the compiler's import is a fifth of a process's start. megatron-core's own
+    switch is in a module whose package has applied it already when it is imported."""
+    if torch.cuda.is_available():
+        return
+    compile_, torch.compile = torch.compile, lambda function: function
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compile_
+    disable_jit_fuser()
 
 
 def install() -> None:

@@ -1,5 +1,9 @@
 """The loop: forward step, optimizer, schedules, validation and what is reported."""
 
-from illada_megatron.training.trainer import TrainResult, train, train_step
+from illada_megatron.runtime import cpu_adaptor
+
+cpu_adaptor.import_megatron()  # before what follows imports it
+
+from illada_megatron.training.trainer import TrainResult, train, train_step  # noqa: E402
 
 __all__ = ["TrainResult", "train", "train_step"]

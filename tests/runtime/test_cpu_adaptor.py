@@ -133,3 +133,19 @@ def test_collectives_over_one_rank_and_in_place_copy_nothing(
         torch.distributed.reduce_scatter_tensor(buffer, buffer, async_op=True)
     handle.wait()
     assert torch.equal(buffer, torch.arange(6.0))
+
+
+def test_the_compiler_is_not_imported() -> None:
+    """megatron-core applies torch.compile when it is imported; a new process, as other tests have imported it."""
+    script = """
+import sys
+import illada_megatron.training
+from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_fused_train
+import torch
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile(torch.sin) is not torch.sin
+print(bias_dropout_add_fused_train((torch.ones(2), None), torch.ones(2), 0.0))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "tensor([2., 2.])\n"
