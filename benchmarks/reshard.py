@@ -24,9 +24,9 @@ from rich.table import Table
 from shards import machine
 from torch import Tensor
 
+from illada_megatron.checkpoint.metadata import TensorInfo
 from illada_megatron.checkpoint.names import names_of, split_name
 from illada_megatron.checkpoint.rewriting import Content, rewrite
-from illada_megatron.checkpoint.tensors import TensorInfo
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.config.parameters import parameters
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.metadata import TensorInfo
 from illada_megatron.checkpoint.names import tensor_name
 from illada_megatron.checkpoint.opening import OpenCheckpoint
 from illada_megatron.checkpoint.rewriting import MEMORY_MB, Content, Rewritten, rewrite
 from illada_megatron.checkpoint.sources import Source
-from illada_megatron.checkpoint.tensors import TensorInfo
 from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.config.parameters import parameters
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from illada_megatron.checkpoint import legacy_layout as layout
 from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.metadata import TensorInfo
 from illada_megatron.checkpoint.names import OPTIMIZER_STATE, split_name, tensor_name
 from illada_megatron.checkpoint.plain_load import data_offset, load_plain
 from illada_megatron.checkpoint.stages import HeldParameter, chunks_of_stages
-from illada_megatron.checkpoint.tensors import TensorInfo, bytes_of
+from illada_megatron.checkpoint.tensors import bytes_of
 from illada_megatron.config import RunConfig
 from illada_megatron.config.parameters import Parameter, parameters
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.metadata import TensorInfo
 from illada_megatron.checkpoint.names import OPTIMIZER_STATE, WEIGHT, tensor_name
-from illada_megatron.checkpoint.tensors import TensorInfo, TensorReader
+from illada_megatron.checkpoint.tensors import TensorReader
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import layer_of, parameters
 

@@ -1,7 +1,9 @@
 """A checkpoint written anew from any source, in pieces, by several processes: what reshard and average share."""
 
+import importlib
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +131,8 @@ def rewrite(
         tensor_parallel, read_bytes = config.parallel.tensor_model_parallel_size, min(block_bytes, content.read_bytes)
         job = _Job(content.source, tensor_parallel, block_bytes, read_bytes, path, slots)
         with pool(job, count) as workers:
+            if slots is None:  # imported meanwhile: it takes seconds, and would at the end
+                threading.Thread(target=importlib.import_module, args=("torch.distributed.checkpoint",)).start()
             order = _interleaved(checks, tasks)
             results = workers.run("writing", _do, order, [task.nbytes for task in order])
             parts = [part for result in results for part in result]

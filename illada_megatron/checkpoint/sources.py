@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from illada_megatron.checkpoint.tensors import TensorInfo
+from illada_megatron.checkpoint.metadata import TensorInfo
 
 
 class Source(Protocol):

@@ -7,6 +7,9 @@ without TLS). What fails raises OSError in both.
 """
 
 import contextlib
+import errno
+import fcntl
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ _PART_BYTES = 16 << 20
 _PARTS_ON_THEIR_WAY = 4
 # What stays in a core's cache on its way: between reading, checksum and writing nothing then goes through main memory.
 _CACHED_BYTES = 1 << 20
+_DIRECT_BYTES = 4 << 20
 
 
 class Sink(Protocol):
@@ -166,22 +170,57 @@ class LocalFolder:
 
 
 class _LocalSink:
+    """A file written past the page cache where the file system can: what is as large as a checkpoint would drive
+    everything else out of it, and pages that are new to it cost more than the disk does."""
+
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            self._file = os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._file = os.open(path, flags, 0o666)  # this file system cannot
         self._directory = path.parent
+        self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # page-aligned, as the disk wants it
+        self._filled = 0
 
     def write(self, block: Any) -> None:
         left = memoryview(block).cast("B")
-        while len(left):  # a raw file may take less than it is given
-            left = left[self._file.write(left) :]
+        while len(left):
+            part, left = left[: _DIRECT_BYTES - self._filled], left[_DIRECT_BYTES - self._filled :]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == _DIRECT_BYTES:
+                self._flush()
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._through_cache()  # the end of the file is not as long as the disk's blocks
+        self._flush()
+        os.fsync(self._file)
+        os.close(self._file)
         sync(self._directory)
 
     def abandon(self) -> None:
-        self._file.close()
+        os.close(self._file)
+
+    def _flush(self) -> None:
+        left = self._buffer[: self._filled]
+        while len(left):  # a disk that is nearly full takes less than it is given
+            try:
+                written = os.write(self._file, left)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._through_cache():
+                    raise
+                continue
+            left = left[written:]
+        self._filled = 0
+
+    def _through_cache(self) -> bool:
+        """From here on; whether it was otherwise."""
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
 
 
 def sync(directory: Path) -> None:

@@ -10,7 +10,6 @@ shape, and says afterwards what it wrote. Bytes go from the tensor's memory to t
 
 import io
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,19 +18,10 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.integrity import FileRecord
-from illada_megatron.checkpoint.metadata import read_metadata
+from illada_megatron.checkpoint.metadata import Piece, TensorInfo, pickled_metadata, read_metadata
 from illada_megatron.checkpoint.storage import Folder, folder
 
 PIECE_BYTES = 32 << 20
@@ -42,32 +32,6 @@ _HEAD_BYTES = 4096
 _RECORD, _ZIP_HEADER, _ZIP_HEADER_BYTES = b"/data/0", b"PK\x03\x04", 30
 # What megatron-core looks for beside them.
 _BACKEND = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}'
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a tensor, and where its blob lies."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    """Of the blob, in bytes."""
-    length: int
-    """Of the blob, in bytes."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A whole tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: list[Piece]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -163,21 +127,14 @@ def write_metadata(place: Folder, parts: Sequence[WrittenPart]) -> dict[str, Fil
                     f"{place}: {name} was written as {info.shape} {info.dtype} and as {known.shape} {known.dtype}"
                 )
             known.pieces.extend(info.pieces)
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
     for name, info in infos.items():
-        size = torch.Size(info.shape)
-        if (found := sum(math.prod(piece.shape) for piece in info.pieces)) != size.numel():
-            raise CheckpointError(f"{place}: {found} of the {size.numel()} elements of {name} were written")
-        chunks = [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)) for piece in info.pieces]
-        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=info.dtype), size, chunks)
-        for index, piece in enumerate(info.pieces):
-            storage[MetadataIndex(name, piece.offset, index)] = _StorageInfo(piece.file, piece.start, piece.length)
+        if (found := sum(math.prod(piece.shape) for piece in info.pieces)) != math.prod(info.shape):
+            raise CheckpointError(f"{place}: {found} of the {math.prod(info.shape)} elements of {name} were written")
     empty = io.BytesIO()
     torch.save({}, empty)
     files = {name: record for part in parts for name, record in part.files.items()}
     for name, content in (
-        (_METADATA, pickle.dumps(Metadata(tensors, storage_data=storage))),
+        (_METADATA, pickled_metadata(infos)),
         ("metadata.json", _BACKEND),
         ("common.pt", empty.getvalue()),
     ):
@@ -196,16 +153,7 @@ class TensorReader:
 
     def __init__(self, path: Any) -> None:
         self.place = folder(path)
-        self.tensors: dict[str, TensorInfo] = {}
-        metadata = read_metadata(self.place, _METADATA)
-        for name, entry in metadata.state_dict_metadata.items():
-            pieces = []
-            for index, chunk in enumerate(entry.chunks):
-                where = metadata.storage_data[MetadataIndex(name, chunk.offsets, index)]
-                pieces.append(
-                    Piece(tuple(chunk.offsets), tuple(chunk.sizes), where.relative_path, where.offset, where.length)
-                )
-            self.tensors[name] = TensorInfo(tuple(entry.size), entry.properties.dtype, pieces)
+        self.tensors = read_metadata(self.place, _METADATA)
 
     def read(
         self,
