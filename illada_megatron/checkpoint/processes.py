@@ -56,22 +56,22 @@ class Pool:
 
 
 def default_processes() -> int:
-    """As many as this process has cores, within reason."""
-    return min(_MOST_BY_DEFAULT, len(os.sched_getaffinity(0)))
+    """Two for each core of this process, as one of them waits for the disk; within reason."""
+    return min(_MOST_BY_DEFAULT, 2 * len(os.sched_getaffinity(0)))
 
 
 def prepare() -> ForkServerContext:
     """Begin to import torch in the process that the pool's are forked from: not from this one, which has threads, and
     once for all. A command calls it before it imports torch itself, so that both happen at the same time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["illada_megatron.checkpoint.rewriting"])
+    context.set_forkserver_preload(["__main__", "illada_megatron.checkpoint.rewriting"])
     forkserver.ensure_running()
     return context
 
 
 @contextmanager
 def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterator[Pool]:
-    """Processes that have `shared`, a picklable value. processes None: as this machine has cores, 4 at most. show: the
+    """Processes that have `shared`, a picklable value. processes None: `default_processes`. show: the
     bar; None: where stderr is a terminal."""
     count = processes or default_processes()
     context = prepare()

@@ -26,7 +26,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="`section.field=value` that Megatron's checkpoints do not say: model.mask_token_id=5."),
 ]
-ProcessesOption = Annotated[int | None, typer.Option(min=1, help="Default: this machine's cores, 4 at most.")]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, help="Default: two for each core of this machine, 4 at most.")
+]
 MemoryOption = Annotated[
     int, typer.Option(min=1, help="MB of tensors that all processes together hold at a time; the model does not count.")
 ]
