@@ -25,7 +25,7 @@ BAR = 0.1
 CONFIG = (
     *("model.num_layers=8", "model.hidden_size=1024", "model.ffn_hidden_size=3584", "model.num_attention_heads=16"),
     *("model.num_query_groups=4", "model.vocab_size=32000", "data.sequence_length=256", "training.micro_batch_size=1"),
-    *("training.global_batch_size=4", "training.precision=bf16", "runtime.device=cpu"),
+    *("training.global_batch_size=1", "training.precision=fp32", "runtime.device=cpu"),
 )
 
 
@@ -40,7 +40,7 @@ class Save:
 def main(
     directory: Annotated[Path | None, typer.Option(help="where to write; default: the temporary directory")] = None,
     rounds: Annotated[int, typer.Option(help="rounds; in each, every variant saves once")] = 5,
-    layers: Annotated[int, typer.Option(help="layers of the model; 8 are 1.9 GB of checkpoint")] = 8,
+    layers: Annotated[int, typer.Option(help="layers of the model; 8 are 2 GB of checkpoint")] = 8,
 ) -> None:
     """The last line of standard output is JSON."""
     from corpus import write_corpus
