@@ -43,6 +43,7 @@ def report() -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_last_line_has_every_variant(report: dict[str, Any]) -> None:
     results = {one["variant"]: one for one in report["results"]}
     assert results.keys() | report["missing"].keys() == set(VARIANTS)
@@ -59,11 +60,13 @@ def test_last_line_has_every_variant(report: dict[str, Any]) -> None:
         assert (result["loss"] is None) == (result["extra_bytes"] is None) == (result["variant"] == GEMMS)
 
 
+@pytest.mark.slow
 def test_losses_agree(report: dict[str, Any]) -> None:
     losses = [one["loss"] for one in report["results"] if one["loss"] is not None]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_bars_are_there_and_do_not_hold_unmeasured(report: dict[str, Any]) -> None:
     assert report["holds"].keys() == {
         f"cpu bf16 fused / {GEMMS}: time",

@@ -38,6 +38,7 @@ def results(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(one["precision"], one["who"]): one for one in report["results"]}
 
 
+@pytest.mark.slow
 def test_last_line_has_the_figures_of_every_variant(report: dict[str, Any], results: dict) -> None:
     expected = {"cpu", "cores", "threads", "torch", "megatron_core", "python", "device", "fp32_gemm_relative_error"}
     assert report["machine"].keys() >= expected
@@ -49,6 +50,7 @@ def test_last_line_has_the_figures_of_every_variant(report: dict[str, Any], resu
             assert 0 < result[name] < math.inf, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_parts_of_our_step_sum_to_the_step(results: dict, precision: str) -> None:
     result = results[precision, OURS]
@@ -60,6 +62,7 @@ def test_parts_of_our_step_sum_to_the_step(results: dict, precision: str) -> Non
     assert sum(part["flops"] for part in parts.values()) == pytest.approx(result["flops_per_step"])
 
 
+@pytest.mark.slow
 def test_the_peer_computes_our_losses_step_by_step(results: dict) -> None:
     """From the same weights, over the same masked tokens, with the same gradients and optimizer."""
     ours = results["fp32", OURS]["losses"]
@@ -68,6 +71,7 @@ def test_the_peer_computes_our_losses_step_by_step(results: dict) -> None:
     assert ours[1] < ours[0]  # it trains, on the same samples every time
 
 
+@pytest.mark.slow
 def test_bars_are_there_with_their_figures(report: dict[str, Any]) -> None:
     assert report["holds"].keys() == {
         f"W1 bf16 ours / {MEGATRON}: tokens/s",

@@ -26,17 +26,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DP1, plain optimizer": (1, (PLAIN,)),
     "DP1, micro-batches of 4": (1, ("training.micro_batch_size=4",)),
     "DP2": (2, ()),
-    "DP2, plain optimizer": (2, (PLAIN,)),
     "DP2, overlapped": (2, OVERLAP),
-    "TP2": (2, (TP2,)),
     "TP2, sequence parallel": (2, (TP2, SEQUENCE)),
-    "PP2": (2, (PP2,)),
     "PP2, interleaved, recomputed": (2, (PP2, INTERLEAVED, FULL)),
-    "PP4": (4, (PP4,)),
     "DP3, filled up": (3, (PAD,)),
     "TP2 PP2": (4, (TP2, PP2)),
 }
 MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "TP2": (2, (TP2,)),
+    "PP2": (2, (PP2,)),
+    "PP4": (4, (PP4,)),
+    "DP2, plain optimizer": (2, (PLAIN,)),
     "PP2, interleaved": (2, (PP2, INTERLEAVED)),
     "TP2 PP2 DP2": (8, (TP2, PP2)),
     "PP2 DP3, interleaved, filled up": (6, (PP2, INTERLEAVED, PAD)),
@@ -115,6 +115,7 @@ def test_same_losses_in_more_layouts(layout: str, train_once: TrainOnce) -> None
     assert_same_held_out(run, reference)
 
 
+@pytest.mark.slow
 def test_untied_head(train_once: TrainOnce) -> None:
     """A head of its own: no embedding gradient to exchange between the first and the last stage. Overlapped: DDP waits
     for a gradient of the head, which is in main_grad already, and must not add what it is handed."""
@@ -133,6 +134,7 @@ def test_implementations_of_the_loss(train_once: TrainOnce) -> None:
     assert_same_training(run.steps, train_once(1).steps, RELATIVE)
 
 
+@pytest.mark.slow
 def test_z_loss_and_softcap(train_once: TrainOnce) -> None:
     """They change what is learned, alike in every layout."""
     options = ("loss.z_loss=0.1", "model.logit_softcap=2.0")
@@ -152,6 +154,7 @@ def test_qkv_biases(train_once: TrainOnce) -> None:
     assert _different(*norms) > 10
 
 
+@pytest.mark.slow
 def test_batch_ramp_up(train_once: TrainOnce) -> None:
     """Batches of 4, 6, then 8 samples: the same samples in the same steps on one rank and on two."""
     reference = train_once(1, RAMP_UP)

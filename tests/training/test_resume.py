@@ -73,7 +73,7 @@ def test_same_layout_bit_for_bit(
 @pytest.mark.parametrize(
     ("saved_under", "resumed_under"),
     [
-        ((1, ()), (2, ())),
+        pytest.param((1, ()), (2, ()), marks=pytest.mark.slow),
         ((1, ()), (2, (TP2, SEQUENCE))),
         ((2, (PP2, INTERLEAVED, PLAIN)), (2, (TP2, PLAIN))),
         pytest.param((8, (TP2, PP2)), (1, ()), marks=pytest.mark.slow),
