@@ -2,11 +2,6 @@
 
 import sys
 
-from illada_megatron.checkpoint.processes import prepare
-
-if __name__ == "__main__":
-    prepare()  # before the next lines, which take a second
-
 import typer
 
 from illada_megatron.checkpoint.errors import CheckpointError
