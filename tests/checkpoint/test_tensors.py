@@ -241,3 +241,17 @@ def test_boxes_cover_a_rank_once() -> None:
                         found[at] += 1
             expected = size if split is None else 1
             assert torch.equal(found, torch.full_like(found, expected)), (split, size)
+
+
+def test_a_piece_is_whole_or_an_error(tmp_path: Path) -> None:
+    """Elements that are missing, or too many, would move everything behind them."""
+    writer = TensorWriter(folder(tmp_path))
+    writer.begin("a", torch.float32, (2, 3), (0, 0), (2, 3))
+    writer.append(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="12 bytes of the last piece are missing"):
+        writer.close()
+    with pytest.raises(ValueError, match="12 bytes of the last piece are missing"):
+        writer.begin("b", torch.float32, (1,), (0,), (1,))
+    with pytest.raises(ValueError, match="12 bytes more than the piece has"):
+        writer.append(torch.zeros(2, 3))
+    writer.abandon()
