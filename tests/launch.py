@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,18 +75,22 @@ def launch(
         line.append(f"logging.jsonl_path={jsonl}")
     # the ranks' kernels are tiny: threads of them would only wait for each other
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        if interrupt is not None:
-            interrupt(psutil.Process(process.pid))
-        stdout, stderr = process.communicate(timeout=HANG_SECONDS)
-    finally:
-        if process.poll() is None:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
-            process.wait()
-    completed = subprocess.CompletedProcess(line, process.returncode, stdout, stderr)
+    # files: nobody reads while `interrupt` works, and a pipe that is full stops the launcher
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(line, stdout=stdout, stderr=stderr, env=environment)
+        try:
+            if interrupt is not None:
+                interrupt(psutil.Process(process.pid))
+            process.wait(timeout=HANG_SECONDS)
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+                process.wait()
+        for file in (stdout, stderr):
+            file.seek(0)
+        completed = subprocess.CompletedProcess(line, process.returncode, stdout.read(), stderr.read())
     return Run(completed, read_steps(jsonl) if jsonl is not None and jsonl.exists() else [])
 
 
