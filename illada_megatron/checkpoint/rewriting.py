@@ -112,6 +112,8 @@ def rewrite(
     CheckpointError, OSError.
     """
     config, step = content.config, content.step
+    if format_ == "torch_dist":
+        store.check_name(LocalFolder(target))
     tasks = _copies(content)
     checks = [
         _Check(info.path, name, record, record["bytes"])

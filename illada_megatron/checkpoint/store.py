@@ -61,6 +61,16 @@ def step_directory(save_dir: Folder, step: int) -> Folder:
     return save_dir / f"{_PREFIX}{step:08d}"
 
 
+def check_name(save_dir: Folder) -> None:
+    """Raises CheckpointError where a directory that checkpoints come into is named like one of them: whoever names it
+    to load would be told that it is incomplete."""
+    if save_dir.name.startswith(_PREFIX):
+        raise CheckpointError(
+            f"{save_dir}: is named like one checkpoint ({_PREFIX}...), but is to hold a directory for each: "
+            "take another name"
+        )
+
+
 def step_of(name: str) -> int:
     """Of a `step_directory`'s name."""
     return int(name.removeprefix(_PREFIX))

@@ -310,6 +310,15 @@ class CheckpointConfig(Section):
     allow_mismatch: list[Literal["model", "tokenizer", "data"]] = []
     """What may differ from the run that saved the checkpoint; without it a difference is an error."""
 
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.save_dir is not None and self.save_dir.rstrip("/").rpartition("/")[2].startswith("step_"):
+            raise ValueError(
+                f"save_dir {self.save_dir} is named like one checkpoint (step_...), but is to hold a directory for "
+                "each: take another name"
+            )
+        return self
+
 
 class FaultsConfig(Section):
     """What a run does when a step, a rank or a machine misbehaves (docs/faults.md)."""

@@ -179,6 +179,14 @@ def test_layouts_that_cannot_work_are_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_target_is_not_named_like_a_checkpoint(tmp_path: Path, illada: Illada) -> None:
+    """It would be taken for one, without a record, by whoever names it to load."""
+    outcome = illada("checkpoint", "reshard", _random(tmp_path / "source"), tmp_path / "step_00000001")
+    assert outcome.code == 2
+    assert f"{tmp_path / 'step_00000001'}: is named like one checkpoint" in outcome.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_a_target_that_exists_is_left_alone(tmp_path: Path, illada: Illada) -> None:
     source = _random(tmp_path / "source")
     (tmp_path / "new").mkdir()

@@ -26,6 +26,7 @@ MISTAKES = {
     "decay start": ("schedule.decay_start=soon", ["schedule.decay_start", "found 'soon'"]),
     "decay fraction": ("schedule.decay_start=1.5", ["schedule.decay_start", "found 1.5"]),
     "ramp-up of two": ("training.rampup_batch_size=[2,2]", ["training.rampup_batch_size"]),
+    "name of a checkpoint": ("checkpoint.save_dir=runs/step_1/", ["checkpoint", "runs/step_1/ is named like one"]),
     "section as value": ("training=5", ["training", "found 5"]),
     "no equals sign": ("training.lr", ["override 'training.lr': expected section.field=value"]),
 }

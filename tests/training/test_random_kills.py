@@ -18,7 +18,6 @@ import pytest
 from launch import ROOT, launch, rank_processes, read_steps
 
 from illada_megatron.checkpoint.integrity import damage
-from illada_megatron.checkpoint.storage import folder
 from illada_megatron.checkpoint.store import newest_complete
 
 pytestmark = pytest.mark.slow
@@ -122,7 +121,7 @@ def test_random_kills(small: tuple[str, ...], tmp_path: Path) -> None:
     middle = time.monotonic()
 
     resharded, kills = _reshard_under_fire(chance, save_dir, tmp_path)
-    saving = [f"checkpoint.save_dir={resharded.parent}", f"training.train_steps={MORE_STEPS}"]
+    saving = [f"checkpoint.save_dir={resharded}", f"training.train_steps={MORE_STEPS}"]
     last = launch("train", [*common, *saving], RANKS, jsonl)
     assert last.process.returncode == 0, last.output
     assert f"step_{STEPS:08d}: step {STEPS}" in last.process.stdout.replace("\n", "")
@@ -143,13 +142,13 @@ def _reshard_under_fire(chance: random.Random, save_dir: Path, tmp_path: Path) -
     """A checkpoint resharded by a process that was killed again and again before it got there."""
     info, _ = newest_complete(save_dir)
     assert info is not None
-    target = tmp_path / "resharded" / info.path.name
+    target = tmp_path / "resharded" / "checkpoints"
     target.parent.mkdir()
     line = [sys.executable, "-m", "illada_megatron", "checkpoint", "reshard", str(info.path), str(target)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     line += ["--tp", "2", "--dp", "2"]
-    subprocess.run([*line[:6], str(tmp_path / "undisturbed" / info.path.name), *line[7:]], env=environment, check=True)
+    subprocess.run([*line[:6], str(tmp_path / "undisturbed"), *line[7:]], env=environment, check=True)
     seconds, kills = time.monotonic() - begin, 0
     while kills < KILLS_OF_RESHARDING:
         process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -162,7 +161,7 @@ def _reshard_under_fire(chance: random.Random, save_dir: Path, tmp_path: Path) -
         if target.exists():  # whole, or not there
             found, _ = newest_complete(target)
             assert found is not None
-            assert damage(folder(target), found.files, checksums=True) is None
+            assert damage(found.path, found.files, checksums=True) is None
             for path in sorted(target.parent.iterdir()):
                 subprocess.run(["rm", "-r", str(path)], check=True)
     subprocess.run(line, env=environment, check=True)

@@ -92,6 +92,7 @@ def import_weights(source: Source, save_dir: str | Path, progress: Callable[[int
     """Write the weights below `save_dir` (also `s3://`), where no checkpoint may be yet, as a checkpoint of step 0 that
     runs begin with. Returns its folder. Raises CheckpointError, OSError."""
     place = folder(save_dir)
+    store.check_name(place)
     path = store.step_directory(place, 0)
     for other in store.checkpoints_newest_first(place):
         if other.name != path.name or other.size(store.RECORD) is not None:  # not what an interrupted import left
