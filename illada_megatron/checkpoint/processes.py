@@ -71,8 +71,8 @@ def prepare() -> ForkServerContext:
 
 @contextmanager
 def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterator[Pool]:
-    """Processes that have `shared`, a picklable value. processes None: `default_processes`. show: the
-    bar; None: where stderr is a terminal."""
+    """Processes that have `shared`, a picklable value. processes None: `default_processes`. show: the bar;
+    None: where stderr is a terminal."""
     count = processes or default_processes()
     context = prepare()
     console = Console(stderr=True)

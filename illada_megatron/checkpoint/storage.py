@@ -176,11 +176,12 @@ class _LocalSink:
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
-            self._file = os.open(path, flags | os.O_DIRECT, 0o666)
+            descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            self._file = os.open(path, flags, 0o666)  # this file system cannot
+            descriptor = os.open(path, flags, 0o666)  # this file system cannot
+        self._file = os.fdopen(descriptor, "wb", buffering=0)  # closes itself where nobody does, and twice
         self._directory = path.parent
         self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # page-aligned, as the disk wants it
         self._filled = 0
@@ -197,18 +198,18 @@ class _LocalSink:
     def close(self) -> None:
         self._through_cache()  # the end of the file is not as long as the disk's blocks
         self._flush()
-        os.fsync(self._file)
-        os.close(self._file)
+        os.fsync(self._file.fileno())
+        self._file.close()
         sync(self._directory)
 
     def abandon(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
     def _flush(self) -> None:
         left = self._buffer[: self._filled]
         while len(left):  # a disk that is nearly full takes less than it is given
             try:
-                written = os.write(self._file, left)
+                written = os.write(self._file.fileno(), left)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._through_cache():
                     raise
@@ -218,8 +219,8 @@ class _LocalSink:
 
     def _through_cache(self) -> bool:
         """From here on; whether it was otherwise."""
-        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        flags = fcntl.fcntl(self._file.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags & ~os.O_DIRECT)
         return bool(flags & os.O_DIRECT)
 
 
