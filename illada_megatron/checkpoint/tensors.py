@@ -75,7 +75,7 @@ class TensorWriter:
         self, name: str, dtype: torch.dtype, shape: Sequence[int], offset: Sequence[int], whole_shape: Sequence[int]
     ) -> None:
         """Begin a piece of tensor `name`, the box of `shape`, not empty, at `offset`; `append` has to give its elements
-        before another begins."""
+        before another begins. Raises ValueError where the last piece lacks some; OSError."""
         if self._missing:
             raise ValueError(f"{self._name}: {self._missing} bytes of the last piece are missing, a new one begins")
         info = self._tensors.setdefault(name, TensorInfo(tuple(whole_shape), dtype, []))
@@ -86,7 +86,8 @@ class TensorWriter:
         self._append(head)
 
     def append(self, tensor: Tensor) -> None:
-        """The next elements of the piece: a contiguous tensor on the CPU, in the piece's dtype."""
+        """The next elements of the piece: a contiguous tensor on the CPU, in the piece's dtype. Raises ValueError where
+        they are more than the piece has; OSError."""
         content = bytes_of(tensor)
         self._missing -= len(content)
         if self._missing < 0:

@@ -1,9 +1,9 @@
 """Lets megatron-core, which is written against CUDA, run on a CPU: the one place of this package that knows how.
 
 megatron-core names the device as `torch.cuda.current_device()`, `device="cuda"` or `.cuda()`, keeps its random states
-in `torch.cuda`, and recognises parameters by `Tensor.type()`. `install` redirects exactly these
-names to their CPU meaning. Numbers are not touched: the same operators run, on CPU tensors. It is installed once, at
-start, and only where no GPU is used; nothing else in the package asks whether it is.
+in `torch.cuda`, and recognises parameters by `Tensor.type()`. `install` redirects exactly these names to their CPU
+meaning. Numbers are not touched: the same operators run, on CPU tensors. It is installed once, at start, and only
+where no GPU is used; nothing else in the package asks whether it is.
 """
 
 import contextlib
@@ -29,12 +29,17 @@ def import_megatron() -> None:
     switch is in a module whose package has applied it already when it is imported."""
     if torch.cuda.is_available():
         return
-    compile_, torch.compile = torch.compile, lambda function: function
+    compile_, torch.compile = torch.compile, _uncompiled
     try:
         from megatron.core.jit import disable_jit_fuser
     finally:
         torch.compile = compile_
     disable_jit_fuser()
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    """torch.compile, called or as a decorator with options, that leaves everything as it is."""
+    return _uncompiled if function is None else function
 
 
 def install() -> None:
