@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from illada_megatron.checkpoint.legacy import Slots
+from illada_megatron.checkpoint.integrity import RecordedFile
+from illada_megatron.checkpoint.legacy import LegacyFile
 from illada_megatron.checkpoint.sources import Source
 from illada_megatron.checkpoint.storage import LocalFolder
 from illada_megatron.checkpoint.tensors import TensorWriter, WrittenPart, bytes_of
@@ -103,31 +104,54 @@ class DistSink:
 
 
 class LegacySink:
-    """Megatron's legacy files, which are there already without their elements (`legacy_skeleton`)."""
+    """Files of Megatron's legacy format, one for each tensor-parallel rank, in place of those that hold everything but
+    their elements (`legacy_skeleton`): written anew from the first byte to the last."""
 
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
-        self._files: dict[Path, int] = {}
+    def __init__(self, path: Path, files: Sequence[LegacyFile]) -> None:
+        self._files = [_Filled(path, file) for file in files]
 
-    def write(self, name: str, _: Parameter, block: Block, row: int, tensor: Tensor) -> None:
+    def write(self, _: str, __: Parameter, block: Block, row: int, tensor: Tensor) -> None:
         for target in block.targets:
             part = tensor if target.columns is None else tensor[:, slice(*target.columns)].contiguous()
-            content = bytes_of(part)
-            begin = (target.row + row) * math.prod(part.shape[1:]) * part.itemsize
-            for slot in self._slots[name][target.rank]:
-                if slot.file not in self._files:
-                    self._files[slot.file] = os.open(slot.file, os.O_WRONLY)
-                left, at = content, slot.offset + begin
-                while left:
-                    count = os.pwrite(self._files[slot.file], left, at)
-                    left, at = left[count:], at + count
+            if target.row + row == 0:
+                self._files[target.rank].begin()
+            self._files[target.rank].append(part)
 
     def close(self) -> list[WrittenPart]:
-        """The disk is busy with these while other processes go on. Checksums are made when all is in the files."""
-        for descriptor in self._files.values():
-            os.fdatasync(descriptor)
-            os.close(descriptor)
-        return []
+        return [file.close() for file in self._files]
+
+
+class _Filled:
+    """One of them."""
+
+    def __init__(self, path: Path, file: LegacyFile) -> None:
+        skeleton = path / file.name
+        self._skeleton, self._spans, self._end = skeleton.open("rb"), iter(file.spans), 0
+        skeleton.unlink()  # open, it can be read on
+        self._file = RecordedFile(LocalFolder(path), file.name)
+
+    def begin(self) -> None:
+        """The elements of the next tensor are next."""
+        begin, end = next(self._spans)
+        self._go_to(begin)
+        self._end = end
+
+    def append(self, part: Tensor) -> None:
+        self._file.write(bytes_of(part))
+
+    def close(self) -> WrittenPart:
+        if next(self._spans, None) is not None:
+            raise ValueError(f"{self._file.name}: tensors are missing behind byte {self._file.position}")
+        self._go_to(os.fstat(self._skeleton.fileno()).st_size)
+        self._skeleton.close()
+        return WrittenPart({}, {self._file.name: self._file.close()})
+
+    def _go_to(self, position: int) -> None:
+        """Write what is not elements, up to `position`."""
+        if self._file.position != self._end:
+            raise ValueError(f"{self._file.name}: elements end at byte {self._file.position}, expected {self._end}")
+        self._skeleton.seek(self._end)
+        self._file.write(self._skeleton.read(position - self._end))
 
 
 def copy_tensors(

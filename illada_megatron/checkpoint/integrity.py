@@ -1,7 +1,7 @@
-"""Whether a checkpoint's files are as they were written: compared by all ranks together, each its share."""
+"""Checksums of a checkpoint's files: made while they are written, compared by all ranks together, each its share."""
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import xxhash
 
@@ -14,6 +14,35 @@ class FileRecord(TypedDict):
 
     bytes: int
     xxh3_128: str
+
+
+class RecordedFile:
+    """A new file of `place` whose record is made of what is written to it. Raises OSError."""
+
+    def __init__(self, place: Folder, name: str) -> None:
+        self.name = name
+        self.position = 0
+        """Bytes written."""
+        self._sink, self._block_bytes = place.create(name), place.block_bytes
+        self._digest = xxhash.xxh3_128()
+
+    def write(self, content: Any) -> None:
+        """Append bytes, as many at a time as stay in a core's cache from the checksum to the file."""
+        left = memoryview(content).cast("B")
+        for start in range(0, len(left), self._block_bytes):
+            block = left[start : start + self._block_bytes]
+            self._sink.write(block)
+            self._digest.update(block)
+        self.position += len(left)
+
+    def close(self) -> FileRecord:
+        """Make it durable."""
+        self._sink.close()
+        return FileRecord(bytes=self.position, xxh3_128=self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        """Give it up."""
+        self._sink.abandon()
 
 
 def damage(place: Folder, files: Mapping[str, FileRecord], checksums: bool) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from illada_megatron.checkpoint import legacy_layout as layout
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.metadata import TensorInfo
-from illada_megatron.checkpoint.names import OPTIMIZER_STATE, split_name, tensor_name
+from illada_megatron.checkpoint.names import OPTIMIZER_STATE, WEIGHT, split_name, tensor_name
 from illada_megatron.checkpoint.plain_load import data_offset, load_plain
 from illada_megatron.checkpoint.stages import HeldParameter, chunks_of_stages
 from illada_megatron.checkpoint.tensors import bytes_of
@@ -33,7 +33,28 @@ class Slot:
 
 
 Slots = dict[str, list[list[Slot]]]
-"""By the tensor's name, [tensor-parallel rank] -> its places: two where the last stage has a copy of the embedding."""
+"""By the tensor's name, [tensor-parallel rank] -> its places: several where the last stage has a copy of the embedding,
+and where the distributed optimizer has one of an fp32 model's weights."""
+
+
+@dataclass(frozen=True)
+class LegacyFile:
+    """A file whose elements are to be written."""
+
+    name: str
+    """From the checkpoint's directory."""
+    spans: tuple[tuple[int, int], ...]
+    """First byte and end of each tensor's elements, in ascending order."""
+
+
+@dataclass(frozen=True)
+class LegacyStage:
+    """The files of a kind of all tensor-parallel ranks of a pipeline stage; they hold the same tensors in one order."""
+
+    files: tuple[LegacyFile, ...]
+    """By tensor-parallel rank."""
+    tensors: tuple[tuple[str, Parameter], ...]
+    """Name in the checkpoint, and whose it is, in the order of the files."""
 
 
 class LegacySource:
@@ -54,7 +75,7 @@ class LegacySource:
         shape: Sequence[int] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As `tensors.TensorReader.read`. Raises CheckpointError where first and last stage differ in the embedding."""
+        """As `tensors.TensorReader.read`. Raises CheckpointError where copies of it differ."""
         if name not in self.slots:
             raise CheckpointError(f"the checkpoint holds no tensor {name}")
         info = self.tensors[name]
@@ -146,6 +167,31 @@ def find_slots(directory: Path, config: RunConfig) -> tuple[Slots, int]:
     return slots, next(iter(steps), 0)
 
 
+def stages_to_write(directory: Path, config: RunConfig) -> list[LegacyStage]:
+    """What belongs into the files of a `legacy_skeleton`, an iteration's `directory`. Raises as `find_slots`."""
+    by_name = {parameter.name: parameter for parameter in parameters(config.model)}
+    tensor_parallel = config.parallel.tensor_model_parallel_size
+    held: dict[tuple[Path, ...], list[tuple[str, tuple[Slot, ...]]]] = {}
+    for name, ranks in find_slots(directory, config)[0].items():
+        for slots in zip(*ranks, strict=True):
+            held.setdefault(tuple(slot.file for slot in slots), []).append((name, slots))
+    stages = []
+    for files, tensors in held.items():
+        tensors.sort(key=lambda entry: entry[1][0].offset)
+        named = tuple((name, by_name[split_name(name).parameter]) for name, _ in tensors)
+        sizes = [math.prod(parameter.held_shape(tensor_parallel)) for _, parameter in named]
+        spans = [
+            tuple(
+                (slots[rank].offset, slots[rank].offset + size * slots[rank].dtype.itemsize)
+                for size, (_, slots) in zip(sizes, tensors, strict=True)
+            )
+            for rank in range(tensor_parallel)
+        ]
+        relative = [str(file.relative_to(directory)) for file in files]
+        stages.append(LegacyStage(tuple(map(LegacyFile, relative, spans)), named))
+    return stages
+
+
 def _weights(
     file: Path, weights: list[dict[str, Any]], held: list[list[HeldParameter]], tensor: int
 ) -> Iterator[tuple[str, Slot]]:
@@ -229,12 +275,12 @@ def _distributed(
                     "torch.float32: its buffers are laid out in a way that is not known here; load it with Megatron "
                     "and save it without the distributed optimizer, or as torch_dist"
                 )
-            if name == "main" and config.training.precision == "fp32":
-                continue  # the weights themselves
             begin = data_offset(flat, file, key)
+            # of an fp32 model megatron-core takes the weights themselves from here, after those of the model's file
+            state_name = WEIGHT if name == "main" and config.training.precision == "fp32" else name
             for one, position in zip(wanted, positions, strict=True):
                 where = Slot(file, begin + position * flat.itemsize, flat.dtype)
-                yield tensor_name(one.parameter.name, name), where
+                yield tensor_name(one.parameter.name, state_name), where
 
 
 def _slot(file: Path, tensor: Any, one: HeldParameter, tensor_parallel: int) -> Slot:

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from illada_megatron.checkpoint import legacy_layout, store
 from illada_megatron.checkpoint.copying import DistSink, LegacySink, Sink, copy_tensors
 from illada_megatron.checkpoint.errors import CheckpointError
 from illada_megatron.checkpoint.integrity import FileRecord, checksum
-from illada_megatron.checkpoint.legacy import Slots, find_slots
+from illada_megatron.checkpoint.legacy import LegacyFile, stages_to_write
 from illada_megatron.checkpoint.legacy_skeleton import write_skeleton
 from illada_megatron.checkpoint.names import OPTIMIZER_STATE, WEIGHT, tensor_name
-from illada_megatron.checkpoint.processes import Pool, default_processes, pool
+from illada_megatron.checkpoint.processes import default_processes, pool
 from illada_megatron.checkpoint.sources import Source
 from illada_megatron.checkpoint.stages import Implementation, parameters_of_stages
 from illada_megatron.checkpoint.staging import staged
@@ -74,8 +73,6 @@ class _Job:
     read_bytes: int
     """Of a block at a time."""
     target: Path
-    slots: Slots | None
-    """Of the legacy files to fill; None: this program's format is written."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +82,21 @@ class _Copy:
     number: int
     named: tuple[tuple[str, Parameter], ...]
     nbytes: int
+    files: tuple[LegacyFile, ...] = ()
+    """By tensor-parallel rank, of the legacy format; none: this program's format is written."""
 
 
 @dataclass(frozen=True)
 class _Check:
-    """A file to compare with its checksum, or to find it."""
+    """A file to compare with its checksum."""
 
     place: Folder
     name: str
-    record: FileRecord | None
-    nbytes: int
+    record: FileRecord
+
+    @property
+    def nbytes(self) -> int:
+        return self.record["bytes"]
 
 
 def rewrite(
@@ -116,11 +118,9 @@ def rewrite(
         store.check_name(LocalFolder(target))
     tasks = _copies(content)
     checks = [
-        _Check(info.path, name, record, record["bytes"])
-        for info in content.verified
-        for name, record in sorted(info.files.items())
+        _Check(info.path, name, record) for info in content.verified for name, record in sorted(info.files.items())
     ]
-    nbytes = sum(task.nbytes for task in tasks)
+    tensors, nbytes = sum(len(task.named) for task in tasks), sum(task.nbytes for task in tasks)
     count = processes or default_processes()
     block_bytes = min(PIECE_BYTES, memory_mb * 10**6 // (count * content.copies_of_a_block))
     with staged(target, _written_bytes(tasks, config, format_)) as directory:
@@ -129,18 +129,22 @@ def rewrite(
         else:
             path = directory / store.step_directory(LocalFolder(directory), step).name
         path.mkdir()
-        slots = _skeleton(path, content, implementation) if format_ == "legacy" else None
+        if format_ == "legacy":
+            tasks = _legacy_copies(path, content, implementation)
         tensor_parallel, read_bytes = config.parallel.tensor_model_parallel_size, min(block_bytes, content.read_bytes)
-        job = _Job(content.source, tensor_parallel, block_bytes, read_bytes, path, slots)
+        job = _Job(content.source, tensor_parallel, block_bytes, read_bytes, path)
         with pool(job, count) as workers:
-            if slots is None:  # imported meanwhile: it takes seconds, and would at the end
+            if format_ == "torch_dist":  # imported meanwhile: it takes seconds, and would at the end
                 threading.Thread(target=importlib.import_module, args=("torch.distributed.checkpoint",)).start()
             order = _interleaved(checks, tasks)
             results = workers.run("writing", _do, order, [task.nbytes for task in order])
             parts = [part for result in results for part in result]
-            files = write_metadata(LocalFolder(path), parts) if slots is None else _seal(workers, path)
+        if format_ == "torch_dist":
+            files = write_metadata(LocalFolder(path), parts)
+        else:
+            files = dict(sorted(entry for part in parts for entry in part.files.items()))
         _finish(path, content, files, format_)
-    return Rewritten(target, step, sum(len(task.named) for task in tasks), nbytes)
+    return Rewritten(target, step, tensors, nbytes)
 
 
 def _copies(content: Content) -> list[_Copy]:
@@ -181,6 +185,19 @@ def _copies(content: Content) -> list[_Copy]:
     return tasks
 
 
+def _legacy_copies(path: Path, content: Content, implementation: Implementation) -> list[_Copy]:
+    """Write the files of the legacy format without their elements; the elements of a stage's are a task."""
+    progress = content.progress or {"consumed_samples": 0, "optimizer_step": 0}
+    with_optimizer = any(name.startswith("optimizer.") for name in content.source.tensors)
+    write_skeleton(path, content.config, content.step, progress, implementation, with_optimizer)
+    stages = stages_to_write(path, content.config)
+    tasks = [
+        _Copy(number, stage.tensors, _nbytes(content.source, stage.tensors), stage.files)
+        for number, stage in enumerate(stages)
+    ]
+    return sorted(tasks, key=lambda task: -task.nbytes)  # the longest first: they are few
+
+
 def _nbytes(source: Source, named: Sequence[tuple[str, Parameter]]) -> int:
     return sum(source.tensors[name].nbytes for name, _ in named)
 
@@ -204,43 +221,17 @@ def _do(job: _Job, task: _Check | _Copy) -> list[WrittenPart]:
         _check(task)
         return []
     sink: Sink
-    sink = DistSink(job.target, task.number, job.tensor_parallel) if job.slots is None else LegacySink(job.slots)
+    sink = LegacySink(job.target, task.files) if task.files else DistSink(job.target, task.number, job.tensor_parallel)
     return copy_tensors(job.source, task.named, job.tensor_parallel, job.block_bytes, job.read_bytes, sink)
 
 
-def _check(task: _Check) -> FileRecord:
+def _check(task: _Check) -> None:
     found = FileRecord(bytes=task.nbytes, xxh3_128=checksum(task.place, task.name, task.nbytes))
-    if task.record is not None and found != task.record:
+    if found != task.record:
         raise CheckpointError(
             f"{task.place}/{task.name}: its bytes have changed: checksum {found['xxh3_128']}, expected "
             f"{task.record['xxh3_128']}; take another checkpoint, or --no-verify to read this one as it is"
         )
-    return found
-
-
-def _skeleton(path: Path, content: Content, implementation: Implementation) -> Slots:
-    progress = content.progress or {"consumed_samples": 0, "optimizer_step": 0}
-    with_optimizer = any(name.startswith("optimizer.") for name in content.source.tensors)
-    write_skeleton(path, content.config, content.step, progress, implementation, with_optimizer)
-    return find_slots(path, content.config)[0]
-
-
-def _seal(workers: Pool, path: Path) -> dict[str, FileRecord]:
-    """Make the filled files durable and describe them."""
-    place = LocalFolder(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    tasks = [_Check(place, str(file.relative_to(path)), None, file.stat().st_size) for file in files]
-    records = workers.run("checksums", _seal_one, tasks, [task.nbytes for task in tasks])
-    return {task.name: record for task, record in zip(tasks, records, strict=True)}
-
-
-def _seal_one(_: _Job, task: _Check) -> FileRecord:
-    descriptor = os.open(f"{task.place}/{task.name}", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return _check(task)
 
 
 def _finish(path: Path, content: Content, files: dict[str, FileRecord], format_: Format) -> None:

@@ -16,11 +16,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.checkpoint.integrity import FileRecord
+from illada_megatron.checkpoint.integrity import FileRecord, RecordedFile
 from illada_megatron.checkpoint.metadata import Piece, TensorInfo, pickled_metadata, read_metadata
 from illada_megatron.checkpoint.storage import Folder, folder
 
@@ -48,12 +47,9 @@ class TensorWriter:
     apart. Raises OSError."""
 
     def __init__(self, place: Folder, rank: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
-        self._name = f"__{rank}_0.distcp"
-        self._sink = place.create(self._name)
-        self._piece_bytes, self._block_bytes = piece_bytes, place.block_bytes
+        self._file = RecordedFile(place, f"__{rank}_0.distcp")
+        self._piece_bytes = piece_bytes
         self._tensors: dict[str, TensorInfo] = {}
-        self._digest = xxhash.xxh3_128()
-        self._position = 0
         self._missing = 0  # bytes of the piece that was begun
         self._tail = b""
 
@@ -77,13 +73,13 @@ class TensorWriter:
         """Begin a piece of tensor `name`, the box of `shape`, not empty, at `offset`; `append` has to give its elements
         before another begins. Raises ValueError where the last piece lacks some; OSError."""
         if self._missing:
-            raise ValueError(f"{self._name}: {self._missing} bytes of the last piece are missing, a new one begins")
+            raise ValueError(f"{self._file.name}: {self._missing} bytes of the last piece are missing before a new one")
         info = self._tensors.setdefault(name, TensorInfo(tuple(whole_shape), dtype, []))
         head, self._tail = _envelope(dtype, tuple(shape))
         self._missing = math.prod(shape) * dtype.itemsize
         length = len(head) + self._missing + len(self._tail)
-        info.pieces.append(Piece(tuple(offset), tuple(shape), self._name, self._position, length))
-        self._append(head)
+        info.pieces.append(Piece(tuple(offset), tuple(shape), self._file.name, self._file.position, length))
+        self._file.write(head)
 
     def append(self, tensor: Tensor) -> None:
         """The next elements of the piece: a contiguous tensor on the CPU, in the piece's dtype. Raises ValueError where
@@ -91,29 +87,20 @@ class TensorWriter:
         content = bytes_of(tensor)
         self._missing -= len(content)
         if self._missing < 0:
-            raise ValueError(f"{self._name}: {-self._missing} bytes more than the piece has")
-        for start in range(0, len(content), self._block_bytes):
-            self._append(content[start : start + self._block_bytes])
+            raise ValueError(f"{self._file.name}: {-self._missing} bytes more than the piece has")
+        self._file.write(content)
         if not self._missing:
-            self._append(self._tail)
+            self._file.write(self._tail)
 
     def close(self) -> WrittenPart:
         """Make the file durable and say what is in it."""
         if self._missing:
-            raise ValueError(f"{self._name}: {self._missing} bytes of the last piece are missing")
-        self._sink.close()
-        return WrittenPart(
-            self._tensors, {self._name: FileRecord(bytes=self._position, xxh3_128=self._digest.hexdigest())}
-        )
+            raise ValueError(f"{self._file.name}: {self._missing} bytes of the last piece are missing")
+        return WrittenPart(self._tensors, {self._file.name: self._file.close()})
 
     def abandon(self) -> None:
         """Give the file up."""
-        self._sink.abandon()
-
-    def _append(self, block: Any) -> None:
-        self._sink.write(block)
-        self._digest.update(block)
-        self._position += len(block)
+        self._file.abandon()
 
 
 def write_metadata(place: Folder, parts: Sequence[WrittenPart]) -> dict[str, FileRecord]:
@@ -139,10 +126,9 @@ def write_metadata(place: Folder, parts: Sequence[WrittenPart]) -> dict[str, Fil
         ("metadata.json", _BACKEND),
         ("common.pt", empty.getvalue()),
     ):
-        sink = place.create(name)
-        sink.write(content)
-        sink.close()
-        files[name] = FileRecord(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+        file = RecordedFile(place, name)
+        file.write(content)
+        files[name] = file.close()
     return dict(sorted(files.items()))
 
 

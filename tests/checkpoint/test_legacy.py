@@ -177,7 +177,7 @@ def _check_distributed(
         for key, prefix in (
             ("exp_avg", "optimizer.exp_avg."),
             ("exp_avg_sq", "optimizer.exp_avg_sq."),
-            *([("param", "optimizer.main.")] if precision == "bf16" else []),
+            ("param", "optimizer.main." if precision == "bf16" else ""),
         ):
             expected: list[Tensor] = []
             for local, value in reversed(chunk(prefix).items()):
@@ -197,7 +197,6 @@ class _Backend(enum.Enum):
 def _megatrons_files(config: RunConfig, ours: Path, directory: Path) -> None:
     """What Megatron's save_checkpoint writes for one rank, made of megatron-core's own state dicts."""
     from illada_megatron.checkpoint.sharded import load_checkpoint
-    from illada_megatron.checkpoint.state import optimizers
     from illada_megatron.model import build_model_chunks
     from illada_megatron.training.optimizer import build_optimizer
     from illada_megatron.training.setup import wrap_data_parallel
@@ -206,23 +205,30 @@ def _megatrons_files(config: RunConfig, ours: Path, directory: Path) -> None:
         chunks = wrap_data_parallel(config, build_model_chunks(config, run.device))
         optimizer = build_optimizer(config, chunks)
         load_checkpoint(open_checkpoint(str(ours)).info, config, chunks, optimizer)
-        args = namespace(config, STEP, 28, "local")
-        args.attention_backend = _Backend.auto
-        place = directory / f"iter_{STEP:07d}" / "mp_rank_00"
-        place.mkdir(parents=True)
-        state = {
-            "args": args,
-            "checkpoint_version": 3.0,
-            "iteration": STEP,
-            "model": chunks[0].module.state_dict_for_save_checkpoint(),
-            "optimizer": optimizer.state_dict(),
-            "rng_state": [{"np_rng_state": np.random.default_rng(1).bit_generator.state, "array": np.arange(3)}],
-        }
-        torch.save(state, place / "model_optim_rng.pt")
-        if config.parallel.use_distributed_optimizer:
-            (one,) = optimizers(optimizer)
-            torch.save(one.get_parameter_state_dp_zero(use_gloo_comm=False), place / "distrib_optim.pt")
-        (directory / "latest_checkpointed_iteration.txt").write_text(str(STEP))
+        _save_as_megatron(config, chunks, optimizer, directory)
+
+
+def _save_as_megatron(config: RunConfig, chunks: list[Any], optimizer: Any, directory: Path) -> None:
+    """Megatron's save_checkpoint, of one rank."""
+    from illada_megatron.checkpoint.state import optimizers
+
+    args = namespace(config, STEP, 28, "local")
+    args.attention_backend = _Backend.auto
+    place = directory / f"iter_{STEP:07d}" / "mp_rank_00"
+    place.mkdir(parents=True)
+    state = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": STEP,
+        "model": chunks[0].module.state_dict_for_save_checkpoint(),
+        "optimizer": optimizer.state_dict(),
+        "rng_state": [{"np_rng_state": np.random.default_rng(1).bit_generator.state, "array": np.arange(3)}],
+    }
+    torch.save(state, place / "model_optim_rng.pt")
+    if config.parallel.use_distributed_optimizer:
+        (one,) = optimizers(optimizer)
+        torch.save(one.get_parameter_state_dp_zero(use_gloo_comm=False), place / "distrib_optim.pt")
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(STEP))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -249,6 +255,49 @@ def test_files_of_megatron_cores_optimizers_are_read(
     assert theirs.info.progress["optimizer_step"] == PROGRESS["optimizer_step"]
     assert theirs.info.progress["consumed_samples"] == 28
     assert compare(open_checkpoint(str(ours)), theirs, processes=2).identical
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_megatron_cores_optimizers_take_what_is_written(precision: str, distributed: bool, tmp_path: Path) -> None:
+    """Loaded as Megatron's load_checkpoint does it, into another model: weights, main weights and moments are ours."""
+    config = load_config(
+        None,
+        [
+            *(*MODEL, f"training.precision={precision}"),
+            f"parallel.use_distributed_optimizer={str(distributed).lower()}",
+        ],
+    )
+    tensors = random_tensors(config)
+    write_checkpoint(tmp_path / "ours", config, tensors)
+    change = LayoutChange(tensor=1, pipeline=1)
+    reshard(open_checkpoint(str(tmp_path / "ours")), tmp_path / "legacy", change, "legacy", "local", processes=2)
+    _load_as_megatron(config, tmp_path / "legacy", tmp_path / "again")
+    theirs = open_checkpoint(str(tmp_path / "again"), ["model.mask_token_id=5"])
+    assert compare(open_checkpoint(str(tmp_path / "ours")), theirs, processes=2).identical
+
+
+def _load_as_megatron(config: RunConfig, legacy: Path, again: Path) -> None:
+    """Into a new model and optimizer of megatron-core, and what they hold then as Megatron's files of one rank."""
+    from illada_megatron.checkpoint.state import optimizers
+    from illada_megatron.model import build_model_chunks
+    from illada_megatron.training.optimizer import build_optimizer
+    from illada_megatron.training.setup import wrap_data_parallel
+
+    place = legacy / f"iter_{STEP:07d}" / "mp_rank_00"
+    with runtime(config) as run:
+        chunks = wrap_data_parallel(config, build_model_chunks(config, run.device))
+        optimizer = build_optimizer(config, chunks)
+        state = torch.load(place / "model_optim_rng.pt", weights_only=False)
+        chunks[0].module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if config.parallel.use_distributed_optimizer:
+            (one,) = optimizers(optimizer)
+            one.data_parallel_group_gloo = one.data_parallel_group
+            flat = torch.load(place / "distrib_optim.pt", weights_only=False)
+            with torch.no_grad():  # an fp32 model's main weights are views of its own, which autograd watches
+                one.load_parameter_state_from_dp_zero(flat)
+        _save_as_megatron(config, chunks, optimizer, again)
 
 
 @pytest.mark.parametrize("function", [os.mkdir, Path.mkdir, shutil.copytree])
