@@ -12,6 +12,7 @@ from torch import Tensor
 
 from illada_megatron.checkpoint.integrity import RecordedFile
 from illada_megatron.checkpoint.legacy import LegacyFile
+from illada_megatron.checkpoint.processes import moved
 from illada_megatron.checkpoint.sources import Source
 from illada_megatron.checkpoint.storage import LocalFolder
 from illada_megatron.checkpoint.tensors import TensorWriter, WrittenPart, bytes_of
@@ -175,4 +176,5 @@ def copy_tensors(
                     memory[dtype] = torch.empty(size, dtype=dtype)
                 tensor = source.read(name, offset, shape, out=memory[dtype][:size].view(shape))
                 sink.write(name, parameter, block, row, tensor)
+            moved(math.prod(block.shape) * dtype.itemsize)
     return sink.close()
