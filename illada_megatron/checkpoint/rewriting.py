@@ -245,10 +245,14 @@ def _finish(path: Path, content: Content, files: dict[str, FileRecord], format_:
 
 
 def _written_bytes(tasks: Sequence[_Copy], config: RunConfig, format_: Format) -> int:
-    """About; legacy: each tensor-parallel rank has its own norms, the last stage its own embedding."""
+    """About; legacy: each tensor-parallel rank has its own norms, the last stage its own embedding, the distributed
+    optimizer its own weights of an fp32 model."""
     total = sum(task.nbytes for task in tasks)
-    if format_ == "legacy" and config.model.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1:
-        total += sum(
-            math.prod(one.shape) * 16 for task in tasks for name, one in task.named if name == one.name == EMBEDDING
-        )
+    if format_ == "torch_dist":
+        return total
+    held = [(name, one) for task in tasks for name, one in task.named]
+    if config.model.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1:
+        total += sum(math.prod(one.shape) * 16 for name, one in held if name == EMBEDDING)
+    if config.parallel.use_distributed_optimizer and config.training.precision == "fp32":
+        total += sum(math.prod(one.shape) * 4 for name, one in held if name == one.name)
     return total
