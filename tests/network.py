@@ -84,8 +84,10 @@ def cluster(size: int) -> Iterator[list[Machine]]:
                 _ip("-n", machine.name, "link", "set", device, "up")
         yield machines
     finally:
-        for machine in machines:
+        for number, machine in enumerate(machines):
             machine.reboot()
+            # connections that were cut off keep a namespace, and the cable in it, for minutes
+            subprocess.run(["ip", "link", "delete", f"v{tag}-{number}"], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "delete", machine.name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "delete", bridge], capture_output=True, check=False)
 
