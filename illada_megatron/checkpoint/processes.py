@@ -28,8 +28,8 @@ _of_this_task = 0
 class Pool:
     """Processes that know `shared`, and the bar of what they do."""
 
-    def __init__(self, executor: ProcessPoolExecutor, progress: Progress, moved: Any) -> None:
-        self._executor, self._progress, self._moved = executor, progress, moved
+    def __init__(self, executor: ProcessPoolExecutor, progress: Progress, moved_bytes: Any) -> None:
+        self._executor, self._progress, self._moved = executor, progress, moved_bytes
 
     def run(
         self, title: str, function: Callable[[Any, Any], Any], tasks: Sequence[Any], nbytes: Sequence[int]

@@ -15,10 +15,14 @@ from random_checkpoint import PROGRESS, STEP, random_tensors, write_checkpoint
 from torch import Tensor
 
 from illada_megatron.checkpoint.compare import compare
+from illada_megatron.checkpoint.copying import Block, LegacySink, Target
+from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.legacy import LegacyFile
 from illada_megatron.checkpoint.megatron_args import namespace
 from illada_megatron.checkpoint.opening import open_checkpoint
 from illada_megatron.checkpoint.reshard import LayoutChange, reshard
 from illada_megatron.config import RunConfig, load_config
+from illada_megatron.config.parameters import Parameter
 from illada_megatron.runtime import runtime
 
 # 4 layers, grouped queries, a padded vocabulary; vectors of 32 are shorter than the buffers' alignment of 64
@@ -298,6 +302,39 @@ def _load_as_megatron(config: RunConfig, legacy: Path, again: Path) -> None:
             with torch.no_grad():  # an fp32 model's main weights are views of its own, which autograd watches
                 one.load_parameter_state_from_dp_zero(flat)
         _save_as_megatron(config, chunks, optimizer, again)
+
+
+def test_main_weights_that_are_not_the_weights_are_refused(tmp_path: Path) -> None:
+    """An fp32 model's stand in two files, and megatron-core takes the distributed optimizer's: as zeros, of one."""
+    config = load_config(None, [*MODEL, "training.precision=fp32"])
+    write_checkpoint(tmp_path / "ours", config, random_tensors(config))
+    change = LayoutChange(tensor=1, pipeline=1)
+    reshard(open_checkpoint(str(tmp_path / "ours")), tmp_path / "legacy", change, "legacy", "local", processes=1)
+    directory = tmp_path / "legacy" / f"iter_{STEP:07d}"
+    file = directory / "mp_rank_00" / "distrib_optim.pt"
+    state = torch.load(file, weights_only=False)
+    next(iter(state[0].values()))["param"].zero_()
+    torch.save(state, file)
+    (directory / "checkpoint.json").unlink()  # as Megatron leaves it, without checksums
+    damaged = open_checkpoint(str(tmp_path / "legacy"), ["model.mask_token_id=5"])
+    with pytest.raises(CheckpointError, match=r"distrib_optim\.pt: its copy of .* is not that of .*model_optim_rng"):
+        reshard(damaged, tmp_path / "back", change, processes=1)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_gap_where_elements_belong_is_an_error(tmp_path: Path) -> None:
+    """Files are made of zeros before they are written: what nobody writes must not stay so."""
+    (tmp_path / "file.pt").write_bytes(bytes(40))
+    file = LegacyFile("file.pt", ((8, 24),))
+    parameter = Parameter("a", (4,), None)
+    block = Block((0,), (4,), (Target(0, 0, None),))
+    sink = LegacySink(tmp_path, [file])
+    sink.write("a", parameter, block, 0, torch.ones(3))
+    with pytest.raises(ValueError, match="elements end at byte 20, expected 24"):
+        sink.close()
+    (tmp_path / "file.pt").write_bytes(bytes(40))
+    with pytest.raises(ValueError, match="tensors are missing behind byte 0"):
+        LegacySink(tmp_path, [file]).close()
 
 
 @pytest.mark.parametrize("function", [os.mkdir, Path.mkdir, shutil.copytree])
