@@ -55,4 +55,4 @@ fuzz:
 	    -print_final_stats=1 build/fuzz/corpus tests/fuzz/seeds
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo illada_megatron/*/*.so
+	rm -rf $(VENV) build *.egg-info demo illada_megatron/*/*.so  illada_megatron/*/*/*.so

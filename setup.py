@@ -51,7 +51,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 def indexed_dataset() -> Extension:
     """The reader, writer and merger of shards; knows no torch."""
     return Pybind11Extension(
-        "illada_megatron.data._indexed_dataset",
+        "illada_megatron.data.shards._indexed_dataset",
         _sources("csrc/indexed_dataset/*.cpp"),
         depends=_sources("csrc/indexed_dataset/*.h"),
         cxx_std=17,

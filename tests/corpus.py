@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
+from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
 
 BYTE_VOCABULARY = 250  # 244 byte values (rarer ones folded) after the special ids
 FIRST_BYTE_ID = 6

@@ -1,4 +1,4 @@
-"""Shows what shards hold and verifies them; see illada_megatron.data.inspect."""
+"""Shows what shards hold and verifies them; see illada_megatron.data.shards.inspect."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.indexed_dataset import IndexedDataset
-from illada_megatron.data.inspect import LengthStatistics, count_lengths, expected_bytes, sample_texts, verify_shard
-from illada_megatron.data.shards import FoundShard, find_shards
-from illada_megatron.data.tokenizer import load_tokenizer
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset
+from illada_megatron.data.shards.inspect import (
+    LengthStatistics,
+    count_lengths,
+    expected_bytes,
+    sample_texts,
+    verify_shard,
+)
+from illada_megatron.data.shards.shard_list import FoundShard, find_shards
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
 SHOWN_SHARDS = 20
 

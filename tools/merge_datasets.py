@@ -1,4 +1,4 @@
-"""Several shards -> one, under Megatron's option names; see illada_megatron.data.merge."""
+"""Several shards -> one, under Megatron's option names; see illada_megatron.data.shards.merge."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,8 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.merge import merge, progress_bytes
-from illada_megatron.data.shards import find_shards
+from illada_megatron.data.shards.merge import merge, progress_bytes
+from illada_megatron.data.shards.shard_list import find_shards
 
 
 def main(

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.cli.checkpoint_commands import reshard
 from illada_megatron.config import ConfigError
 

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer on JSON Lines; see illada_megatron.data.train_tokenizer."""
+"""Trains a SentencePiece tokenizer on JSON Lines; see illada_megatron.data.preprocessing.train_tokenizer."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.train_tokenizer import train_sentencepiece
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 
 
 def main(

@@ -1,4 +1,4 @@
-// The Python module illada_megatron.data._indexed_dataset.
+// The Python module illada_megatron.data.shards._indexed_dataset.
 #include "bindings.h"
 
 #include <exception>

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from illada_megatron.data.blend import Proportions
-from illada_megatron.data.order import derive_key, permute
+from illada_megatron.data.corpus.blend import Proportions
+from illada_megatron.data.corpus.order import derive_key, permute
 
 TOKENS, LENGTH, CUTS = 107, 8, (0, 40, 75, 107)
 WINDOWS = (TOKENS - LENGTH + 1) // LENGTH

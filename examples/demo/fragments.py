@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from illada_megatron.data.tokenizer import Tokenizer
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
 # Prompts stay within the sequences that the demo trains on.
 CONTEXT_LINES = 8

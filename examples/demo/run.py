@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from illada_megatron.config import RunConfig, load_config, save_config
-from illada_megatron.data.statistics import unigram_entropy
-from illada_megatron.data.tokenizer import load_tokenizer
+from illada_megatron.data.corpus.statistics import unigram_entropy
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.runtime.tables import two_columns
 
 REPOSITORY = Path(__file__).parents[2]

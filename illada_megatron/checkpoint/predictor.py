@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config

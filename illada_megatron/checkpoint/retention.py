@@ -1,6 +1,6 @@
 """Which older checkpoints go when a newer one is complete."""
 
-from illada_megatron.checkpoint.storage import Folder
+from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.store import RECORD, checkpoints_newest_first, step_of
 
 

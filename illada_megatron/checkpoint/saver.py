@@ -24,14 +24,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.checkpoint.handover import Handover
+from illada_megatron.checkpoint.files.agreement import collected, rank_and_size, told
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.checkpoint.files.tensors import TensorWriter, WrittenPart, write_metadata
+from illada_megatron.checkpoint.lazy_snapshot import Handover
 from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.sharded import Part, parts_to_save, saved_progress
 from illada_megatron.checkpoint.state import optimizers
-from illada_megatron.checkpoint.storage import Folder, folder
-from illada_megatron.checkpoint.tensors import TensorWriter, WrittenPart, write_metadata
-from illada_megatron.checkpoint.together import collected, rank_and_size, told
 from illada_megatron.config import RunConfig
 
 # A slow disk is no reason to end a run: ranks that died are noticed by the run's own collectives.

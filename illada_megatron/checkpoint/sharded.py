@@ -11,8 +11,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.checkpoint.names import tensor_name
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.names import tensor_name
+from illada_megatron.checkpoint.files.tensors import PIECE_BYTES, TensorReader, row_pieces
 from illada_megatron.checkpoint.state import (
     MOMENTS,
     Held,
@@ -25,7 +26,6 @@ from illada_megatron.checkpoint.state import (
     set_adam_steps,
 )
 from illada_megatron.checkpoint.store import CheckpointInfo
-from illada_megatron.checkpoint.tensors import PIECE_BYTES, TensorReader, row_pieces
 from illada_megatron.config import ModelConfig, RunConfig
 
 # Reading waits for the storage, not for the processor.

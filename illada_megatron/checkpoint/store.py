@@ -18,10 +18,10 @@ from typing import Any
 
 import xxhash
 
-from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.checkpoint.integrity import FileRecord, damage
-from illada_megatron.checkpoint.storage import Folder, folder
-from illada_megatron.checkpoint.together import gathered
+from illada_megatron.checkpoint.files.agreement import gathered
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.integrity import FileRecord, damage
+from illada_megatron.checkpoint.files.storage import Folder, folder
 
 RECORD = "checkpoint.json"
 _POINTER = "latest"

@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from illada_megatron.checkpoint.processes import prepare
+from illada_megatron.checkpoint.tools.processes import prepare
 from illada_megatron.config import ConfigError
 
 if TYPE_CHECKING:
-    from illada_megatron.checkpoint.opening import OpenCheckpoint
-    from illada_megatron.checkpoint.rewriting import Rewritten
+    from illada_megatron.checkpoint.tools.opening import OpenCheckpoint
+    from illada_megatron.checkpoint.tools.rewriting import Rewritten
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look into, compare and rewrite checkpoints.")
 
@@ -68,8 +68,8 @@ def reshard(
     """
     begin = time.perf_counter()
     prepare()
-    from illada_megatron.checkpoint.reshard import LayoutChange
-    from illada_megatron.checkpoint.reshard import reshard as run_reshard
+    from illada_megatron.checkpoint.tools.reshard import LayoutChange
+    from illada_megatron.checkpoint.tools.reshard import reshard as run_reshard
 
     done = run_reshard(
         _opened(source, overrides or ()),
@@ -101,7 +101,7 @@ def inspect(
     `illada checkpoint inspect runs/8b/checkpoints/step_00001000 --no-verify`
     """
     prepare()
-    from illada_megatron.checkpoint.inspection import inspect_checkpoint
+    from illada_megatron.checkpoint.tools.inspection import inspect_checkpoint
 
     opened = _opened(path, overrides or ())
     found = inspect_checkpoint(opened, norms, verify, memory_mb, processes)
@@ -140,7 +140,7 @@ def diff(
     Their layouts and formats may differ: `illada checkpoint diff runs/8b/checkpoints megatron/iter_0001000`
     """
     prepare()
-    from illada_megatron.checkpoint.compare import compare
+    from illada_megatron.checkpoint.tools.compare import compare
 
     found = compare(_opened(first, overrides or ()), _opened(second, overrides or ()), optimizer, memory_mb, processes)
     for name in found.only_in_first:
@@ -184,7 +184,7 @@ def average(
         raise ConfigError(f"--weights is {weights}, expected numbers and commas, as 1,1,2") from error
     begin = time.perf_counter()
     prepare()
-    from illada_megatron.checkpoint.average import average as run_average
+    from illada_megatron.checkpoint.tools.average import average as run_average
 
     *sources, target = paths
     opened = [_opened(path, overrides or ()) for path in sources]
@@ -199,7 +199,7 @@ def _console() -> Console:
 
 
 def _opened(path: str, overrides: Sequence[str]) -> "OpenCheckpoint":
-    from illada_megatron.checkpoint.opening import open_checkpoint
+    from illada_megatron.checkpoint.tools.opening import open_checkpoint
 
     opened = open_checkpoint(path, overrides)
     for reason in opened.refused:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from illada_megatron.config import ConfigError, RunConfig
-from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.cli import (
     checkpoint_commands,
     convert_command,

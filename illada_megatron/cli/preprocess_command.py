@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.preprocessing.run import PreprocessOptions, PreprocessSummary
-from illada_megatron.data.preprocessing.run import preprocess as run_preprocess
+from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions, PreprocessSummary
+from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
 
 # Megatron's --tokenizer-type -> how the file's name has to end
 _TOKENIZER_TYPES = {

@@ -7,9 +7,9 @@ import typer
 
 from illada_megatron.cli.run_commands import ConfigOption
 from illada_megatron.config import ConfigError, RunConfig, load_config
-from illada_megatron.data.configured import training_corpus
-from illada_megatron.data.corpus import Origin
-from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.data.corpus.configured import training_corpus
+from illada_megatron.data.corpus.corpus import Origin
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
-from illada_megatron.data.blended_corpus import BlendedCorpus
-from illada_megatron.data.prefetch import Prefetcher
+from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
+from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments, sample_t
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss

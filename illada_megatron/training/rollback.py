@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from illada_megatron.checkpoint.together import gathered
+from illada_megatron.checkpoint.files.agreement import gathered
 from illada_megatron.training.bad_steps import BadSteps, Rollback
 from illada_megatron.training.forward_step import BatchSlice
 from illada_megatron.training.schedule import LearningRate, global_batch_size

@@ -9,16 +9,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.agreement import gathered
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
-from illada_megatron.checkpoint.storage import folder
 from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
-from illada_megatron.checkpoint.together import gathered
 from illada_megatron.config import ConfigError, RunConfig
-from illada_megatron.data.configured import epoch_problems, training_corpus, validation_corpus
-from illada_megatron.data.fingerprint import differences, fingerprints
-from illada_megatron.data.prefetch import Prefetcher
-from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.corpus.fingerprint import differences, fingerprints
+from illada_megatron.data.corpus.prefetch import Prefetcher
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.bad_steps import BadSteps

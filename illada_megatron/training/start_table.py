@@ -2,7 +2,7 @@
 
 from illada_megatron.config import RunConfig
 from illada_megatron.config.layout import layout_rows
-from illada_megatron.data.blended_corpus import BlendedCorpus
+from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.model.transformer_config import DTYPES
 from illada_megatron.ops import chosen_implementation, rms_norm, segment_attention, swiglu

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from illada_megatron.checkpoint.together import gathered
+from illada_megatron.checkpoint.files.agreement import gathered
 from illada_megatron.config.layout import Layout
 from illada_megatron.runtime import Runtime
 

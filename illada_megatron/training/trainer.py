@@ -6,8 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.saver import Saver
-from illada_megatron.checkpoint.storage import folder
 from illada_megatron.config import RunConfig
 from illada_megatron.config.load import to_yaml
 from illada_megatron.runtime import runtime

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.names import OPTIMIZER_STATE, tensor_name
-from illada_megatron.checkpoint.storage import folder
-from illada_megatron.checkpoint.tensors import TensorWriter, write_metadata
+from illada_megatron.checkpoint.files.names import OPTIMIZER_STATE, tensor_name
+from illada_megatron.checkpoint.files.storage import folder
+from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig
 from illada_megatron.config.parameters import parameters
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.names import tensor_name
-from illada_megatron.checkpoint.storage import folder
-from illada_megatron.checkpoint.tensors import TensorWriter, write_metadata
+from illada_megatron.checkpoint.files.names import tensor_name
+from illada_megatron.checkpoint.files.storage import folder
+from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.config.parameters import EMBEDDING, HEAD, parameters
 

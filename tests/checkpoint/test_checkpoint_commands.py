@@ -9,8 +9,8 @@ from launch import Illada
 from random_checkpoint import STEP, random_tensors, write_checkpoint
 from torch import Tensor
 
-from illada_megatron.checkpoint.compare import compare
-from illada_megatron.checkpoint.opening import open_checkpoint
+from illada_megatron.checkpoint.tools.compare import compare
+from illada_megatron.checkpoint.tools.opening import open_checkpoint
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime
 
@@ -174,7 +174,7 @@ def test_checkpoints_of_megatron_cores_dist_checkpointing_are_read(
     reshardable. Every value is where it was."""
     from megatron.core import dist_checkpointing
 
-    from illada_megatron.checkpoint.megatron_args import namespace
+    from illada_megatron.checkpoint.megatron.args import namespace
     from illada_megatron.checkpoint.sharded import load_checkpoint
     from illada_megatron.model import build_model_chunks
     from illada_megatron.training.optimizer import build_optimizer

@@ -15,7 +15,7 @@ from launch import Illada
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import check_model
 from illada_megatron.checkpoint.store import _own_checksum, newest_complete

@@ -14,8 +14,8 @@ import torch
 from corpus import write_corpus
 from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
 
+from illada_megatron.checkpoint.files.tensors import TensorReader, TensorWriter
 from illada_megatron.checkpoint.store import newest_complete
-from illada_megatron.checkpoint.tensors import TensorReader, TensorWriter
 
 
 def assert_same_tensors(found: Path | str, expected: Path | str) -> None:

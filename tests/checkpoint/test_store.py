@@ -7,10 +7,10 @@ import pytest
 import torch
 import xxhash
 
-from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.checkpoint.integrity import FileRecord
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.integrity import FileRecord
+from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.retention import prune
-from illada_megatron.checkpoint.storage import folder
 from illada_megatron.checkpoint.store import finish, move_pointer, newest_complete, step_directory
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from launch import Illada, launch
 
-from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
-from illada_megatron.data.train_tokenizer import train_sentencepiece
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
 
 
 def _shard(prefix: Path, tokens: Sequence[int], vocab_size: int = 250) -> Path:

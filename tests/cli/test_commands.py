@@ -12,9 +12,9 @@ import yaml
 from launch import Illada, launch
 
 from illada_megatron.config import load_config
-from illada_megatron.data.indexed_dataset import IndexedDataset
-from illada_megatron.data.tokenizer import load_tokenizer
-from illada_megatron.data.train_tokenizer import train_sentencepiece
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
 COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "convert", "plan", "doctor")
 

@@ -10,10 +10,10 @@ import pytest
 from launch import Illada
 
 from illada_megatron.config import RunConfig, load_config
-from illada_megatron.data.configured import training_corpus
-from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.data.train_tokenizer import train_sentencepiece
+from illada_megatron.data.corpus.configured import training_corpus
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.diffusion import make_masked_batch
 
 

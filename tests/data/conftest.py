@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
-from illada_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.data.train_tokenizer import train_sentencepiece
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 WriteShard = Callable[..., Path]
 

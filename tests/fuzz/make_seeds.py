@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from illada_megatron.data.indexed_dataset import IndexedDatasetWriter
+from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
 
 SEEDS = Path(__file__).parent / "seeds"
 

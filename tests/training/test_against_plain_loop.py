@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from illada_megatron.config import RunConfig, load_config
-from illada_megatron.data.corpus import Corpus
+from illada_megatron.data.corpus.corpus import Corpus
 from illada_megatron.diffusion import make_masked_batch
 from illada_megatron.runtime import runtime
 

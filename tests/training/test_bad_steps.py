@@ -21,7 +21,7 @@ from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.state import held_parameters, optimizer_shards
 from illada_megatron.config import load_config
 from illada_megatron.config.schema import FaultsConfig
-from illada_megatron.data.configured import training_corpus
+from illada_megatron.data.corpus.configured import training_corpus
 from illada_megatron.diffusion import make_masked_batch
 from illada_megatron.runtime import runtime
 from illada_megatron.training.bad_steps import BadStep, BadSteps

@@ -11,7 +11,7 @@ import torch
 from launch import TrainOnce, launch
 from test_layouts import BF16, INTERLEAVED, OVERLAP, PLAIN, PP2, RELATIVE, SEQUENCE, TP2, assert_same_training
 
-from illada_megatron.checkpoint.tensors import TensorReader
+from illada_megatron.checkpoint.files.tensors import TensorReader
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DP1, plain": (1, (PLAIN,)),

@@ -9,7 +9,7 @@ from corpus import write_corpus
 from launch import SMALL, Illada, TrainOnce, launch
 from test_layouts import PP4, RELATIVE, assert_same_training
 
-from illada_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
 TEN_STEPS = "training.exit_steps=10"
 

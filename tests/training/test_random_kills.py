@@ -17,7 +17,7 @@ import psutil
 import pytest
 from launch import ROOT, launch, rank_processes, read_steps
 
-from illada_megatron.checkpoint.integrity import damage
+from illada_megatron.checkpoint.files.integrity import damage
 from illada_megatron.checkpoint.store import newest_complete
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face.layouts import ILLADA, LLADA, Layout
 from illada_megatron.config import ModelConfig
 

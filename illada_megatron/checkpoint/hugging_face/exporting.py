@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.local_files import LocalFolder, sync
+from illada_megatron.checkpoint.files.names import WEIGHT, tensor_name
+from illada_megatron.checkpoint.files.storage import Folder
+from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.hugging_face.config_json import CONFIG, config_json
 from illada_megatron.checkpoint.hugging_face.layouts import LAYOUTS, LayoutName, LayoutTensor, layout_tensors
 from illada_megatron.checkpoint.hugging_face.safetensors_files import NewTensor, write_file, write_safetensors
 from illada_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles
-from illada_megatron.checkpoint.names import WEIGHT, tensor_name
 from illada_megatron.checkpoint.predictor import saved_config
-from illada_megatron.checkpoint.storage import Folder, LocalFolder, sync
 from illada_megatron.checkpoint.store import CheckpointInfo
-from illada_megatron.checkpoint.tensors import TensorReader
 from illada_megatron.config.schema import Dtype
 from illada_megatron.model.transformer_config import DTYPES
 

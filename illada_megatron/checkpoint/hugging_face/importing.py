@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.checkpoint.hugging_face.config_json import CONFIG, ForeignModel, model_config, read_config_json
 from illada_megatron.checkpoint.hugging_face.exporting import row_blocks
 from illada_megatron.checkpoint.hugging_face.layouts import LayoutTensor, layout_tensors
 from illada_megatron.checkpoint.hugging_face.safetensors_files import SafetensorsReader
-from illada_megatron.checkpoint.storage import Folder, folder
-from illada_megatron.checkpoint.tensors import TensorWriter, write_metadata
 from illada_megatron.config import ModelConfig, RunConfig, load_config
 from illada_megatron.config.parameters import EMBEDDING, HEAD, parameters
 from illada_megatron.model.transformer_config import DTYPES

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illada_megatron.checkpoint.errors import CheckpointError
-from illada_megatron.checkpoint.storage import Folder, LocalFolder
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.local_files import LocalFolder
+from illada_megatron.checkpoint.files.storage import Folder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

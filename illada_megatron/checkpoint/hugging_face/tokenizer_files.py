@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.hugging_face.safetensors_files import write_file
-from illada_megatron.checkpoint.storage import Folder
-from illada_megatron.data.engine_probes import probe_texts
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.tokenizer import SPACE_SIGN, Tokenizer, load_tokenizer
+from illada_megatron.data.tokenizers.engine_probes import probe_texts
+from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer, load_tokenizer
 
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _UNK_NAMES = ("<unk>", "[UNK]", "<|unk|>")

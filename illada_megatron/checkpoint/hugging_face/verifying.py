@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from illada_megatron.checkpoint.errors import CheckpointError
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.names import tensor_name
+from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.hugging_face.config_json import config_json, read_config_json
 from illada_megatron.checkpoint.hugging_face.layouts import LLADA, Layout
-from illada_megatron.checkpoint.names import tensor_name
 from illada_megatron.checkpoint.predictor import ONE_STAGE, saved_config
 from illada_megatron.checkpoint.store import CheckpointInfo
-from illada_megatron.checkpoint.tensors import TensorReader
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import canonical_name
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.manifest import read_manifest
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.plan import Job
 from illada_megatron.data.preprocessing.records import JobRecord
+from illada_megatron.data.shards.manifest import read_manifest
 
 # what this package writes behind a prefix
 _NAMES = re.compile(r"(_\d{5,}(_\d{3,})?)?\.(bin|idx|done\.json)(\.tmp)?")

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
-from illada_megatron.data.preprocessing.shard import Report, run_task
-from illada_megatron.data.preprocessing.tokens import DocumentEncoder
+from illada_megatron.data.preprocessing.shard_task import Report, run_task
 
 # a node that dies takes its tasks with it: Ray does them again on another
 _RETRIES = 10

@@ -8,8 +8,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.manifest import ShardEntry
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
+from illada_megatron.data.shards.manifest import ShardEntry
 
 _SUFFIX = ".done.json"
 Record = TypeVar("Record", bound=BaseModel)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from illada_megatron.data.corpus.order import derive_key
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.order import derive_key
 
 Tokens = np.ndarray[Any, np.dtype[np.integer[Any]]]
 Lengths = np.ndarray[Any, np.dtype[np.int64]]

@@ -14,9 +14,9 @@ from typing import BinaryIO
 import orjson
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
-from illada_megatron.data.preprocessing.shard import run_task
-from illada_megatron.data.preprocessing.tokens import DocumentEncoder
+from illada_megatron.data.preprocessing.shard_task import run_task
 
 ENGINE_IS_CHOSEN = b'"engine is chosen"'
 """A line on stdin: the engine that the job names is the one to use. Before it no shard is finished."""

@@ -1,0 +1,1 @@
+"""Corpora: producing, opening, reading, merging."""

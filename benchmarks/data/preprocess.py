@@ -1,0 +1,267 @@
+"""Preprocessing end to end: a JSONL file of the machine's own text to finished shards, beside the usual way.
+
+    python -m benchmarks.data.preprocess --rounds 2
+
+Peer: Megatron's tools/preprocess_data.py as a loop with megatron-core's own classes (preprocess_runs.py), on a part of
+the file. Ours: `illada preprocess`, from the start of Python to its end. Engine: the library alone, texts in memory.
+They take turns. Wrong ids count as failure. The last line is one line of JSON."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+
+from benchmarks.data.machine_text import write_corpus
+from benchmarks.data.preprocess_runs import cpu_seconds
+from benchmarks.measuring.machine import cpu_model
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = 2
+GOALS = {"bpe_times_peer": 12.0, "sentencepiece_times_peer": 2.5, "share_of_engine": 0.4, "peak_mb": 600.0}
+_SAMPLE_SECONDS = 0.1
+SPACE_SIGN = "\u2581"
+
+
+@dataclass
+class Figures:
+    """Of one tokenizer; a list has a value for each round."""
+
+    ours_mb_s: list[float] = field(default_factory=list)
+    peer_mb_s: list[float] = field(default_factory=list)
+    engine_mb_s: list[float] = field(default_factory=list)
+    ours_mb_per_cpu_s: list[float] = field(default_factory=list)
+    peer_mb_per_cpu_s: list[float] = field(default_factory=list)
+    engine_mb_per_cpu_s: list[float] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+    engine: str = ""
+    tokens: int = 0
+    documents_compared: int = 0
+    documents_with_space_sign: int = 0
+    documents_that_differ: int = 0
+
+    def times_peer(self) -> float:
+        return _median_ratio(self.ours_mb_s, self.peer_mb_s)
+
+    def share_of_engine(self) -> float:
+        return _median_ratio(self.ours_mb_s, self.engine_mb_s)
+
+
+def _median_ratio(ours: list[float], others: list[float]) -> float:
+    """Of the rounds: what else the machine does in a round hits both."""
+    return statistics.median(one / other for one, other in zip(ours, others, strict=True))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tokenizer and the files it is tried on."""
+
+    name: str
+    tokenizer: Path
+    corpus: Path
+    part: Path
+    text_bytes: int
+    directory: Path
+
+
+def main(
+    work_dir: Annotated[Path, typer.Option(help="Corpus, tokenizers and shards; kept for the next time.")] = Path(
+        "/tmp/illada-preprocess"
+    ),
+    corpus_mb: Annotated[int, typer.Option(help="Different text in the file.")] = 800,
+    repeat: Annotated[int, typer.Option(help="How often the file holds it.")] = 2,
+    part_mb: Annotated[int, typer.Option(help="Of it for the peer.")] = 40,
+    rounds: int = 2,
+) -> None:
+    """Measure, print a table and one line of JSON."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    corpus, part, text_bytes = _corpora(work_dir, corpus_mb, repeat, part_mb)
+    cases = [
+        Case(name, path, corpus, part, text_bytes, work_dir) for name, path in _tokenizers(work_dir, corpus).items()
+    ]
+    figures = {case.name: Figures() for case in cases}
+    for turn in range(rounds):
+        for case in cases:
+            _round(case, figures[case.name])
+            print(f"round {turn + 1} {case.name}: {_line(figures[case.name])}", flush=True)
+    for case in cases:
+        _compare_ids(case, figures[case.name])
+        print(f"{case.name}: {_line(figures[case.name])}")
+    print(json.dumps(_result(figures, corpus_mb, part_mb) | {"repeat": repeat}))
+
+
+def _corpora(work_dir: Path, corpus_mb: int, repeat: int, part_mb: int) -> tuple[Path, Path, int]:
+    """The file, its first `part_mb`, and the bytes of text in the file."""
+    corpus, part = work_dir / f"text_{corpus_mb}.jsonl", work_dir / f"text_{corpus_mb}_part_{part_mb}.jsonl"
+    if not corpus.exists():
+        write_corpus(corpus, corpus_mb * 10**6)
+    text_bytes = 0
+    with corpus.open("rb") as stream, part.open("wb") as part_stream:
+        for line in stream:
+            if text_bytes < part_mb * 10**6:
+                part_stream.write(line)
+            text_bytes += len(json.loads(line)["text"].encode())
+    if repeat == 1:
+        return corpus, part, text_bytes
+    repeated = work_dir / f"text_{corpus_mb}_times_{repeat}.jsonl"
+    with repeated.open("wb") as output:
+        for _ in range(repeat):
+            output.write(corpus.read_bytes())
+    return repeated, part, text_bytes * repeat
+
+
+def _tokenizers(work_dir: Path, corpus: Path) -> dict[str, Path]:
+    """Byte-level BPE with the regex of Llama 3, and SentencePiece BPE; 32,000 tokens each."""
+    paths = {"bpe": work_dir / "bpe.json", "sentencepiece": work_dir / "sentencepiece.model"}
+    if all(path.exists() for path in paths.values()):
+        return paths
+    training = work_dir / "training.jsonl"
+    with corpus.open("rb") as stream, training.open("wb") as output:
+        lines = (line for number, line in enumerate(stream) if number % 7 == 0)
+        while output.tell() < 25_000_000 and (line := next(lines, b"")):
+            output.write(line)
+    code = "import sys; from benchmarks.data import preprocess_tokenizers; preprocess_tokenizers.train(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, training, *paths.values()], check=True, cwd=ROOT)
+    return paths
+
+
+def _round(case: Case, figures: Figures) -> None:
+    """Peer, ours, engine: one after the other."""
+    script = [sys.executable, "-m", "benchmarks.data.preprocess_runs"]
+    peer_prefix, our_prefix = case.directory / f"peer_{case.name}", case.directory / f"ours_{case.name}"
+    peer = _json(_run([*script, "peer", case.part, case.tokenizer, peer_prefix, WORKERS])[0])
+    figures.peer_mb_s.append(peer["text_bytes"] / 1e6 / peer["seconds"])
+    figures.peer_mb_per_cpu_s.append(peer["text_bytes"] / 1e6 / peer["cpu_seconds"])
+
+    command = [sys.executable, "-m", "illada_megatron", "preprocess", case.corpus, "--output-prefix", our_prefix]
+    command += ["--tokenizer", case.tokenizer, "--workers", WORKERS]
+    if not figures.peak_mb:  # in a run of its own: adding up the pages of processes holds them up
+        _remove(our_prefix)
+        figures.peak_mb.append(_run(command, sample_memory=True)[1])
+    _remove(our_prefix)
+    started_cpu = cpu_seconds()
+    output, _, seconds = _run(command)
+    figures.ours_mb_s.append(case.text_bytes / 1e6 / seconds)
+    figures.ours_mb_per_cpu_s.append(case.text_bytes / 1e6 / (cpu_seconds() - started_cpu))
+    figures.engine = next(
+        line.split()[2].rstrip(":") for line in output.splitlines() if " ids on " in line or "reference:" in line
+    )
+    bare = _json(_run([*script, "engine", case.corpus, case.tokenizer, figures.engine, WORKERS])[0])
+    figures.engine_mb_s.append(bare["text_bytes"] / 1e6 / bare["seconds"])
+    figures.engine_mb_per_cpu_s.append(bare["text_bytes"] / 1e6 / bare["cpu_seconds"])
+
+
+def _remove(prefix: Path) -> None:
+    """What the run before has written: the file system frees it outside of the time."""
+    for path in prefix.parent.glob(f"{prefix.name}[._]*"):
+        path.unlink()
+
+
+def _json(output: str) -> dict[str, float]:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def _run(command: list[Any], sample_memory: bool = False) -> tuple[str, float, float]:
+    """Output of both streams, the peak of the memory of the process and its children in MB (PSS: shared pages count
+    once; 0 unless sample_memory), and the seconds from its start to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "500"}
+    environment.pop("RAYON_NUM_THREADS", None)
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    peak = [0.0]
+    sampler = threading.Thread(target=_sample_memory, args=(process, peak))
+    if sample_memory:
+        sampler.start()
+    output, _ = process.communicate()
+    seconds = time.perf_counter() - started
+    if sample_memory:
+        sampler.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {output[-3000:]}")
+    return output, peak[0] / 1e6, seconds
+
+
+def _sample_memory(process: "subprocess.Popen[str]", peak: list[float]) -> None:
+    while process.poll() is None:
+        total = 0
+        try:
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        except psutil.Error:
+            tree = []
+        for member in tree:
+            try:
+                total += member.memory_full_info().pss
+            except psutil.Error:
+                continue  # it has ended
+        peak[0] = max(peak[0], total)
+        time.sleep(_SAMPLE_SECONDS)
+
+
+def _compare_ids(case: Case, figures: Figures) -> None:
+    """The peer's shard and the first documents of ours, both read by megatron-core."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    manifest = json.loads((case.directory / f"ours_{case.name}.manifest.json").read_text())
+    figures.tokens = sum(shard["tokens"] for shard in manifest["shards"])
+    first = sorted(path for path in case.directory.glob(f"ours_{case.name}*.idx"))[0]
+    ours = IndexedDataset(str(first.with_suffix("")))
+    peers = IndexedDataset(str(case.directory / f"peer_{case.name}"))
+    with case.part.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream):
+            figures.documents_compared += 1
+            if case.tokenizer.suffix == ".model" and SPACE_SIGN in json.loads(line)["text"]:
+                figures.documents_with_space_sign += 1  # which SentencePiece alone turns into a space
+            elif not np.array_equal(ours[number], peers[number]):
+                figures.documents_that_differ += 1
+
+
+def _line(figures: Figures) -> str:
+    shown = ", ".join(
+        f"{name} {', '.join(f'{value:.1f}' for value in values)}"
+        for name, values in [
+            ("peer MB/s", figures.peer_mb_s),
+            ("ours MB/s", figures.ours_mb_s),
+            (f"{figures.engine} alone MB/s", figures.engine_mb_s),
+            ("MB per CPU second: peer", figures.peer_mb_per_cpu_s),
+            ("ours", figures.ours_mb_per_cpu_s),
+            ("engine", figures.engine_mb_per_cpu_s),
+            ("peak MB", figures.peak_mb),
+        ]
+    )
+    return (
+        f"{shown}; {figures.times_peer():.1f} times the peer, {figures.share_of_engine():.2f} of the engine; "
+        f"{figures.documents_that_differ} of {figures.documents_compared} documents differ"
+    )
+
+
+def _result(figures: dict[str, Figures], corpus_mb: int, part_mb: int) -> dict[str, Any]:
+    shown = {
+        name: {**asdict(values), "times_peer": values.times_peer(), "share_of_engine": values.share_of_engine()}
+        for name, values in figures.items()
+    }
+    holds = all(
+        values.times_peer() >= GOALS[f"{name}_times_peer"]
+        and values.share_of_engine() >= GOALS["share_of_engine"]
+        and max(values.peak_mb) < GOALS["peak_mb"]
+        and values.documents_compared > 0
+        and values.documents_that_differ == 0
+        for name, values in figures.items()
+    )
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0]}
+    sizes = {"corpus_mb": corpus_mb, "part_mb": part_mb, "workers": WORKERS}
+    return {"benchmark": "preprocess", **sizes, "tokenizers": shown, "goals": GOALS, "machine": machine, "holds": holds}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""The masked loss alone."""

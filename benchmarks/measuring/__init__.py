@@ -1,0 +1,1 @@
+"""What measurements share: processes that take turns, memory, bars, the machine."""

@@ -1,0 +1,152 @@
+"""A directory of a file system as a folder of checkpoints (`storage.Folder`)."""
+
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+# What stays in a core's cache on its way: between reading, checksum and writing nothing then goes through main memory.
+_CACHED_BYTES = 1 << 20
+_DIRECT_BYTES = 4 << 20
+
+
+class LocalFolder:
+    """A directory of a (possibly shared) file system."""
+
+    block_bytes = _CACHED_BYTES
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def parent(self) -> "LocalFolder":
+        return LocalFolder(self.path.parent)
+
+    def __truediv__(self, name: str) -> "LocalFolder":
+        return LocalFolder(self.path / name)
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def folders(self) -> list[str]:
+        return sorted(path.name for path in self._entries() if path.is_dir())
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self._entries() if path.is_file())
+
+    def size(self, name: str) -> int | None:
+        file = self.path / name
+        return file.stat().st_size if file.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        descriptor = os.open(self.path / name, os.O_RDONLY)
+        try:
+            while len(out):
+                count = os.preadv(descriptor, [out], offset)
+                if count == 0:
+                    raise OSError(f"{self.path / name}: ends at byte {offset}, {len(out)} more were expected")
+                offset, out = offset + count, out[count:]
+        finally:
+            os.close(descriptor)
+
+    def create(self, name: str) -> "_LocalSink":
+        return _LocalSink(self.path / name)
+
+    def replace(self, name: str, content: bytes) -> None:
+        temporary = self.path / f"{name}.tmp"
+        sink = _LocalSink(temporary)
+        sink.write(content)
+        sink.close()
+        temporary.replace(self.path / name)
+        sync(self.path)
+
+    def make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
+
+    def clear(self) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def _entries(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+
+class _LocalSink:
+    """A file written past the page cache where the file system can: what is as large as a checkpoint would drive
+    everything else out of it, and pages that are new to it cost more than the disk does."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            descriptor = os.open(path, flags, 0o666)  # this file system cannot
+        self._file = os.fdopen(descriptor, "wb", buffering=0)  # closes itself where nobody does, and twice
+        self._directory = path.parent
+        self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # page-aligned, as the disk wants it
+        self._filled = 0
+
+    def write(self, block: Any) -> None:
+        left = memoryview(block).cast("B")
+        while len(left):
+            part, left = left[: _DIRECT_BYTES - self._filled], left[_DIRECT_BYTES - self._filled :]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == _DIRECT_BYTES:
+                self._flush()
+
+    def close(self) -> None:
+        self._through_cache()  # the end of the file is not as long as the disk's blocks
+        self._flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        sync(self._directory)
+
+    def abandon(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        left = self._buffer[: self._filled]
+        while len(left):  # a disk that is nearly full takes less than it is given
+            try:
+                written = os.write(self._file.fileno(), left)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._through_cache():
+                    raise
+                continue
+            left = left[written:]
+        self._filled = 0
+
+    def _through_cache(self) -> bool:
+        """From here on; whether it was otherwise."""
+        flags = fcntl.fcntl(self._file.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
+
+
+def sync(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,71 @@
+"""Files of torch.save read without their tensors' data and without running anything that they name."""
+
+import argparse
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illada_megatron.checkpoint.files.errors import CheckpointError
+
+
+class Unread:
+    """Stands where a file names a class or function that is not needed (Megatron's enums, random states of numpy):
+    takes whatever it is made with, and does nothing."""
+
+    def __new__(cls, *_arguments: Any, **_options: Any) -> "Unread":
+        return super().__new__(cls)
+
+    def __init__(self, *_arguments: Any, **_options: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def load_plain(file: Path) -> Any:
+    """What torch.save wrote to `file`: plain values, argparse.Namespace, and tensors on the meta device, whose data lie
+    at `data_offset`. Everything else is an `Unread`.
+
+    Raises CheckpointError where the file is damaged or is not torch's, OSError.
+    """
+    try:
+        with _only_plain_values():
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            unread: list[Any] = [(Unread, name) for name in names if name != "argparse.Namespace"]
+            torch.serialization.add_safe_globals([argparse.Namespace, *unread])
+            return torch.load(file, map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        raise CheckpointError(f"{file}: not a file of torch.save that can be read safely: {reason:.300}") from error
+
+
+@contextmanager
+def _only_plain_values() -> Iterator[None]:
+    """Within the block torch's unpickler takes no more than that and what is added there; megatron-core, once imported,
+    has added more."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def data_offset(tensor: Tensor, file: Path, name: str) -> int:
+    """Where in `file` the elements of a tensor of `load_plain` begin, in bytes, one behind the other.
+
+    Raises CheckpointError where they do not lie like that.
+    """
+    begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None or not tensor.is_contiguous():
+        raise CheckpointError(
+            f"{file}: {name} does not lie in one piece (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
+            "save it with torch.save of contiguous tensors, torch 1.6 or later"
+        )
+    return begin + tensor.storage_offset() * tensor.itemsize

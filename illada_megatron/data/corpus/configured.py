@@ -1,0 +1,108 @@
+"""The corpora that a configuration describes: what training reads, what is held out of it, and what may not be."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from illada_megatron.config.schema import BlendEntry, DataConfig
+from illada_megatron.data.corpus.blend import BlendSchedule
+from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
+from illada_megatron.data.corpus.corpus import Corpus
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.shard_list import ShardList, list_shards, require_disjoint
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer
+
+
+def training_corpus(data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None) -> BlendedCorpus:
+    """What `data.train_paths` or `data.blend` names, without what is held out.
+
+    Raises DataError: no shards, shards that cannot be used, that are validation shards as well, or that a manifest
+    says were made by another tokenizer."""
+    entries = _entries(data)
+    listed = [list_shards(entry.paths) for entry in entries]
+    training = [shard for one in listed for shard in one.shards]
+    if data.validation_paths:
+        require_disjoint(training, list_shards(data.validation_paths).shards)
+    for one in listed:
+        _check_manifests(one, vocab_size, tokenizer)
+    return _blend(data, entries, listed, seed, vocab_size, "training")
+
+
+def validation_corpus(data: DataConfig, seed: int, vocab_size: int) -> BlendedCorpus:
+    """Held-out windows in stream order: `data.validation_paths`, or the last `data.holdout_tokens` of each training
+    corpus in the first phase's proportions. Raises DataError when neither is set, and as `training_corpus`."""
+    if data.validation_paths:
+        corpus = Corpus(data.validation_paths, data.sequence_length, seed, shuffle=False, vocab_size=vocab_size)
+        return BlendedCorpus([corpus], BlendSchedule([(0, [1.0])]))
+    if not data.holdout_tokens:
+        raise DataError(
+            "validation was asked for, but data.validation_paths is empty and data.holdout_tokens is 0: name held-out "
+            "shards, or hold out the last tokens of each training corpus"
+        )
+    entries = _entries(data)
+    return _blend(data, entries, [list_shards(entry.paths) for entry in entries], seed, vocab_size, "validation")
+
+
+def epoch_problems(corpus: BlendedCorpus, data: DataConfig, num_samples: int) -> list[str]:
+    """What `num_samples` samples would read more often than its max_epochs."""
+    epochs = corpus.epochs(num_samples)
+    return [
+        f"{entry.name or 'data.train_paths'} would be read {epochs[entry.name]:.2f} times by sample {num_samples}, "
+        f"max_epochs is {entry.max_epochs:g}"
+        for entry in _entries(data)
+        if entry.max_epochs is not None and epochs[entry.name] > entry.max_epochs
+    ]
+
+
+def _entries(data: DataConfig) -> list[BlendEntry]:
+    if data.blend:
+        return data.blend
+    if not data.train_paths:
+        raise DataError(
+            "data.train_paths and data.blend are empty: name the manifest or the .bin/.idx prefixes to train on "
+            "(illada preprocess writes them)"
+        )
+    return [BlendEntry.model_construct(name="", paths=data.train_paths, weight=1.0, max_epochs=data.max_epochs)]
+
+
+def _blend(
+    data: DataConfig,
+    entries: Sequence[BlendEntry],
+    listed: Sequence[ShardList],
+    seed: int,
+    vocab_size: int,
+    part: Literal["training", "validation"],
+) -> BlendedCorpus:
+    training = part == "training"
+    corpora = [
+        Corpus(
+            one,
+            data.sequence_length,
+            seed,
+            shuffle=data.shuffle and training,
+            vocab_size=vocab_size,
+            name=entry.name,
+            holdout_tokens=data.holdout_tokens,
+            part=part,
+        )
+        for entry, one in zip(entries, listed, strict=True)
+    ]
+    phases = [(0, [entry.weight for entry in entries])]
+    for phase in data.phases if training else []:
+        first_sample = -(-phase.from_tokens // data.sequence_length)
+        phases.append((first_sample, [phase.weights.get(entry.name, 0.0) for entry in entries]))
+    return BlendedCorpus(corpora, BlendSchedule(phases))
+
+
+def _check_manifests(listed: ShardList, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    for path, manifest in listed.manifests.items():
+        if manifest.vocab_size > vocab_size:
+            raise DataError(
+                f"{path}: was written with a vocabulary of {manifest.vocab_size}, model.vocab_size is {vocab_size}: "
+                "raise model.vocab_size, or preprocess the text with the model's tokenizer"
+            )
+        known = manifest.tokenizer_sha256
+        if tokenizer is not None and known is not None and known != tokenizer.fingerprint:
+            raise DataError(
+                f"{path}: was written with the tokenizer of SHA-256 {known[:16]}…, data.tokenizer_path is "
+                f"{tokenizer.fingerprint[:16]}…: name the tokenizer that made the shards"
+            )

@@ -1,0 +1,219 @@
+"""Text -> tokens -> shards that training reads, and the manifest that lists them."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing import records
+from illada_megatron.data.preprocessing.chat import load_chat_template
+from illada_megatron.data.preprocessing.claim import claimed_prefix, outputs
+from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
+from illada_megatron.data.preprocessing.inputs import Format, find_inputs
+from illada_megatron.data.preprocessing.plan import Job, ShardTask, fingerprinted, plan_tasks
+from illada_megatron.data.preprocessing.progress import ProgressBar
+from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRecord
+from illada_megatron.data.preprocessing.worker_pool import run_here, run_workers
+from illada_megatron.data.shards.manifest import Manifest, write_manifest
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """How a corpus is made. All but `skip_bad_lines` and the last group decide its bytes."""
+
+    input_format: Format | Literal["auto"] = "auto"
+    text_key: str | None = None
+    """Key or column of the text; None: "text", or "messages" for conversations."""
+    append_eod: bool = True
+    """End each document with the tokenizer's EOS."""
+    skip_bad_lines: bool = False
+    """Leave out and count what is not JSON, lacks the key or holds no string there; else the first one ends the run."""
+    chat: bool = False
+    """The key holds conversations: [{"role": ..., "content": ...}, ...]."""
+    chat_template: Path | None = None
+    """Jinja file; None: the chat_template of the tokenizer_config.json beside the tokenizer."""
+    max_document_mb: float = 64
+    """Longer lines and documents are dropped, without being held in memory; longer text files are cut."""
+    shard_mb: float = 512
+    """Of input for each shard."""
+    shuffle_seed: int | None = None
+    """None: documents stay in the order of the input."""
+    shuffle_buffer_mb: float = 64
+    """Of tokens, for each worker; documents are shuffled within about that much."""
+
+    workers: int | None = None
+    """Processes; None: one for each core of this machine."""
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    tokenizer_engine: str = "auto"
+    overwrite: bool = False
+    """Remove what is there under the output prefix."""
+    show_progress: bool | None = None
+    """A progress bar on stderr; None: where stderr is a terminal."""
+    log_interval_seconds: float = 30
+    """Where there is no bar, a line on stderr that often; 0: none."""
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What became of the input."""
+
+    manifest: Path
+    shards: int
+    counts: Counts
+    seconds: float
+    """Of this run."""
+    read_bytes: int
+    """By this run."""
+    resumed_tasks: int
+    """Finished by runs before this one."""
+    tasks: int
+
+    @property
+    def megabytes_per_second(self) -> float:
+        return self.read_bytes / 1e6 / self.seconds
+
+    @property
+    def was_finished(self) -> bool:
+        """There was nothing left to do."""
+        return self.resumed_tasks == self.tasks
+
+
+def preprocess(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    tokenizer_path: str | Path,
+    options: PreprocessOptions | None = None,
+) -> PreprocessSummary:
+    """Tokenize `inputs` (files, globs, directories; JSONL, Parquet, text) into `output_prefix`.bin/.idx or, of more
+    than one shard, `output_prefix`_00000.bin/.idx and so on, and `output_prefix`.manifest.json.
+
+    A run that was stopped in any way goes on where it was when it is started again with the same inputs and options;
+    the result is the same bytes, whatever the number of workers or machines.
+
+    Raises DataError: missing or damaged input, bad line (file:line), no documents, no EOS, a prefix that another job
+    has used, a worker that died; OSError from the disk. Shards that are finished by then are kept; of others nothing
+    is left."""
+    options = options or PreprocessOptions()
+    started = time.perf_counter()
+    job, tasks = plan_job(inputs, output_prefix, tokenizer_path, options)
+    Path(job.prefix).parent.mkdir(parents=True, exist_ok=True)
+    resumed, read_bytes = len(tasks), 0
+    with claimed_prefix(job, options.overwrite) as claim:
+        if claim.finished is None:
+            done = _done_before(job, tasks)
+            resumed = len(done)
+            read_bytes = _run(job, tasks, done, options)
+            claim = _publish(job, [done[task.index] for task in tasks])
+        _remove_records(job)
+    return PreprocessSummary(
+        manifest=records.manifest_path(job.prefix),
+        shards=claim.shards,
+        counts=claim.finished or Counts(),
+        seconds=time.perf_counter() - started,
+        read_bytes=read_bytes,
+        resumed_tasks=resumed,
+        tasks=len(tasks),
+    )
+
+
+def plan_job(
+    inputs: Sequence[str | Path], output_prefix: str | Path, tokenizer_path: str | Path, options: PreprocessOptions
+) -> tuple[Job, list[ShardTask]]:
+    """What is to be done; nothing is written."""
+    files = find_inputs(inputs, options.input_format)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if options.append_eod and tokenizer.eos_id is None:
+        raise DataError(
+            f"{tokenizer_path}: the tokenizer has no end-of-document token (such as </s>): pass --no-append-eod, or "
+            "add one"
+        )
+    for name in ("max_document_mb", "shard_mb", "shuffle_buffer_mb"):
+        if getattr(options, name) <= 0:
+            raise DataError(f"{name} is {getattr(options, name)}, expected more than 0")
+    if options.workers is not None and options.workers < 1:
+        raise DataError(f"workers is {options.workers}, expected 1 or more")
+    chat = load_chat_template(Path(tokenizer_path), options.chat_template) if options.chat else None
+    job = Job(
+        prefix=os.path.abspath(output_prefix),  # noqa: PTH100 (a prefix is no path: it may end in a dot)
+        tokenizer_path=str(Path(tokenizer_path).absolute()),
+        tokenizer_sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        engine=options.tokenizer_engine,
+        text_key=options.text_key or ("messages" if options.chat else "text"),
+        chat=chat,
+        append_eod=options.append_eod,
+        skip_bad_lines=options.skip_bad_lines,
+        max_document_bytes=int(options.max_document_mb * 1e6),
+        shard_bytes=max(1, int(options.shard_mb * 1e6)),
+        shuffle_seed=options.shuffle_seed,
+        shuffle_buffer_bytes=int(options.shuffle_buffer_mb * 1e6),
+    )
+    return fingerprinted(job, files), plan_tasks(files, job.shard_bytes)
+
+
+def _done_before(job: Job, tasks: Sequence[ShardTask]) -> dict[int, TaskRecord]:
+    found = ((task.index, records.finished_task(job, task)) for task in tasks)
+    return {index: record for index, record in found if record is not None}
+
+
+def _run(job: Job, tasks: Sequence[ShardTask], done: dict[int, TaskRecord], options: PreprocessOptions) -> int:
+    """Do what is not done, and add it to `done`. Returns the bytes read."""
+    waiting = [task for task in tasks if task.index not in done]
+    total, left = (sum(task.size_bytes for task in some) for some in (tasks, waiting))
+    with ProgressBar(total, total - left, options.show_progress, options.log_interval_seconds) as bar:
+        for task, record in _results(job, waiting, options, bar):
+            done[task.index] = record
+        return bar.read_bytes
+
+
+def _results(
+    job: Job, tasks: Sequence[ShardTask], options: PreprocessOptions, bar: ProgressBar
+) -> Iterator[tuple[ShardTask, TaskRecord]]:
+    """Whatever is asked for does the tasks; the tokenizer's engine is chosen once, here."""
+    if not tasks:
+        return iter(())
+    cores = os.cpu_count() or 1
+    workers = min(len(tasks), options.workers or cores)
+    threads = 1 if options.engine == "ray" else max(1, cores // workers)
+    if options.engine == "local" and workers > 1:
+        return run_workers(job, tasks, workers, threads, bar.print, bar.update)
+    encoder = DocumentEncoder(job, threads, sample=tasks[0])
+    bar.print(*encoder.report)
+    if options.engine == "local":
+        return run_here(job, tasks, encoder, bar.update)
+    from illada_megatron.data.preprocessing.ray_engine import run_ray
+
+    job = job.model_copy(update={"engine": encoder.engine_name})
+    return run_ray(job, tasks, options.ray_address, bar.update)
+
+
+def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:
+    """The manifest, then the job's own record."""
+    parts = [part for record in done for part in record.parts]
+    counts = sum((part.counts for part in parts), Counts())
+    shards = tuple(part.shard for part in parts if part.shard is not None)
+    if not shards:
+        _remove_records(job)
+        raise DataError(f"no documents: {_reasons(counts)}, expected at least one with text in it; nothing was written")
+    manifest = Manifest(vocab_size=job.vocab_size, tokenizer_sha256=job.tokenizer_sha256, shards=shards)
+    write_manifest(manifest, records.manifest_path(job.prefix))
+    record = JobRecord(fingerprint=job.fingerprint, options=job.options(), finished=counts, shards=len(shards))
+    records.write_record(records.job_path(job.prefix), record)
+    return record
+
+
+def _reasons(counts: Counts) -> str:
+    reasons = {**counts.dropped, **counts.bad}
+    return "found only " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()) if reasons else "none"
+
+
+def _remove_records(job: Job) -> None:
+    """Those of single tasks: the job's own says that all are done."""
+    for path in outputs(job.prefix):
+        if path.name.endswith((".done.json", ".tmp")):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,87 @@
+"""Many shards into one. The work is done by csrc/indexed_dataset/merge.cpp."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset, Progress
+from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.shards.shard_list import FoundShard, _indexed_dataset
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """What came out. manifest_path: written where all inputs were listed by manifests that agree."""
+
+    documents: int
+    tokens: int
+    bin_bytes: int
+    seconds: float
+    manifest_path: Path | None
+
+
+def merge(shards: Sequence[FoundShard], output_prefix: str | Path, progress: Progress | None = None) -> MergeSummary:
+    """Write `output_prefix`.bin and .idx: the documents of all shards, in order, with their sequences.
+
+    The indexes are checked first; the tokens are not, unless the shards come from manifests: then the result is
+    verified against their vocabulary and listed, with its checksums, in `output_prefix`.manifest.json. The files get
+    their names when they are complete and on the device; a failure leaves an older shard of that name as it was.
+
+    progress: see `Progress`; `progress_bytes` is the total. Raises DataError and OSError."""
+    begin = time.perf_counter()
+    origin = _common_manifest(shards)
+    _require_same_tokenizer(shards)
+    manifest_path = Path(f"{output_prefix}.manifest.json") if origin else None
+    try:
+        _indexed_dataset.merge_shards([shard.prefix for shard in shards], str(output_prefix), progress)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{error.filename}: another process is writing this shard; wait for it or choose another prefix"
+        ) from error
+    merged = IndexedDataset(output_prefix)
+    if origin and manifest_path:
+        checksums = merged.verify(origin.vocab_size, progress)
+        entry = ShardEntry(
+            path=Path(output_prefix).name,
+            dtype=str(merged.dtype),  # type: ignore[arg-type]
+            tokens=merged.num_tokens,
+            documents=merged.num_documents,
+            bin_xxh3_128=checksums.bin_xxh3_128,
+            idx_xxh3_128=checksums.idx_xxh3_128,
+        )
+        write_manifest(origin.model_copy(update={"shards": (entry,)}), manifest_path)
+    bin_bytes = merged.num_tokens * merged.dtype.itemsize
+    return MergeSummary(merged.num_documents, merged.num_tokens, bin_bytes, time.perf_counter() - begin, manifest_path)
+
+
+def progress_bytes(shards: Sequence[FoundShard]) -> int:
+    """What `merge` reports in all; where it verifies, a few bytes less, as indexes lose their headers. Files that are
+    missing count 0."""
+    copied = sum(path.stat().st_size for shard in shards if (path := Path(f"{shard.prefix}.bin")).exists())
+    if not _common_manifest(shards):
+        return copied
+    return 2 * copied + sum(path.stat().st_size for shard in shards if (path := Path(f"{shard.prefix}.idx")).exists())
+
+
+def _common_manifest(shards: Sequence[FoundShard]) -> Manifest | None:
+    """The manifest whose vocabulary and tokenizer hold for all, if each is listed by one."""
+    manifests = [shard.manifest for shard in shards]
+    return manifests[0] if all(manifests) else None
+
+
+def _require_same_tokenizer(shards: Sequence[FoundShard]) -> None:
+    """Ids of different tokenizers mean different text: merged, they would be noise that nothing notices."""
+    known: FoundShard | None = None
+    for shard in shards:
+        if shard.manifest is None:
+            continue
+        known = known or shard
+        for field in ("vocab_size", "tokenizer_sha256"):
+            expected, found = getattr(known.manifest, field), getattr(shard.manifest, field)
+            if found != expected:
+                raise DataError(
+                    f"{shard.prefix}: its manifest has {field} {found}, expected {expected} as for {known.prefix}: "
+                    "shards of different tokenizers cannot be merged"
+                )

@@ -1,0 +1,186 @@
+"""The libraries behind the tokenizer engines: each is opened here and brought to one form, flat numpy arrays.
+
+Nothing here is trusted: engines.py compares ids with the reference's before and while it uses one of these."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer
+
+FlatIds = tuple[NDArray[np.int32], NDArray[np.int64]]
+"""Token ids of all texts one after another [n], and how many each text has [texts]."""
+
+
+class Library(NamedTuple):
+    """A library opened on one tokenizer."""
+
+    name: str
+    encode: Callable[[list[str]], FlatIds]
+    leaves_out: str | None = None
+    """Texts with this character are not for it: they go to the reference."""
+
+
+class UnsuitableError(Exception):
+    """The library cannot read this tokenizer; the message says why."""
+
+
+def flatten(documents: Sequence[Sequence[int]]) -> FlatIds:
+    """Lists of ids as flat arrays."""
+    lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+    tokens = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int32, count=int(lengths.sum()))
+    return tokens, lengths
+
+
+def open_reference(tokenizer: Tokenizer) -> Library:
+    return Library("reference", lambda texts: flatten(tokenizer.encode_batch(texts)))
+
+
+def open_library(name: str, path: Path, threads: int) -> Library:
+    """Raises UnsuitableError: not installed, or this tokenizer is not for it."""
+    if name not in ENGINE_NAMES:
+        raise DataError(f"tokenizer engine is {name!r}, expected one of {', '.join(ENGINE_NAMES)}")
+    if name not in _openers(path):
+        raise UnsuitableError(f"does not serve {path.suffix} files")
+    try:
+        return _openers(path)[name](path, threads)
+    except ImportError as error:
+        raise UnsuitableError(f"not installed ({error}): pip install illada-megatron[fast]") from error
+    except (UnsuitableError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the libraries raise bare Exception, and a panic of Rust is a BaseException
+        raise UnsuitableError(f"cannot read this tokenizer, it says: {error}") from error
+
+
+def candidates(path: Path) -> list[str]:
+    """Names of the engines that may serve the file, the fastest first (docs/log.md, 2026-11-25, has the figures)."""
+    return list(_openers(path))
+
+
+def _openers(path: Path) -> "dict[str, _Open]":
+    return _FOR_MODEL if path.suffix == ".model" else _FOR_JSON
+
+
+def library_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def added_names(path: Path) -> list[str]:
+    """The names of the tokenizer's special and added tokens, which text may contain."""
+    if path.suffix == ".json":
+        return [token["content"] for token in _untrimmed(path).get("added_tokens") or []]
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    # a model does not tell user-defined pieces from others through this interface: they are ordinary pieces to a text
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if processor.is_control(i)]
+
+
+def _use_threads(threads: int) -> None:
+    """Size of the thread pools of the Rust libraries: each reads it once, when it first encodes. fastokens has its own
+    pool beside rayon's, whose threads each have a cache."""
+    for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
+        os.environ.setdefault(name, str(threads))
+
+
+def _untrimmed(path: Path) -> dict[str, Any]:
+    """A tokenizer.json without its length limit and padding: they would change documents without a word."""
+    definition: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {**definition, "truncation": None, "padding": None}
+
+
+def _open_fastokens(path: Path, threads: int) -> Library:
+    import fastokens
+
+    _use_threads(threads)
+    tokenizer = fastokens.Tokenizer.from_json_str(json.dumps(_untrimmed(path)))
+
+    def encode(texts: list[str]) -> FlatIds:
+        # split_special_tokens: "</s>" in a text is four characters
+        ids, offsets = tokenizer.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
+        return np.frombuffer(ids, dtype="<u4").view(np.int32), np.diff(np.frombuffer(offsets, dtype="<i8"))
+
+    # for a regex it does not know it asks PCRE2, whose \s holds this character and Oniguruma's does not
+    return Library("fastokens", encode, leaves_out="\u180e")
+
+
+def _open_gigatoken_json(path: Path, threads: int) -> Library:
+    definition = _untrimmed(path)
+    # gigatoken would find special tokens in the text, whatever one asks: it gets to know of none
+    definition["added_tokens"] = [token for token in definition.get("added_tokens", []) if not token.get("special")]
+    return _gigatoken(definition, threads, leaves_out=None)
+
+
+def _open_gigatoken_model(path: Path, threads: int) -> Library:
+    import sentencepiece
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    content = path.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    pieces = range(processor.get_piece_size())
+    if any(map(processor.is_unused, pieces)):
+        raise UnsuitableError("the model has unused pieces, which it would use")
+    definition = json.loads(sentencepiece_to_tokenizer_json(content))
+    # SentencePiece makes no control, byte or unknown piece by merging: "<s>" in a text is three characters
+    unmergeable = {
+        processor.id_to_piece(piece)
+        for piece in pieces
+        if processor.is_control(piece) or processor.is_byte(piece) or processor.is_unknown(piece)
+    }
+    model = definition["model"]
+    model["merges"] = [merge for merge in model["merges"] if unmergeable.isdisjoint((*merge, merge[0] + merge[1]))]
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
+    # a literal space sign is spelled in bytes by the reference; to gigatoken it is a space
+    return _gigatoken(definition, threads, leaves_out=SPACE_SIGN)
+
+
+def _gigatoken(definition: dict[str, Any], threads: int, leaves_out: str | None) -> Library:
+    import gigatoken
+
+    _use_threads(threads)
+    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(definition))
+
+    def encode(texts: list[str]) -> FlatIds:
+        layout = tokenizer.encode_batch(texts, parallel=threads > 1).layout
+        offsets = np.asarray(layout.offsets.data)
+        tokens = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return tokens.view(np.int32), np.diff(offsets).astype(np.int64, copy=False)
+
+    return Library("gigatoken", encode, leaves_out)
+
+
+def _open_sentencepiece(path: Path, threads: int) -> Library:
+    """The reference's own library without Python's lists of ids between."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def encode(texts: list[str]) -> FlatIds:
+        documents = processor.encode(texts, return_type="numpy", num_threads=threads)
+        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+        return np.concatenate(documents) if documents else np.empty(0, np.int32), lengths
+
+    return Library("sentencepiece", encode, leaves_out=SPACE_SIGN)
+
+
+_Open = Callable[[Path, int], Library]
+_FOR_JSON: dict[str, _Open] = {
+    "fastokens": _open_fastokens,
+    "gigatoken": _open_gigatoken_json,
+}
+_FOR_MODEL: dict[str, _Open] = {
+    "gigatoken": _open_gigatoken_model,
+    "sentencepiece": _open_sentencepiece,
+}
+ENGINE_NAMES = ("auto", "reference", *dict.fromkeys((*_FOR_JSON, *_FOR_MODEL)))

@@ -1,0 +1,228 @@
+"""The fastest tokenizer engine that gives the reference's ids.
+
+The reference is `load_tokenizer(path).encode_batch`. Faster libraries differ from it in corners, so none is trusted:
+one is used only after it gave the reference's ids on texts made to tell them apart and on the user's own, and while it
+runs a small share of the documents is encoded by both. A difference ends the run: ids are right or there are none."""
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizers.engine_libraries import (
+    ENGINE_NAMES,
+    FlatIds,
+    Library,
+    UnsuitableError,
+    added_names,
+    candidates,
+    library_version,
+    open_library,
+    open_reference,
+)
+from illada_megatron.data.tokenizers.engine_probes import boundary_texts, probe_texts, write_boundary_tokenizer
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+
+__all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_engine"]
+
+AUDITED_SHARE = 1 / 1000
+"""Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
+
+_SHOWN_CHARACTERS = 30
+
+
+class Engine(Protocol):
+    """Text to ids, many documents a call. Threads may share one."""
+
+    name: str
+    """"fastokens", "gigatoken", "sentencepiece" or "reference"."""
+    report: Sequence[str]
+    """For the user, a line each: what was chosen, what was refused and why."""
+
+    def encode(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids of all texts one after another [n] and how many each text has [texts]. No BOS, no EOS is added.
+
+        Raises DataError when the audit finds other ids than the reference's."""
+
+
+def choose_engine(
+    tokenizer_path: str | Path,
+    name: str = "auto",
+    sample_texts: Sequence[str] | None = None,
+    threads: int = 1,
+) -> Engine:
+    """The engine to encode with, compared with the reference first.
+
+    name: "auto", the fastest that agrees; "reference"; or one of ENGINE_NAMES.
+    sample_texts: the first few MB of the corpus, compared in addition to the built-in texts.
+    threads: of the library in this process. The Rust libraries size their pool once a process, from RAYON_NUM_THREADS,
+        which is set here unless it is set already.
+
+    Call it in the process that encodes: thread pools do not survive a fork.
+    Raises DataError: unusable tokenizer, unknown name, or an engine asked for by name that cannot serve or differs."""
+    path = Path(tokenizer_path)
+    if name not in ENGINE_NAMES:
+        raise DataError(f"tokenizer engine is {name!r}, expected one of {', '.join(ENGINE_NAMES)}")
+    tokenizer = load_tokenizer(path)
+    reference = open_reference(tokenizer)
+    if name == "reference":
+        return CheckedEngine(reference, reference, ["tokenizer engine reference: asked for"])
+    texts = [*probe_texts(tokenizer, added_names(path)), *(sample_texts or [])]
+    expected = reference.encode(texts)
+    refused: list[str] = []
+    with tempfile.TemporaryDirectory() as directory:
+        boundaries = _Boundaries(path, Path(directory))
+        for candidate in candidates(path) if name == "auto" else [name]:
+            try:
+                engine = CheckedEngine(open_library(candidate, path, threads), reference)
+                engine.compare(texts, expected)
+                boundaries.check(candidate, threads)
+            except (UnsuitableError, DataError) as error:
+                refused.append(f"tokenizer engine {candidate} refused: {error}")
+                continue
+            chosen = (
+                f"tokenizer engine {candidate} {library_version(candidate)}: the reference's ids on {len(texts)} texts "
+                f"of {sum(map(len, texts)) / 1e6:.1f} million characters; one document in {1 / AUDITED_SHARE:.0f} is "
+                "encoded by both"
+            )
+            engine.report = [*refused, chosen]
+            return engine
+    if name != "auto":
+        raise DataError(f"{path}: {refused[0]}. Choose another engine: auto, or reference, which always serves")
+    return CheckedEngine(reference, reference, [*refused, "tokenizer engine reference: no other serves"])
+
+
+def likely_engine(tokenizer_path: Path, name: str) -> str:
+    """The engine that choose_engine will probably choose; nothing is opened."""
+    return candidates(tokenizer_path)[0] if name == "auto" else name
+
+
+def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engine:
+    """The engine `name` without comparing it: where choose_engine has done that, or is about to.
+
+    The audit goes on. Raises DataError when it cannot be opened here."""
+    path = Path(tokenizer_path)
+    reference = open_reference(load_tokenizer(path))
+    if name == "reference":
+        return CheckedEngine(reference, reference)
+    try:
+        return CheckedEngine(open_library(name, path, threads), reference)
+    except UnsuitableError as error:
+        raise DataError(f"{path}: tokenizer engine {name} {error}") from error
+
+
+class _Boundaries:
+    """Whether libraries cut text into words as the reference does: see write_boundary_tokenizer."""
+
+    def __init__(self, path: Path, directory: Path) -> None:
+        self._path = directory / "boundaries.json"
+        self._applies = path.suffix == ".json" and write_boundary_tokenizer(path, self._path)
+
+    def check(self, name: str, threads: int) -> None:
+        """Raises DataError where the library does not."""
+        if self._applies:
+            texts, reference, expected = self._answer
+            CheckedEngine(open_library(name, self._path, threads), reference).compare(texts, expected)
+
+    @functools.cached_property
+    def _answer(self) -> tuple[list[str], Library, FlatIds]:
+        """Takes about a second: only when a library passed everything else."""
+        texts, reference = boundary_texts(), open_reference(load_tokenizer(self._path))
+        return texts, reference, reference.encode(texts)
+
+
+class CheckedEngine:
+    """A library with the reference beside it."""
+
+    def __init__(self, library: Library, reference: Library, report: Sequence[str] = ()) -> None:
+        self.name = library.name
+        self.report: Sequence[str] = report
+        self._library = library
+        self._reference = reference
+
+    def encode(self, texts: list[str]) -> FlatIds:
+        tokens, lengths = self._encode(texts)
+        if self._library is not self._reference:
+            self._audit(texts, tokens, lengths)
+        return tokens, lengths
+
+    def compare(self, texts: list[str], expected: FlatIds) -> None:
+        """Raises DataError, with the place, unless these texts get the `expected` ids."""
+        difference = _first_difference(self._encode(texts), expected)
+        if difference is not None:
+            text, place = difference
+            raise DataError(f"it gave other ids than the reference for {_shown(texts[text])} from its token {place} on")
+
+    def _encode(self, texts: list[str]) -> FlatIds:
+        sign = self._library.leaves_out
+        left_out = [i for i, text in enumerate(texts) if sign in text] if sign is not None else []
+        if not left_out:
+            return self._guarded(texts)
+        rest = sorted(set(range(len(texts))) - set(left_out))
+        by_text: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(texts)
+        for places, encode in ((left_out, self._reference.encode), (rest, self._guarded)):
+            tokens, lengths = encode([texts[i] for i in places])
+            for i, ids in zip(places, np.split(tokens, np.cumsum(lengths)[:-1]), strict=False):
+                by_text[i] = ids
+        return np.concatenate(by_text), np.fromiter(map(len, by_text), np.int64, len(by_text))
+
+    def _guarded(self, texts: list[str]) -> FlatIds:
+        """The library's answer, of the right form."""
+        try:
+            tokens, lengths = self._library.encode(texts)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of Rust is a BaseException
+            raise DataError(
+                f"tokenizer engine {self.name} failed: {error}: run again with --tokenizer-engine reference"
+            ) from error
+        if len(lengths) != len(texts) or int(lengths.sum()) != len(tokens):
+            raise DataError(
+                f"tokenizer engine {self.name} gave {len(lengths)} documents and {len(tokens)} tokens, expected "
+                f"{len(texts)} and {int(lengths.sum())}: run again with --tokenizer-engine reference"
+            )
+        return tokens, lengths
+
+    def _audit(self, texts: list[str], tokens: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+        """Encode the chosen ones of `texts` again, with the reference."""
+        limit = int(AUDITED_SHARE * 2**64)
+        chosen = [i for i, text in enumerate(texts) if xxhash.xxh3_64_intdigest(text.encode()) < limit]
+        if not chosen:
+            return
+        ends = np.cumsum(lengths)
+        expected, expected_lengths = self._reference.encode([texts[i] for i in chosen])
+        start = 0
+        for i, length in zip(chosen, expected_lengths.tolist(), strict=True):
+            if not np.array_equal(tokens[ends[i] - lengths[i] : ends[i]], expected[start : start + length]):
+                raise DataError(
+                    f"tokenizer engine {self.name} gave other ids than the reference for the document that begins "
+                    f"{_shown(texts[i])}: run again with --tokenizer-engine reference"
+                )
+            start += length
+
+
+def _first_difference(found: FlatIds, expected: FlatIds) -> tuple[int, int] | None:
+    """(text, token in the text) where the two first differ."""
+    (tokens, lengths), (expected_tokens, expected_lengths) = found, expected
+    if np.array_equal(tokens, expected_tokens) and np.array_equal(lengths, expected_lengths):
+        return None
+    start, expected_start = 0, 0
+    for text, (length, expected_length) in enumerate(zip(lengths.tolist(), expected_lengths.tolist(), strict=True)):
+        ids = tokens[start : start + length]
+        expected_ids = expected_tokens[expected_start : expected_start + expected_length]
+        if not np.array_equal(ids, expected_ids):
+            common = min(length, expected_length)
+            unequal = np.flatnonzero(ids[:common] != expected_ids[:common])
+            return text, int(unequal[0]) if len(unequal) else common
+        start, expected_start = start + length, expected_start + expected_length
+    raise AssertionError("flat ids differ, but no text's do")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...")

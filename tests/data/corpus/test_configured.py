@@ -1,0 +1,153 @@
+"""What a configuration's data section becomes: blends, phases, epochs, and validation that shares nothing."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from illada_megatron.config.schema import DataConfig
+from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+
+LENGTH = 16
+
+
+@pytest.fixture
+def shards(write_shard) -> dict[str, str]:
+    """Three corpora whose token values say where they come from: web 0.., code 10000.., math 20000.."""
+    sizes = {"web": 3000, "code": 1000, "math": 500}
+    return {
+        name: str(write_shard(name, [range(10_000 * number, 10_000 * number + size)], vocab_size=30_000))
+        for number, (name, size) in enumerate(sizes.items())
+    }
+
+
+def _blend(shards: dict[str, str], **fields) -> DataConfig:
+    weights = {"web": 0.5, "code": 0.3, "math": 0.2}
+    entries = [{"name": name, "paths": [path], "weight": weights[name]} for name, path in shards.items()]
+    return DataConfig.model_validate({"blend": entries, "sequence_length": LENGTH, **fields})
+
+
+def _training(data: DataConfig, seed: int = 3):
+    return training_corpus(data, seed, 30_000, tokenizer=None)
+
+
+def test_blend_takes_samples_in_proportion_and_each_corpus_in_its_own_order(shards) -> None:
+    corpus = _training(_blend(shards))
+    samples = [corpus[i] for i in range(400)]
+    assert Counter(int(sample[0]) // 10_000 for sample in samples) == {0: 200, 1: 120, 2: 80}
+    for number, part in enumerate(corpus.corpora):
+        mine = [sample for sample in samples if sample[0] // 10_000 == number]
+        assert all(np.array_equal(part[j], sample) for j, sample in enumerate(mine))
+    batch = np.empty((5, LENGTH), dtype=np.int64)
+    corpus.read([7, 399, 0, 7, 123], batch)
+    assert np.array_equal(batch, [samples[i] for i in (7, 399, 0, 7, 123)])
+    assert corpus.epochs(400) == {
+        name: count / part.num_windows
+        for (name, count), part in zip({"web": 200, "code": 120, "math": 80}.items(), corpus.corpora, strict=True)
+    }
+
+
+def test_another_corpus_in_the_blend_leaves_the_others_orders_alone(shards) -> None:
+    full = _training(_blend(shards))
+    fewer = _training(_blend({name: shards[name] for name in ("code", "math")}))
+    assert np.array_equal(full.corpora[1][17], fewer.corpora[0][17])
+    assert not np.array_equal(
+        [full.corpora[1][i][0] % 1000 for i in range(20)], [full.corpora[2][i][0] % 1000 for i in range(20)]
+    )
+
+
+def test_phases_begin_at_token_counts(shards) -> None:
+    data = _blend(shards, phases=[{"from_tokens": 100 * LENGTH - 3, "weights": {"math": 2, "code": 2}}])
+    plain, annealed = _training(_blend(shards)), _training(data)
+    assert all(np.array_equal(plain[i], annealed[i]) for i in range(100))
+    later = Counter(int(annealed[i][0]) // 10_000 for i in range(100, 200))
+    assert later == {1: 50, 2: 50}
+
+
+def test_epochs_beyond_the_cap_are_named(shards) -> None:
+    data = _blend(shards)
+    capped = data.model_copy(update={"blend": [entry.model_copy(update={"max_epochs": 2.0}) for entry in data.blend]})
+    corpus = _training(capped)
+    windows = corpus.corpora[2].num_windows
+    assert epoch_problems(corpus, capped, 5 * 2 * windows) == []
+    (problem,) = epoch_problems(corpus, capped, 5 * 2 * windows + 5)
+    assert re.search(rf"math would be read 2\.0\d times by sample {10 * windows + 5}, max_epochs is 2", problem)
+    single = DataConfig(train_paths=[shards["math"]], sequence_length=LENGTH, max_epochs=1.5)
+    assert epoch_problems(_training(single), single, 1000)[0].startswith("data.train_paths would be read")
+
+
+def test_held_out_range_and_training_share_no_token(shards) -> None:
+    """Over several epochs, whose windows begin at different phases."""
+    data = _blend(shards, holdout_tokens=200)
+    corpus, held_out = _training(data), validation_corpus(data, seed=3, vocab_size=30_000)
+    trained = set(np.concatenate([corpus[i] for i in range(3000)]).tolist())
+    validated = np.concatenate([held_out[i] for i in range(60)])
+    assert not trained & set(validated.tolist())
+    # 200 tokens are 12 windows of each corpus, in stream order, in the blend's proportions
+    firsts = [int(held_out[i][0]) for i in range(20)]
+    assert Counter(first // 10_000 for first in firsts) == {0: 10, 1: 6, 2: 4}
+    assert sorted(first for first in firsts if first < 10_000) == [2800 + 16 * i for i in range(10)]
+    assert len(trained) > 4500 - 3 * (200 + 2 * LENGTH)
+    with pytest.raises(DataError, match=r"math: 500 tokens in all, 10 in the training part.*holdout_tokens is 490"):
+        _training(_blend(shards, holdout_tokens=490))
+
+
+def test_held_out_shards_are_not_training_shards(shards, tmp_path: Path) -> None:
+    """Under whatever name: another spelling of the path, a link, a manifest."""
+    data = DataConfig(train_paths=[shards["web"]], validation_paths=[shards["code"]], sequence_length=LENGTH)
+    assert int(validation_corpus(data, 1, 30_000)[1][0]) == 10_000 + LENGTH
+    _training(data)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(f"{shards['web']}{suffix}")
+    entry = ShardEntry(path="web", dtype="uint16", tokens=3000, documents=1)
+    write_manifest(Manifest(vocab_size=30_000, shards=(entry,)), tmp_path / "web.manifest.json")
+    for same in (
+        shards["web"],
+        f"{tmp_path}/../{tmp_path.name}/web",
+        tmp_path / "link",
+        tmp_path / "web.manifest.json",
+    ):
+        with pytest.raises(DataError, match=r"this validation shard is the training shard .*web"):
+            _training(data.model_copy(update={"validation_paths": [str(same)]}))
+
+
+def test_tokenizer_of_the_manifest_is_compared(shards, tmp_path: Path, sentencepiece_path: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece_path)
+    entry = ShardEntry(path="web", dtype="uint16", tokens=3000, documents=1)
+    path = tmp_path / "web.manifest.json"
+    data = DataConfig(train_paths=[str(path)], sequence_length=LENGTH)
+    write_manifest(Manifest(vocab_size=30_000, tokenizer_sha256=tokenizer.fingerprint, shards=(entry,)), path)
+    training_corpus(data, 1, 30_000, tokenizer)
+    with pytest.raises(DataError, match=r"a vocabulary of 30000, model\.vocab_size is 8000"):
+        training_corpus(data, 1, 8000, tokenizer)
+    write_manifest(Manifest(vocab_size=30_000, tokenizer_sha256="0" * 64, shards=(entry,)), path)
+    with pytest.raises(DataError, match=r"tokenizer of SHA-256 0000000000000000…, data\.tokenizer_path is"):
+        training_corpus(data, 1, 30_000, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_paths": ["x"]}, "train_paths and blend are both given"),
+        ({"phases": [{"from_tokens": 9, "weights": {"wbe": 1}}]}, r"weighs \['wbe'\], blend has"),
+        ({"phases": [{"from_tokens": 9, "weights": {"web": 0}}]}, "has no positive weight"),
+        ({"phases": [{"from_tokens": n, "weights": {"web": 1}} for n in (9, 9)]}, r"\[9, 9\], expected ascending"),
+        ({"validation_paths": ["x"], "holdout_tokens": 5}, "validation_paths and holdout_tokens 5 are both given"),
+    ],
+)
+def test_contradictions_are_errors(shards, fields: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _blend(shards, **fields)
+
+
+def test_nothing_to_read_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"data\.train_paths and data\.blend are empty"):
+        _training(DataConfig())
+    with pytest.raises(DataError, match=r"data\.validation_paths is empty and data\.holdout_tokens is 0"):
+        validation_corpus(DataConfig(train_paths=["x"]), 1, 10)

@@ -1,0 +1,118 @@
+"""Shards in object storage, on a real S3 server of this machine: the same samples as from the disk."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from illada_megatron.data.corpus.corpus import Corpus
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset
+from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("moto.server")
+
+LENGTH = 64
+BUCKET = "illada-test"
+
+
+def _put(url: str, content: bytes) -> None:
+    from obstore.store import from_url
+
+    _, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    obstore.put(from_url(f"s3://{bucket}"), key, content)
+
+
+def _documents(seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(6, 900, size=length) for length in [*rng.integers(1, 40, size=3000), 1, 500]]
+
+
+@pytest.fixture(scope="module")
+def both(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Manifests of the same three shards: on the disk and in the bucket (under an own prefix)."""
+    from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
+
+    folder, entries = tmp_path_factory.mktemp("shards"), []
+    for number in range(3):
+        documents = _documents(number)
+        with IndexedDatasetWriter(folder / f"part_{number}", 1000) as writer:
+            writer.add(np.concatenate(documents), [len(document) for document in documents])
+        shard = IndexedDataset(folder / f"part_{number}")
+        entries.append(
+            ShardEntry(path=f"part_{number}", dtype="uint16", tokens=shard.num_tokens, documents=shard.num_documents)
+        )
+        for path in (shard.bin_path, shard.idx_path):
+            _put(f"{s3}/web/{path.name}", path.read_bytes())
+    manifest = folder / "web.manifest.json"
+    write_manifest(Manifest(vocab_size=1000, shards=tuple(entries)), manifest)
+    _put(f"{s3}/web/web.manifest.json", manifest.read_bytes())
+    return str(manifest), f"{s3}/web/web.manifest.json"
+
+
+def _corpus(path: str) -> Corpus:
+    return Corpus([path], LENGTH, seed=5, shuffle=True, vocab_size=1000)
+
+
+def test_same_samples_as_from_the_disk(both: tuple[str, str]) -> None:
+    """Windows within a shard and across shards, read one by one and by several threads."""
+    local, remote = map(_corpus, both)
+    indices = list(range(0, local.num_windows, 40))
+    for index in indices:
+        assert np.array_equal(local[index], remote[index])
+        assert np.array_equal(local.document_starts(index), remote.document_starts(index))
+    across = [i for i in range(local.num_windows) if local._start(i) // 1000 != (local._start(i) + LENGTH) // 1000]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda index: np.array_equal(local[index], remote[index]), across[:100]))
+
+
+def test_documents_at_every_offset(both: tuple[str, str]) -> None:
+    """The binary search over the object's index: also at the shards' ends."""
+    local, remote = map(_corpus, both)
+    total = local.num_tokens
+    for start in [*range(0, 300, 7), *range(total // 3 - 50, total // 3 + 50), *range(total - 100, total - 1)]:
+        for length in (1, 37, 700):
+            stop = min(start + length, total)
+            assert np.array_equal(
+                local._stream.document_starts(start, stop), remote._stream.document_starts(start, stop)
+            ), (start, stop)
+
+
+def test_errors_name_the_object(both: tuple[str, str], s3: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"s3://illada-test/none\.json: cannot be read from object storage"):
+        _corpus(f"{s3}/none.json")
+    with pytest.raises(DataError, match=r"s3://illada-test/web/part_0: expected a manifest"):
+        _corpus(f"{s3}/web/part_0")
+    _put(f"{s3}/short/part_0.bin", b"12345678")
+    entry = ShardEntry(path=f"{s3}/short/part_0", dtype="uint16", tokens=100, documents=1)
+    write_manifest(Manifest(vocab_size=1000, shards=(entry,)), tmp_path / "short.json")
+    corpus = _corpus(str(tmp_path / "short.json"))
+    with pytest.raises(DataError, match=r"short/part_0\.bin: is 8 bytes long, expected 200"):
+        corpus[0]
+    with pytest.raises(DataError, match="are mixed in one corpus"):
+        Corpus(list(both), LENGTH, seed=5, shuffle=True, vocab_size=1000)
+
+
+def test_token_outside_the_vocabulary_is_named(both: tuple[str, str]) -> None:
+    corpus = Corpus([both[1]], LENGTH, seed=5, shuffle=False, vocab_size=500)
+    with pytest.raises(
+        DataError, match=r"s3://illada-test/web/part_0\.bin: token id \d+ at token offset \d+ is not in"
+    ):
+        [corpus[i] for i in range(50)]
+
+
+def test_training_reads_from_the_bucket(both: tuple[str, str], illada, tiny_run, tmp_path: Path) -> None:
+    """`illada train` has the same losses from the bucket as from the disk."""
+    losses = []
+    for number, path in enumerate(both):
+        jsonl = tmp_path / f"{number}.jsonl"
+        fields = (f"data.train_paths=[{path}]", "model.vocab_size=1000", f"logging.jsonl_path={jsonl}")
+        outcome = illada("train", *tiny_run, *fields, "data.validation_paths=[]", "data.loader_threads=4")
+        assert outcome.code == 0, outcome.err
+        losses.append([json.loads(line)["loss"] for line in jsonl.read_text().splitlines()])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3

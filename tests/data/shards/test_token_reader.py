@@ -1,0 +1,162 @@
+"""Windows of the concatenated shards, read by C++ into the caller's buffer."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+
+DTYPES = ["uint16", "int16", "int32", "int64"]
+LENGTHS = [700, 1, 3, 1500]
+
+
+def write_bins(directory: Path, dtypes: Sequence[str] = DTYPES) -> tuple[TokenReader, np.ndarray, list[Path]]:
+    """A reader of one shard of each type, the whole stream, and the paths."""
+    generator = np.random.default_rng(0)
+    parts = [generator.integers(0, 30_000, length) for length in LENGTHS]
+    paths = [directory / f"{i}.bin" for i in range(len(dtypes))]
+    for path, part, dtype in zip(paths, parts, dtypes, strict=True):
+        part.astype(dtype).tofile(path)
+    return TokenReader(list(map(str, paths)), list(dtypes), LENGTHS), np.concatenate(parts), paths
+
+
+@pytest.mark.parametrize("out_dtype", [np.int64, np.int32, np.uint16])
+@pytest.mark.parametrize("length", [1, 5, 64, 1000, 2204])
+def test_windows_cross_shards_of_all_types(tmp_path: Path, out_dtype: type, length: int) -> None:
+    """Each place a window can begin at; sizes around the vector loops' widths are among them."""
+    reader, stream, _ = write_bins(tmp_path)
+    assert (reader.num_tokens, reader.num_shards) == (2204, 4)
+    starts = np.arange(len(stream) - length + 1)
+    out = np.full((len(starts), length), 7, dtype=out_dtype)
+    reader.read(starts, out, 30_000)
+    assert np.array_equal(out, np.lib.stride_tricks.sliding_window_view(stream, length))
+
+
+def test_nothing_is_opened_before_it_is_touched(tmp_path: Path) -> None:
+    """Thousands of shards are announced at once; one that is missing is an error when its tokens are needed."""
+    reader, stream, paths = write_bins(tmp_path)
+    paths[3].unlink()
+    out = np.empty((1, 704), dtype=np.int64)
+    reader.read(np.array([0]), out, 30_000)
+    assert np.array_equal(out[0], stream[:704])
+    with pytest.raises(DataError, match=r"3\.bin: no such file"):
+        reader.read(np.array([1]), out, 30_000)
+    many = 50_000
+    reader = TokenReader([f"/nowhere/shard_{i:05}.bin" for i in range(many)], ["uint16"] * many, [2**40] * many)
+    assert reader.num_tokens == many * 2**40
+    with pytest.raises(DataError, match=r"/nowhere/shard_43210\.bin: no such file"):
+        reader.read(np.array([43210 * 2**40 + 5]), out, 30_000)
+
+
+@pytest.mark.parametrize("change", [-2, 1, 2])
+def test_bin_of_another_size_is_refused_at_the_first_touch(tmp_path: Path, change: int) -> None:
+    reader, _, paths = write_bins(tmp_path)
+    content = paths[0].read_bytes()
+    paths[0].write_bytes(content[:change] if change < 0 else content + b"\0" * change)
+    message = rf"0\.bin: is {1400 + change} bytes long, expected 1400 bytes for the 700 uint16 tokens"
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            reader.read(np.array([0]), np.empty((1, 5), dtype=np.int64), 30_000)
+
+
+@pytest.mark.parametrize("shard", range(4))
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("out_dtype", [np.int64, np.int32, np.uint16])
+def test_bad_id_is_named_with_its_place(tmp_path: Path, shard: int, at: int, out_dtype: type) -> None:
+    """In the first, middle and last token of a shard; negative where the type can be."""
+    reader, _, paths = write_bins(tmp_path)
+    offset = [0, LENGTHS[shard] // 2, LENGTHS[shard] - 1][at]
+    tokens = np.fromfile(paths[shard], dtype=DTYPES[shard])
+    for bad in (30_000, 32_767, -1, -(2**15)) if shard else (30_000, 65_535):
+        tokens[offset] = bad
+        tokens.tofile(paths[shard])
+        with pytest.raises(DataError) as error:
+            reader.read(np.array([0, 0]), np.empty((2, 2204), dtype=out_dtype), 30_000)
+        assert str(error.value) == (
+            f"{paths[shard]}: token id {bad} at token offset {offset} is not in the vocabulary of size 30000: the "
+            "shard was written with another tokenizer; set model.vocab_size to that tokenizer's size or preprocess "
+            "the text again"
+        )
+
+
+@pytest.mark.parametrize("bad", [2**16, 2**31 - 1, 2**32, 2**40 + 5, 2**63 - 1, -(2**63), -(2**32)])
+def test_no_wide_id_wraps_into_the_vocabulary(tmp_path: Path, bad: int) -> None:
+    np.full(100, bad, dtype=np.int64).tofile(tmp_path / "0.bin")
+    reader = TokenReader([str(tmp_path / "0.bin")], ["int64"], [100])
+    for dtype in (np.uint16, np.int32, np.int64):
+        with pytest.raises(DataError, match=f"token id {bad} at token offset 3 "):
+            reader.read(np.array([3]), np.empty((1, 50), dtype=dtype), 65_536)
+
+
+def test_windows_outside_of_the_stream_are_refused(tmp_path: Path) -> None:
+    reader, _, _ = write_bins(tmp_path)
+    for start in (-1, 2200, 2**62, 2**63 - 1, -(2**63)):
+        with pytest.raises(IndexError, match=f"window 1 of 5 tokens was asked for at token {start}, the shards have"):
+            reader.read(np.array([0, start]), np.empty((2, 5), dtype=np.int64), 30_000)
+    with pytest.raises(IndexError):
+        reader.read(np.array([0]), np.empty((1, 2205), dtype=np.int64), 30_000)
+    reader.read(np.array([2204]), np.empty((1, 0), dtype=np.int64), 30_000)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.uint64, np.int16, np.int8, bool, ">i8"])
+def test_buffers_of_other_types_are_refused(tmp_path: Path, dtype: type) -> None:
+    reader, _, _ = write_bins(tmp_path)
+    with pytest.raises(TypeError, match=r"expected|must be int64, int32 or uint16"):
+        reader.read(np.array([0]), np.empty((1, 5), dtype=dtype), 30_000)
+
+
+def test_unsuitable_buffers_are_refused(tmp_path: Path) -> None:
+    """Writing into a copy that numpy made, or beyond the end, would be silent."""
+    reader, _, _ = write_bins(tmp_path)
+    frozen = np.empty((2, 5), dtype=np.int64)
+    frozen.flags.writeable = False
+    unaligned = np.empty(82, dtype=np.uint8)[1:81].view(np.int64).reshape(2, 5)
+    strided, short = np.empty((2, 10), dtype=np.int64)[:, ::2], np.empty((1, 5), dtype=np.int64)
+    for out in (frozen, unaligned, strided, short, np.empty(10, dtype=np.int64), np.empty((5, 2)).T, [[0] * 5] * 2):
+        with pytest.raises(TypeError):
+            reader.read(np.array([0, 1]), out, 30_000)
+    with pytest.raises(TypeError):
+        reader.read(np.array([0.0]), short, 30_000)
+    for dtype, vocab_size in ((np.uint16, 65_537), (np.int32, 2**31 + 1), (np.int64, 0), (np.int64, -1)):
+        with pytest.raises(DataError, match=f"vocab_size is {vocab_size}, expected 1 to"):
+            reader.read(np.array([0]), np.empty((1, 5), dtype=dtype), vocab_size)
+
+
+def test_impossible_shards_are_refused() -> None:
+    for arguments, message in [
+        (([], [], []), "no shards"),
+        ((["a"], ["uint16"], [0]), "a: holds 0 tokens"),
+        ((["a", "b"], ["uint16"] * 2, [2**59, 2**60]), "b: holds"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            TokenReader(*arguments)
+    for arguments in ((["a"], ["float32"], [1]), (["a"], ["uint16"], [1, 2])):
+        with pytest.raises(TypeError):
+            TokenReader(*arguments)
+
+
+def test_threads_share_a_reader(tmp_path: Path) -> None:
+    """All touch the shards for the first time together, again and again, without the GIL."""
+    _, stream, paths = write_bins(tmp_path)
+    expected = np.lib.stride_tricks.sliding_window_view(stream, 900)
+    for round_ in range(20):
+        reader = TokenReader(list(map(str, paths)), DTYPES, LENGTHS)
+        barrier = threading.Barrier(4)
+
+        def read(seed: int, reader: TokenReader = reader, barrier: threading.Barrier = barrier) -> bool:
+            starts = np.random.default_rng(seed).integers(0, len(expected), 50)
+            out = np.empty((50, 900), dtype=np.int64)
+            barrier.wait()
+            reader.read(starts, out, 30_000)
+            return np.array_equal(out, expected[starts])
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(read, range(4 * round_, 4 * round_ + 4)))
+        # maps that lost the race are gone
+        maps = Path("/proc/self/maps").read_text()
+        assert maps.count(str(tmp_path)) == 4

@@ -1,0 +1,310 @@
+"""Engines: ids are the reference's, or the engine is not used; a difference during the run ends it."""
+
+import builtins
+import functools
+import random
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import Regex, pre_tokenizers
+
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from illada_megatron.data.tokenizers import engine_libraries, engines
+from illada_megatron.data.tokenizers.engine_libraries import ENGINE_NAMES, FlatIds, Library, flatten
+from illada_megatron.data.tokenizers.engine_probes import probe_texts
+from illada_megatron.data.tokenizers.engines import choose_engine, open_engine
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+OWN = r"\d+|[^\W\d]+|\s+|[^\w\s]+"
+PRE_TOKENIZERS: dict[str, Any] = {
+    "gpt4": [pre_tokenizers.Split(Regex(GPT4), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
+    "qwen": [
+        pre_tokenizers.Split(Regex(GPT4.replace("{1,3}", "")), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    ],
+    "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)],
+    "own": [pre_tokenizers.Split(Regex(OWN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
+}
+Chosen = Callable[[str], engines.Engine]
+KINDS = ["sentencepiece", "unigram", "gpt2", *PRE_TOKENIZERS]
+
+
+@pytest.fixture(scope="session")
+def paths(
+    texts: list[str],
+    jsonl: Path,
+    sentencepiece_path: Path,
+    huggingface_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """Tokenizers of all kinds that users bring."""
+    directory = tmp_path_factory.mktemp("kinds")
+    unigram = train_sentencepiece([jsonl], directory / "unigram.model", vocab_size=600, model_type="unigram")
+    made = {"sentencepiece": sentencepiece_path, "unigram": unigram, "gpt2": huggingface_path}
+    for name, parts in PRE_TOKENIZERS.items():
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=2000,
+            special_tokens=["<|endoftext|>", "<|im_start|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        if name == "qwen":
+            tokenizer.normalizer = tokenizers.normalizers.NFC()
+            tokenizer.add_tokens(["addedword", "return  x"])
+        made[name] = directory / f"{name}.json"
+        tokenizer.save(str(made[name]))
+    return made
+
+
+@pytest.fixture(scope="session")
+def chosen(paths: dict[str, Path]) -> Chosen:
+    """choose_engine(paths[kind], threads=2), once."""
+    return functools.cache(lambda kind: choose_engine(paths[kind], threads=2))
+
+
+@pytest.fixture(scope="session")
+def awkward_texts(texts: list[str]) -> list[str]:
+    """Real text with rare characters and special tokens thrown in."""
+    generator = random.Random(3)
+    thrown = [
+        "\u2581",
+        "<mask>",
+        "<|endoftext|>",
+        "</s>",
+        "é",
+        "漢字",
+        "🙂",
+        "e\u0301",
+        "\u180e",
+        "\0",
+        "\r\n",
+        "addedword",
+    ]
+    made = []
+    for text in texts:
+        cut = generator.randrange(len(text))
+        made.append(text[:cut] + generator.choice(thrown) + text[cut : cut + 3000])
+    return made
+
+
+def same(found: FlatIds, expected: list[list[int]]) -> bool:
+    tokens, lengths = flatten(expected)
+    return np.array_equal(found[0], tokens) and np.array_equal(found[1], lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_gives_the_references_ids(
+    kind: str, paths: dict[str, Path], chosen: Chosen, awkward_texts: list[str]
+) -> None:
+    """On texts that were not part of the choice."""
+    engine = chosen(kind)
+    reference = load_tokenizer(paths[kind])
+    assert engine.name in ENGINE_NAMES
+    assert engine.report[-1].startswith(f"tokenizer engine {engine.name}")
+    assert same(engine.encode(awkward_texts), reference.encode_batch(awkward_texts))
+    others = probe_texts(reference, ["<mask>", "<|im_start|>"], seed=1)
+    assert same(engine.encode(others), reference.encode_batch(others))
+
+
+def test_auto_takes_a_fast_library(chosen: Chosen) -> None:
+    """What the figures in docs/log.md rest on."""
+    for library in ("fastokens", "gigatoken"):
+        pytest.importorskip(library)
+    assert chosen("gpt2").name == "fastokens"
+    assert chosen("gpt4").name == "fastokens"
+    assert chosen("sentencepiece").name == "gigatoken"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "gpt2"])
+@pytest.mark.parametrize("name", ENGINE_NAMES[2:])
+def test_an_engine_asked_for_by_name_serves_or_is_refused(
+    name: str, kind: str, paths: dict[str, Path], awkward_texts: list[str]
+) -> None:
+    refusal: DataError | None = None
+    try:
+        engine = choose_engine(paths[kind], name, sample_texts=awkward_texts[:50])
+    except DataError as error:
+        refusal = error
+    if refusal is not None:
+        assert re.search(f"tokenizer engine {name} refused: .*reference, which always serves", str(refusal), re.DOTALL)
+        return
+    assert engine.name == name
+    reference = load_tokenizer(paths[kind])
+    assert same(engine.encode(awkward_texts), reference.encode_batch(awkward_texts))
+
+
+def test_special_tokens_in_text_are_text(paths: dict[str, Path], chosen: Chosen) -> None:
+    for kind in ("sentencepiece", "unigram", "gpt2", "qwen"):
+        tokenizer = load_tokenizer(paths[kind])
+        tokens, _ = chosen(kind).encode(["a</s>b<mask>", "<|endoftext|><|mdm_mask|>", "<s><pad><sep><unk>"])
+        assert not {tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id} & set(tokens.tolist()), kind
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "qwen"])
+@pytest.mark.parametrize("texts_given", [[], [""], ["", "a", "", "\u2581", ""], ["\u2581\u2581"], ["\u180e"]])
+def test_empty_texts_keep_their_place(
+    kind: str, texts_given: list[str], paths: dict[str, Path], chosen: Chosen
+) -> None:
+    reference = load_tokenizer(paths[kind])
+    for engine in (chosen(kind), open_engine(paths[kind], "reference")):
+        found = engine.encode(texts_given)
+        assert (found[0].dtype, found[1].dtype) == (np.int32, np.int64)
+        assert same(found, reference.encode_batch(texts_given))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+def test_threads_share_an_engine(kind: str, paths: dict[str, Path], chosen: Chosen, awkward_texts: list[str]) -> None:
+    engine = chosen(kind)
+    expected = load_tokenizer(paths[kind]).encode_batch(awkward_texts)
+    parts = [slice(start, start + 7) for start in range(0, len(awkward_texts), 7)] * 3
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda part: engine.encode(awkward_texts[part]), parts))
+    assert all(same(ids, expected[part]) for ids, part in zip(found, parts, strict=True))
+
+
+def lying(wrong: Callable[[str], bool]) -> Callable[[str, Path, int], Library]:
+    """open_library, except that its libraries give one wrong id where `wrong(text)`."""
+    honest = engine_libraries.open_library
+
+    def open_liar(name: str, path: Path, threads: int) -> Library:
+        library = honest(name, path, threads)
+
+        def encode(texts: list[str]) -> FlatIds:
+            tokens, lengths = library.encode(texts)
+            tokens, ends = tokens.copy(), np.cumsum(lengths)
+            for text, end, length in zip(texts, ends, lengths, strict=True):
+                if wrong(text) and length:
+                    tokens[end - 1] ^= 1
+            return tokens, lengths
+
+        return library._replace(encode=encode)
+
+    return open_liar
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+def test_a_lie_about_a_probe_or_a_sample_is_caught(
+    kind: str, paths: dict[str, Path], chosen: Chosen, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = chosen(kind).name
+    for wrong in (lambda text: "👩‍👩‍👧‍👦" in text, lambda text: text == texts[3]):
+        monkeypatch.setattr(engines, "open_library", lying(wrong))
+        engine = choose_engine(paths[kind], sample_texts=texts[:5])
+        assert engine.name == "reference"
+        assert any(f"engine {name} refused: it gave other ids than the reference" in line for line in engine.report)
+        with pytest.raises(DataError, match=f"{name} refused: it gave other ids.*from its token [0-9]+ on"):
+            choose_engine(paths[kind], name, sample_texts=texts[:5])
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+def test_a_lie_during_the_run_is_caught_by_the_audit(
+    kind: str, paths: dict[str, Path], chosen: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kind of document in four is wrong: among some thousand the audit meets one."""
+    name = chosen(kind).name
+    monkeypatch.setattr(engines, "open_library", lying(lambda text: text.startswith("document") and text[-1] in "05"))
+    engine = open_engine(paths[kind], name)
+    documents = [f"document number {number}" for number in range(20_000)]
+    with pytest.raises(DataError, match=r"other ids than the reference for the document that begins 'document num"):
+        engine.encode(documents)
+
+
+def test_the_audit_takes_its_share_and_always_the_same(
+    paths: dict[str, Path], chosen: Chosen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audited: list[list[str]] = []
+    honest = engines.open_reference
+
+    def open_reference(tokenizer: Any) -> Library:
+        library = honest(tokenizer)
+        return library._replace(encode=lambda texts: (audited.append(texts), library.encode(texts))[1])
+
+    monkeypatch.setattr(engines, "open_reference", open_reference)
+    engine = open_engine(paths["gpt2"], chosen("gpt2").name)
+    audited.clear()
+    documents = [f"text {number}" for number in range(50_000)]
+    for _ in range(2):
+        for start in range(0, len(documents), 10_000):
+            engine.encode(documents[start : start + 10_000])
+    half = len(audited) // 2
+    assert audited[:half] == audited[half:]
+    assert sum(map(len, audited[:half])) == pytest.approx(50_000 * engines.AUDITED_SHARE, rel=0.4)
+
+
+def test_failures_of_a_library_end_the_run(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panic of Rust is no Exception, and an answer about fewer documents would shift all that follow."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(texts: list[str]) -> FlatIds:
+        raise PanicException("index out of bounds")
+
+    def short(texts: list[str]) -> FlatIds:
+        return np.zeros(3, np.int32), np.full(max(len(texts) - 1, 0), 3)
+
+    for encode, message in (
+        (panic, "failed: index out of bounds"),
+        (short, "gave 1 documents and 3 tokens, expected 2"),
+    ):
+        monkeypatch.setattr(engines, "open_library", lambda *_, encode=encode: Library("fastokens", encode))
+        with pytest.raises(DataError, match=f"{message}.*--tokenizer-engine reference"):
+            open_engine(paths["gpt2"], "fastokens").encode(["a", "b"])
+        assert choose_engine(paths["gpt2"]).name == "reference"
+
+
+def test_missing_packages_are_reported(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the reference's own libraries are needed."""
+    real_import = builtins.__import__
+
+    def without(name: str, *arguments: Any, **more: Any) -> Any:
+        if name.partition(".")[0] in ("fastokens", "gigatoken"):
+            raise ImportError(f"No module named {name!r}")
+        return real_import(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert choose_engine(paths["gpt2"]).name == "reference"
+    engine = choose_engine(paths["sentencepiece"])
+    assert engine.name == "sentencepiece"
+    assert "gigatoken refused: not installed" in engine.report[0]
+    with pytest.raises(DataError, match="fastokens refused: not installed"):
+        choose_engine(paths["gpt2"], "fastokens")
+    with pytest.raises(DataError, match="fastokens not installed"):
+        open_engine(paths["gpt2"], "fastokens")
+
+
+def test_names(paths: dict[str, Path]) -> None:
+    assert choose_engine(paths["gpt2"], "reference").name == "reference"
+    with pytest.raises(DataError, match=r"engine is 'fast', expected one of auto, reference, fastokens"):
+        choose_engine(paths["gpt2"], "fast")
+    with pytest.raises(DataError, match=r"sentencepiece refused: does not serve \.json files"):
+        choose_engine(paths["gpt2"], "sentencepiece")
+    with pytest.raises(DataError, match="no such file"):
+        choose_engine("nowhere.json")
+
+
+def test_tables_of_unicode_of_another_year_are_seen(paths: dict[str, Path], tmp_path: Path) -> None:
+    """gigatoken 0.10 takes U+088F, new in Unicode 17, for a letter, tokenizers for a sign."""
+    pytest.importorskip("gigatoken")
+    with pytest.raises(DataError, match="gigatoken refused: it gave other ids than the reference for"):
+        choose_engine(paths["gpt4"], "gigatoken")
+    assert engines.write_boundary_tokenizer(paths["gpt4"], tmp_path / "boundaries.json")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "boundaries.json"))
+    assert tokenizer.encode('a"').tokens == ["a", '"']
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    assert tokenizer.encode('a"').tokens == ['a"']
