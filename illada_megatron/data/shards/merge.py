@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards import _indexed_dataset
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset, Progress
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
-from illada_megatron.data.shards.shard_list import FoundShard, _indexed_dataset
+from illada_megatron.data.shards.shard_list import FoundShard
 
 
 @dataclass(frozen=True)
