@@ -7,7 +7,10 @@ nvcc is found.
 
 import os
 import platform
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,7 +35,23 @@ _CAPABILITIES = {"DEFAULT": []} | (_X86_CAPABILITIES if _IS_X86 else {})
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, which also compiles an extension's `kernels` once for each instruction set."""
+    """torch's, which also compiles an extension's `kernels` once for each instruction set, and leaves the CUDA part out
+    where it does not build and nobody has asked for it."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:  # of torch's checks of versions, of nvcc, of the linker
+            if os.environ.get("ILLADA_CUDA") == "1" or not any(getattr(one, "cuda", False) for one in self.extensions):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            print(f"illada_megatron.ops._kernels is built without CUDA: its CUDA part did not build ({reason})")
+            self.extensions = [
+                kernels(with_cuda=False) if getattr(one, "cuda", False) else one for one in self.extensions
+            ]
+            for one in self.extensions:
+                one._full_name = self.get_ext_fullname(one.name)
+            super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:
         for kernel in getattr(extension, "kernels", []):
@@ -59,9 +78,11 @@ def indexed_dataset() -> Extension:
     )
 
 
-def kernels() -> Extension:
+def kernels(with_cuda: bool) -> Extension:
     """The operators of torch.ops.illada."""
-    with_cuda = _wants_cuda()
+    if with_cuda:
+        cpp_extension.CUDA_HOME = _cuda_home(cpp_extension.CUDA_HOME)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures(cpp_extension.CUDA_HOME))
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     vectorised = _sources("csrc/*/cpu_kernels*.cpp")
     folders = ("cpu", "layer_kernels", "masked_cross_entropy")
@@ -78,7 +99,7 @@ def kernels() -> Extension:
         depends=[*vectorised, *_sources("csrc/*/*.h"), *_sources("csrc/*/*.cuh")],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
     )
-    extension.kernels = vectorised
+    extension.kernels, extension.cuda = vectorised, with_cuda
     return extension
 
 
@@ -98,11 +119,30 @@ def _wants_cuda() -> bool:
     return wish != "0" and not missing
 
 
+def _cuda_home(found: str) -> str:
+    """CUDA's folder. torch takes the one above nvcc, which is another where that is a wrapper; nvcc itself knows."""
+    if Path(found, "include", "cuda_runtime.h").is_file():
+        return found
+    with tempfile.NamedTemporaryFile(suffix=".cu") as empty:
+        line = [str(Path(found, "bin", "nvcc")), "--dryrun", empty.name]
+        told = subprocess.run(line, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return os.path.normpath(top[1].strip()) if top else found
+
+
+def _architectures(cuda_home: str) -> str:
+    """For TORCH_CUDA_ARCH_LIST: A100, H100 and, where nvcc knows it, B200, and PTX of the newest; what GPU this machine
+    has, if any, does not matter."""
+    line = [str(Path(cuda_home, "bin", "nvcc")), "--list-gpu-arch"]
+    known = subprocess.run(line, capture_output=True, text=True).stdout.split()
+    return ";".join(arch for arch in ("8.0", "9.0", "10.0") if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
+
+
 def _sources(pattern: str) -> list[str]:
     return sorted(map(str, Path().glob(pattern)))
 
 
 setup(
-    ext_modules=[indexed_dataset(), kernels()],
+    ext_modules=[indexed_dataset(), kernels(_wants_cuda())],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
 )

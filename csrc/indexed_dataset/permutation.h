@@ -1,4 +1,5 @@
-// The order of an epoch, for one position at a time; what it computes is explained in illada_megatron/data/corpus/order.py.
+// The order of an epoch, for one position at a time; what it computes is explained in
+// illada_megatron/data/corpus/order.py.
 #pragma once
 
 #include <array>

@@ -61,7 +61,11 @@ def plain_sweeps(passes: LogitPasses) -> Sweeps:
     ) -> tuple[Tensor, Tensor]:
         rows, width = hidden.shape[0], weight.shape[0]
         stride = _aligned(width, _ALIGN_ELEMENTS)
-        logits = memory[: rows * stride].view(rows, stride)[:, :width]
+        lines = memory[: _aligned(rows, ALIGN_ROWS) * stride].view(-1, stride)
+        # With AMX, oneDNN multiplies what lies beyond a strided operand's end by zero: NaN where nobody has written
+        lines[:, width:] = 0
+        lines[rows:] = 0
+        logits = lines[:rows, :width]
         torch.mm(hidden, weight.T, out=logits)
         return logits, passes.statistics(logits, targets, softcap)
 
