@@ -144,10 +144,7 @@ def doctor() -> None:
     from illada_megatron.runtime.tables import two_columns
 
     console = Console(highlight=False)
-    rows = [
-        (part.name, f"{part.found}" if part.found else f"missing: would bring {part.brings}") for part in capabilities()
-    ]
-    console.print(two_columns("installed", rows))
+    console.print(two_columns("installed", [(part.name, part.text()) for part in capabilities()]))
     config = RunConfig()
     with runtime(config) as run:
         from illada_megatron.training.start_table import choice_rows

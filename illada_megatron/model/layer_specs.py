@@ -18,7 +18,7 @@ from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
 from illada_megatron.model.remade_input import ColumnLinear, RowLinear
-from illada_megatron.runtime.device import Device, has_transformer_engine
+from illada_megatron.runtime.device import Device, has_transformer_engine, transformer_engine_problem
 
 # Bidirectional: with packed segments no_mask means "every position of the segment".
 _BIDIRECTIONAL = {"attn_mask_type": AttnMaskType.no_mask}
@@ -32,7 +32,10 @@ def choose_implementation(config: RunConfig, device: Device) -> str:
     wanted = config.runtime.transformer_impl
     usable = device.is_cuda and has_transformer_engine()
     if wanted == "transformer_engine" and not usable:
-        missing = "is not installed" if device.is_cuda else "needs a GPU, and this rank computes on a CPU"
+        problem = transformer_engine_problem()
+        missing = f"is not usable, because {problem}" if problem else "is not installed"
+        if not device.is_cuda:
+            missing = "needs a GPU, and this rank computes on a CPU"
         raise ConfigError(f"runtime.transformer_impl: transformer_engine {missing}; use auto or local")
     return "transformer_engine" if usable and wanted != "local" else "local"
 

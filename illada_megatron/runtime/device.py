@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -35,6 +36,15 @@ class Capability:
     found: str | None
     """Its version; None: missing."""
     brings: str
+    problem: str | None = None
+    """Why it cannot be used although it is installed."""
+
+    def text(self) -> str:
+        """Its version, or why there is none."""
+        if self.found:
+            return self.found
+        state = f"not usable, because {self.problem};" if self.problem else "missing:"
+        return f"{state} would bring {self.brings}"
 
 
 def select_device(config: RunConfig) -> Device:
@@ -67,16 +77,32 @@ def set_threads(config: RunConfig) -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Installed and importable. megatron-core's own flag hides import errors, so ask the package itself."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Installed, and its compiled modules load. megatron-core's own flag hides import errors, so try it here."""
+    return _installed("transformer_engine") and transformer_engine_problem() is None
+
+
+@lru_cache(maxsize=1)
+def transformer_engine_problem() -> str | None:
+    """Why an installed Transformer Engine cannot be used (None: it can, or there is none): its package of Python files
+    alone, an extension built for another torch, or the folder that pip leaves behind when it is uninstalled."""
+    if not _installed("transformer_engine"):
+        return None
+    try:
+        module = importlib.import_module("transformer_engine.pytorch")
+        importlib.import_module("transformer_engine_torch")
+    except Exception as error:  # a library that does not load raises what its loader likes
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return (
+        None
+        if hasattr(module, "Linear")
+        else "transformer_engine.pytorch has no Linear: its installation is incomplete"
+    )
 
 
 def has_apex() -> bool:
-    """NVIDIA's Apex, which the package of that name on PyPI is not: only NVIDIA's has `multi_tensor_apply`."""
-    return (
-        importlib.util.find_spec("apex") is not None
-        and importlib.util.find_spec("apex.multi_tensor_apply") is not None  # imports apex itself
-    )
+    """NVIDIA's Apex with its compiled GEMM that accumulates weight gradients, which megatron-core's
+    `gradient_accumulation_fusion` needs; neither Apex built for Python only nor PyPI's package `apex` has it."""
+    return _installed("apex") and _installed("fused_weight_gradient_mlp_cuda")
 
 
 def capabilities() -> list[Capability]:
@@ -90,6 +116,7 @@ def capabilities() -> list[Capability]:
             "Transformer Engine",
             _version("transformer-engine") if has_transformer_engine() else None,
             "fused norms and linears, flash and cuDNN attention, FP8 on H100",
+            transformer_engine_problem(),
         ),
         Capability(
             "Apex (NVIDIA's)",
@@ -102,6 +129,10 @@ def capabilities() -> list[Capability]:
 def _threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _version(package: str) -> str | None:
