@@ -61,7 +61,8 @@ def plain_sweeps(passes: LogitPasses) -> Sweeps:
     ) -> tuple[Tensor, Tensor]:
         rows, width = hidden.shape[0], weight.shape[0]
         stride = _aligned(width, _ALIGN_ELEMENTS)
-        lines = memory[: _aligned(rows, ALIGN_ROWS) * stride].view(-1, stride)
+        padded = _aligned(rows, ALIGN_ROWS)
+        lines = memory[: padded * stride].view(padded, stride)
         # With AMX, oneDNN multiplies what lies beyond a strided operand's end by zero: NaN where nobody has written
         lines[:, width:] = 0
         lines[rows:] = 0
