@@ -8,10 +8,10 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,9 @@ _NAMES = (
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")),
     *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool")),
 )
+
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,32 @@ class TensorInfo:
 
 
 def read_metadata(place: Folder, name: str = ".metadata") -> dict[str, TensorInfo]:
-    """The tensors by name. Other entries would have to be read with pickle, and nothing here does.
+    """The tensors by name.
 
     Raises CheckpointError where the file is damaged, names anything else than torch's classes, or points outside the
     checkpoint; OSError.
     """
-    content = place.read(name)
-    try:
-        tensors = _tensors(_Unpickler(io.BytesIO(content)).load())
-    except Exception as error:  # pickle raises whatever the bytes lead it to
-        raise CheckpointError(f"{place}/{name}: {error}; the file is damaged or not a checkpoint's") from error
-    outside = [piece.file for info in tensors.values() for piece in info.pieces if "/" in piece.file]
-    if outside:
-        raise CheckpointError(f"{place}/{name}: names the file {outside[0]}, expected files of its own folder")
+    tensors = _read(place, name, _tensors)
+    _require_inside(place, name, [piece.file for info in tensors.values() for piece in info.pieces])
     return tensors
+
+
+def read_object(place: Folder, key: str, name: str = ".metadata") -> bytes | None:
+    """The bytes of the object that megatron-core calls `key` (a `ShardedObject` in one piece); None: there is none.
+
+    Raises as `read_metadata`.
+    """
+    found = _read(place, name, lambda metadata: _object(metadata, f"{key}/shard_0_1"))
+    if found is None:
+        return None
+    file, start, length = found
+    _require_inside(place, name, [file])
+    size = place.size(file) or 0
+    if start < 0 or length < 0 or start + length > size:
+        raise CheckpointError(f"{place}/{file}: has {size} bytes, but {key} lies at [{start}, {start + length}) of it")
+    content = bytearray(length)
+    place.read_into(file, start, memoryview(content))
+    return bytes(content)
 
 
 def pickled_metadata(tensors: Mapping[str, TensorInfo]) -> bytes:
@@ -94,6 +109,27 @@ def pickled_metadata(tensors: Mapping[str, TensorInfo]) -> bytes:
         for index, piece in enumerate(info.pieces):
             storage[MetadataIndex(name, piece.offset, index)] = _StorageInfo(piece.file, piece.start, piece.length)
     return pickle.dumps(Metadata(entries, storage_data=storage))
+
+
+def _read(place: Folder, name: str, take: Callable[[Any], Taken]) -> Taken:
+    content = place.read(name)
+    try:
+        return take(_Unpickler(io.BytesIO(content)).load())
+    except Exception as error:  # pickle raises whatever the bytes lead it to
+        raise CheckpointError(f"{place}/{name}: {error}; the file is damaged or not a checkpoint's") from error
+
+
+def _require_inside(place: Folder, name: str, files: Sequence[str]) -> None:
+    outside = [file for file in files if "/" in file]
+    if outside:
+        raise CheckpointError(f"{place}/{name}: names the file {outside[0]}, expected files of its own folder")
+
+
+def _object(metadata: Any, key: str) -> tuple[str, int, int] | None:
+    for index, where in metadata.storage_data.items():
+        if index.fqn == key:
+            return str(where.relative_path), int(where.offset), int(where.length)
+    return None
 
 
 def _tensors(metadata: Any) -> dict[str, TensorInfo]:

@@ -1,6 +1,7 @@
 """Files of torch.save read without their tensors' data and without running anything that they name."""
 
 import argparse
+import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,18 +26,19 @@ class Unread:
     def __setstate__(self, state: Any) -> None: ...
 
 
-def load_plain(file: Path) -> Any:
-    """What torch.save wrote to `file`: plain values, argparse.Namespace, and tensors on the meta device, whose data lie
-    at `data_offset`. Everything else is an `Unread`.
+def load_plain(file: Path, content: bytes | None = None) -> Any:
+    """What torch.save wrote to `file`, or as `content` into it: plain values, argparse.Namespace, and tensors on the meta
+    device, whose data lie at `data_offset`. Everything else is an `Unread`.
 
     Raises CheckpointError where the file is damaged or is not torch's, OSError.
     """
     try:
         with _only_plain_values():
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            source = file if content is None else io.BytesIO(content)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
             unread: list[Any] = [(Unread, name) for name in names if name != "argparse.Namespace"]
             torch.serialization.add_safe_globals([argparse.Namespace, *unread])
-            return torch.load(file, map_location="meta", weights_only=True)
+            return torch.load(source, map_location="meta", weights_only=True)
     except OSError:
         raise
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:

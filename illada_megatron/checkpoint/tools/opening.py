@@ -8,6 +8,7 @@ from typing import Any, Literal
 from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.local_files import LocalFolder
+from illada_megatron.checkpoint.files.metadata import read_object
 from illada_megatron.checkpoint.files.restricted_unpickler import load_plain
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.files.tensors import TensorReader
@@ -96,8 +97,7 @@ def _of_megatron(directory: Path, overrides: Sequence[str]) -> OpenCheckpoint:
 
 
 def _megatron_dist(directory: Path, overrides: Sequence[str]) -> OpenCheckpoint:
-    common = directory / "common.pt"
-    state = load_plain(common)
+    common, state = _common_state(directory)
     args = state.get("args") if isinstance(state, dict) else None
     config = _config(megatron_args.config_values(args, common), directory, overrides, says_mask_token=False)
     source = MegatronDistSource(TensorReader(directory), config.model, config.training.precision != "fp32")
@@ -107,8 +107,21 @@ def _megatron_dist(directory: Path, overrides: Sequence[str]) -> OpenCheckpoint:
     return _opened("megatron-core torch_dist", directory, config, args, state.get("iteration"), steps, source)
 
 
+def _common_state(directory: Path) -> tuple[Path, Any]:
+    """What megatron-core keeps once and not by shards, and the file that holds it: an object among the tensors, or
+    common.pt (before 0.19)."""
+    common = directory / "common.pt"
+    if common.is_file():
+        return common, load_plain(common)
+    content = read_object(LocalFolder(directory), "common_state")
+    if content is None:
+        raise CheckpointError(f"{directory}: has neither common.pt nor an object common_state: not megatron-core's")
+    state = load_plain(directory / ".metadata", content)
+    return directory / ".metadata", state[0] if isinstance(state, list) and state else None
+
+
 def _steps(optimizer: Any, common: Path) -> int:
-    """Adam's, of the param groups that megatron-core puts into common.pt."""
+    """Adam's, of the param groups that megatron-core puts into its common state."""
     inner = optimizer.get("optimizer", optimizer) if isinstance(optimizer, dict) else {}
     found = {int(group["step"]) for group in inner.get("param_groups", []) if group.get("step") is not None}
     if len(found) != 1:
