@@ -27,8 +27,8 @@ class Unread:
 
 
 def load_plain(file: Path, content: bytes | None = None) -> Any:
-    """What torch.save wrote to `file`, or as `content` into it: plain values, argparse.Namespace, and tensors on the meta
-    device, whose data lie at `data_offset`. Everything else is an `Unread`.
+    """What torch.save wrote to `file`, or as `content` into it: plain values, argparse.Namespace, and tensors on the
+    meta device, whose data lie at `data_offset`. Everything else is an `Unread`.
 
     Raises CheckpointError where the file is damaged or is not torch's, OSError.
     """
