@@ -36,6 +36,8 @@ def load_plain(file: Path, content: bytes | None = None) -> Any:
         with _only_plain_values():
             source = file if content is None else io.BytesIO(content)
             names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+            if isinstance(source, io.BytesIO):
+                source.seek(0)
             unread: list[Any] = [(Unread, name) for name in names if name != "argparse.Namespace"]
             torch.serialization.add_safe_globals([argparse.Namespace, *unread])
             return torch.load(source, map_location="meta", weights_only=True)
