@@ -133,7 +133,7 @@ def train(demo: Demo) -> None:
         demo.held_out |= _bounds(demo.illada("train", "--config", config, "--nproc", "4", *more))
     with demo.stage("Held-out bound after training"):
         last = demo.config.training.train_steps
-        demo.held_out[last] = _bound(demo.illada("evaluate", "--checkpoint", "demo/run/checkpoints", *_layout(1)))
+        demo.held_out[last] = _bound(demo.illada("evaluate", "--checkpoint", "demo/run/checkpoints"))
 
 
 def generate(demo: Demo) -> None:

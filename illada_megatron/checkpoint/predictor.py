@@ -14,11 +14,11 @@ from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
 
-ONE_STAGE = (
+ONE_STAGE_LAYOUT = (
     *("parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"),
     *("parallel.data_parallel_size=null", "parallel.sequence_parallel=false"),
-    *("training.micro_batch_size=1", "training.rampup_batch_size=null"),
 )
+ONE_STAGE = (*ONE_STAGE_LAYOUT, "training.micro_batch_size=1", "training.rampup_batch_size=null")
 
 Predict = Callable[[Tensor], Tensor]
 

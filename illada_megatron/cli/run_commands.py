@@ -114,8 +114,9 @@ def evaluate(
 
     `illada evaluate --checkpoint runs/tiny/checkpoints validation.num_samples=256`
 
-    On several ranks the layout is the checkpoint's, unless fields change it: `illada evaluate --nproc 2 --checkpoint
-    runs/tiny/checkpoints parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_size=1`
+    Any number of ranks reads a checkpoint of any layout: as much of its tensor parallelism as divides them, no stages,
+    the rest data parallel, unless fields say otherwise: `illada evaluate --nproc 2 --checkpoint runs/tiny/checkpoints
+    parallel.pipeline_model_parallel_size=2`
     """
     from illada_megatron.runtime import adopt_slurm_rank, end_with_launcher, is_rank
 

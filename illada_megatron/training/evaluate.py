@@ -1,16 +1,25 @@
 """The held-out bound of a checkpoint, or of the weights a run starts from, outside of a run."""
 
+import math
 from collections.abc import Sequence
 
-from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
+from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import load_checkpoint
-from illada_megatron.config import load_config
-from illada_megatron.runtime import runtime
+from illada_megatron.config import RunConfig, load_config
+from illada_megatron.runtime import runtime, world_size_from_environment
 from illada_megatron.training.setup import validation_source
 from illada_megatron.training.validation import HeldOut, evaluate
 
-# The layout is this world's, not that of the run that saved the checkpoint.
-_THIS_WORLD = "parallel.data_parallel_size=null"
+
+def layout_of_this_world(saved: RunConfig) -> list[str]:
+    """Overrides that fit a configuration to the ranks there are: as much tensor parallelism of the saved run as divides
+    them, one stage, the rest data parallel. The global batch, which nobody trains on, divides nothing."""
+    tensor = math.gcd(saved.parallel.tensor_model_parallel_size, world_size_from_environment())
+    return [
+        *ONE_STAGE_LAYOUT,
+        f"parallel.tensor_model_parallel_size={tensor}",
+        *("training.pad_global_batch=true", "training.rampup_batch_size=null"),
+    ]
 
 
 def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint: str | None) -> HeldOut | None:
@@ -22,7 +31,10 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
     from illada_megatron.model import build_model_chunks, fill_initial_weights
 
     info = find_checkpoint(checkpoint) if checkpoint is not None else None
-    resolved = load_config(config, overrides) if info is None else saved_config(info, [_THIS_WORLD, *overrides])
+    if info is None:
+        resolved = load_config(config, overrides)
+    else:
+        resolved = saved_config(info, [*layout_of_this_world(saved_config(info)), *overrides])
     with runtime(resolved) as run:
         source = validation_source(resolved, run)
         models = build_model_chunks(resolved, run.device)

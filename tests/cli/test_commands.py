@@ -149,6 +149,20 @@ def test_evaluate_gives_the_same_figures_in_every_layout(two_steps: Path, illada
         assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
 
 
+def test_evaluate_takes_a_checkpoint_of_any_layout(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
+    """Saved by four ranks at TP2 x PP2, read by one, two and, though they divide no batch, three."""
+    saved = tmp_path / "checkpoints"
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    stop = ["training.exit_steps=1", "checkpoint.interval_steps=1", f"checkpoint.save_dir={saved}"]
+    trained = launch("train", [*tiny_run, *layout, "parallel.sequence_parallel=true", *stop], nproc=4)
+    assert trained.process.returncode == 0, trained.output
+    alone = _bound(illada("evaluate", "--checkpoint", saved).out)
+    for nproc in (2, 3):
+        run = launch("evaluate", ["--checkpoint", saved], nproc=nproc)
+        assert run.process.returncode == 0, run.output
+        assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
+
+
 def test_evaluate_distinguishes_checkpoints_and_initial_weights(
     two_steps: Path, tiny_run: tuple[str, ...], illada: Illada
 ) -> None:
