@@ -1,11 +1,13 @@
 # Two commands do everything on a machine with Python 3.11+ and a C++ compiler: `make demo`, `make test`.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/fuzz/*.cpp tests/simt/*.h tests/simt/*.cpp)
 FUZZ_SECONDS ?= 600
 # Processes that tests are divided among; most of a test is the start of processes, one after the other.
 WORKERS ?= 2
+# What `make test` runs: make TESTS="tests/ops tests/model" test
+TESTS ?= tests
 
 .PHONY: help demo test test-all check format fuzz clean
 help:
@@ -30,7 +32,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(TESTS)
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
