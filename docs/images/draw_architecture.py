@@ -2,18 +2,14 @@
 
     python docs/images/draw_architecture.py
 
-A box is a folder, in the row of its floor; an arrow goes from a folder to one that it imports, thicker for more imports.
+A box is a folder, in the row of its floor; an arrow goes from a folder to what it imports, thicker for more imports.
 """
 
 import ast
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "illada"  # the same drawing is the same file
-from matplotlib import pyplot
+from matplotlib import pyplot, rcParams
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +53,7 @@ def imports() -> Counter[tuple[str, str]]:
 
 def main() -> None:
     """Write the drawing; ends with an error where a folder has no place in it, or imports one that is not below it."""
+    rcParams["svg.hashsalt"] = "illada"  # the same drawing is the same file
     edges = imports()
     placed = {name for row in ROWS for name in row}
     if missing := {name for edge in edges for name in edge} - placed:
