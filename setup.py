@@ -5,6 +5,7 @@ ILLADA_CUDA=1 demands its CUDA part, ILLADA_CUDA=0 leaves it out; unset, it is b
 nvcc is found.
 """
 
+import json
 import os
 import platform
 import re
@@ -45,12 +46,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             if os.environ.get("ILLADA_CUDA") == "1" or not any(getattr(one, "cuda", False) for one in self.extensions):
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            print(f"illada_megatron.ops._kernels is built without CUDA: its CUDA part did not build ({reason})")
-            self.extensions = [
-                kernels(with_cuda=False) if getattr(one, "cuda", False) else one for one in self.extensions
-            ]
-            for one in self.extensions:
-                one._full_name = self.get_ext_fullname(one.name)
+            for extension in self.extensions:
+                if getattr(extension, "cuda", False):
+                    vars(extension).update(vars(kernels(f"it did not build: {reason}")))
             super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:
@@ -78,9 +76,13 @@ def indexed_dataset() -> Extension:
     )
 
 
-def kernels(with_cuda: bool) -> Extension:
-    """The operators of torch.ops.illada."""
-    if with_cuda:
+def kernels(without_cuda: str) -> Extension:
+    """The operators of torch.ops.illada; `without_cuda`: why their CUDA part is left out, "" where it is not. The module
+    keeps the reason: `illada doctor` shows it."""
+    with_cuda = not without_cuda
+    if without_cuda:
+        print(f"illada_megatron.ops._kernels is built without its CUDA part: {without_cuda}")
+    else:
         cpp_extension.CUDA_HOME = _cuda_home(cpp_extension.CUDA_HOME)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures(cpp_extension.CUDA_HOME))
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
@@ -97,26 +99,38 @@ def kernels(with_cuda: bool) -> Extension:
         "illada_megatron.ops._kernels",
         sorted((sources | cuda) if with_cuda else (sources - cuda)),
         depends=[*vectorised, *_sources("csrc/*/*.h"), *_sources("csrc/*/*.cuh")],
+        define_macros=[("WITHOUT_CUDA", json.dumps(without_cuda, ensure_ascii=True))],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
     )
     extension.kernels, extension.cuda = vectorised, with_cuda
     return extension
 
 
-def _wants_cuda() -> bool:
+def _without_cuda() -> str:
+    """Why the CUDA part is left out; "": it is built."""
     wish = os.environ.get("ILLADA_CUDA", "auto")
     if wish not in ("0", "1", "auto"):
         sys.exit(f"ILLADA_CUDA must be 0 or 1 (or unset), found {wish!r}")
-    missing = [
-        what
-        for what, found in (("a CUDA build of torch", torch_cuda), ("nvcc (CUDA_HOME)", cpp_extension.CUDA_HOME))
-        if not found
-    ]
-    if wish == "1" and missing:
-        sys.exit(f"ILLADA_CUDA=1, but {' and '.join(missing)} was not found: install it, or unset ILLADA_CUDA")
-    if wish == "auto" and missing:
-        print(f"illada_megatron.ops._kernels is built without CUDA: {' and '.join(missing)} was not found")
-    return wish != "0" and not missing
+    if wish == "0":
+        return "ILLADA_CUDA=0"
+    problem = _cuda_problem()
+    if wish == "1" and problem:
+        sys.exit(f"ILLADA_CUDA=1, but {problem}: mend that, or unset ILLADA_CUDA")
+    return problem
+
+
+def _cuda_problem() -> str:
+    """What is missing, or too old; "": nothing."""
+    if not torch_cuda:
+        return "torch is not a CUDA build"
+    if not cpp_extension.CUDA_HOME:
+        return "nvcc was not found (on the PATH, or in CUDA_HOME)"
+    line = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), "--version"]
+    release = re.search(r"release (\d+)\.(\d+)", subprocess.run(line, capture_output=True, text=True).stdout)
+    if not release or int(release[1]) < int(torch_cuda.partition(".")[0]):
+        found = f"{release[1]}.{release[2]}" if release else "one that does not run"
+        return f"nvcc is {found}, and torch was built with CUDA {torch_cuda}"
+    return ""
 
 
 def _cuda_home(found: str) -> str:
@@ -143,6 +157,6 @@ def _sources(pattern: str) -> list[str]:
 
 
 setup(
-    ext_modules=[indexed_dataset(), kernels(_wants_cuda())],
+    ext_modules=[indexed_dataset(), kernels(_without_cuda())],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
 )

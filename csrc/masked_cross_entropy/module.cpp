@@ -1,7 +1,10 @@
 // Makes the shared library importable as illada_megatron.ops._kernels: importing it registers the operators.
 #include <Python.h>
 
+// WITHOUT_CUDA: why the CUDA part was left out of this build, "" where it was not (setup.py)
 PyMODINIT_FUNC PyInit__kernels() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", "Operators of torch.ops.illada.", -1, nullptr};
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddStringConstant(made, "without_cuda", WITHOUT_CUDA) < 0) Py_CLEAR(made);
+  return made;
 }

@@ -22,8 +22,14 @@ def missing(operator: str, device: torch.device) -> str | None:
         return error
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"illada::{operator}", key):
-        return f"illada_megatron.ops._kernels was built without {device.type} kernels (see ILLADA_CUDA in setup.py)"
+        reason = f": {without_cuda()}" if key == "CUDA" and without_cuda() else ""
+        return f"illada_megatron.ops._kernels was built without {device.type} kernels{reason}"
     return None
+
+
+def without_cuda() -> str | None:
+    """Why they were built without their CUDA part, or not at all; None: they have it."""
+    return load_error() or importlib.import_module("illada_megatron.ops._kernels").without_cuda or None
 
 
 @cache

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.ops import kernels
 
 # Dense bf16 peaks in TFLOP/s (vendor data sheets), by a part of the device's name; the first match counts.
 _BF16_PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "A100": 312.0, "B200": 2250.0}
@@ -111,6 +112,12 @@ def capabilities() -> list[Capability]:
     return [
         Capability("torch", torch.__version__, "tensors, gloo and NCCL"),
         Capability("megatron-core", _version("megatron-core"), "tensor, pipeline and data parallelism"),
+        Capability(
+            "CUDA kernels",
+            "built" if kernels.without_cuda() is None else None,
+            "the fused masked loss on GPUs",
+            kernels.without_cuda(),
+        ),
         Capability("CUDA", cuda, "training on GPUs over NCCL, bf16 at full speed"),
         Capability(
             "Transformer Engine",
