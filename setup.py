@@ -77,8 +77,8 @@ def indexed_dataset() -> Extension:
 
 
 def kernels(without_cuda: str) -> Extension:
-    """The operators of torch.ops.illada; `without_cuda`: why their CUDA part is left out, "" where it is not. The module
-    keeps the reason: `illada doctor` shows it."""
+    """The operators of torch.ops.illada; `without_cuda`: why their CUDA part is left out, "" where it is not. The
+    module keeps the reason: `illada doctor` shows it."""
     with_cuda = not without_cuda
     if without_cuda:
         print(f"illada_megatron.ops._kernels is built without its CUDA part: {without_cuda}")
