@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # kernels start in the order in which they were issued, so collectives overlap
 export OMP_NUM_THREADS=8
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # masked rows differ in number each micro-batch
 
 exec "${PYTHON:-python3}" -m illada_megatron train --nproc 8 --max-restarts 10 \
     --config examples/illada_8b/config.yaml "$@"

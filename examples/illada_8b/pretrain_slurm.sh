@@ -28,6 +28,7 @@ set -euo pipefail
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # kernels start in the order in which they were issued, so collectives overlap
 export OMP_NUM_THREADS=8
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # masked rows differ in number each micro-batch
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds to save in, where ranks start again because a node has come
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -93,7 +94,15 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
+def allow_many_files() -> None:
+    """Raise this process's limit of open files to what it may have at most: gloo's group of a whole run connects every
+    rank to every other, a socket each, and the usual limit of 1,024 is reached at 1,024 ranks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _init_torch_distributed(config: RunConfig, device: Device) -> None:
+    allow_many_files()
     backend = "nccl" if device.is_cuda else "gloo"
     timeout = timedelta(minutes=config.runtime.distributed_timeout_minutes)
     if config.faults.watchdog_seconds is not None:
