@@ -104,6 +104,7 @@ def load_checkpoint(
     if optimizer is None:
         _read_all(reader, [part for item in held for part in _weights(item)])
         return info.progress
+    _end_gathers(chunks)
     if info.progress is None:
         _read_all(reader, [part for item in held for part in _weights(item)])
         optimizer.reload_model_params()
@@ -154,6 +155,15 @@ def _read_all(reader: TensorReader, parts: Sequence[Part]) -> None:
     with ThreadPoolExecutor(_READERS) as pool:
         for _ in pool.map(read, parts):
             pass
+
+
+def _end_gathers(chunks: Sequence[nn.Module]) -> None:
+    """Wait for weights that are still being gathered. They would be written over those that are read, and a forced
+    gather takes one that is under way for its own: the ranks would go on with each other's old weights."""
+    for chunk in chunks:
+        for group in chunk.bucket_groups:  # type: ignore[union-attr]
+            if group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
 
 
 def _spread_main_weights(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:

@@ -137,6 +137,11 @@ def check_config(config: RunConfig) -> None:
             "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
             f"{parallel.use_distributed_optimizer} and {parallel.overlap_grad_reduce}"
         )
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
+        raise ValueError(
+            f"parallel.ddp_bucket_size {parallel.ddp_bucket_size} needs overlap_grad_reduce true, without which all "
+            "gradients are exchanged at once: set it, or leave ddp_bucket_size out"
+        )
     if config.data.sequence_length > model.max_sequence_length:
         raise ValueError(
             f"data.sequence_length {config.data.sequence_length} is above model.max_sequence_length "

@@ -115,6 +115,9 @@ class ParallelConfig(Section):
     """Shard the optimizer's state over the data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    ddp_bucket_size: PositiveInt | None = None
+    """Overlapped gradients and weights are exchanged in buckets of this many parameters or more, on the first pipeline
+    stage; elsewhere as a whole. None: megatron-core's max(40 million, 1 million * data-parallel ranks)."""
     layouts: list[LayoutChoice] = []
     """Layouts that the run may take, in order of preference: at each start the first that fits the number of ranks
     replaces the fields above, with the global batch unchanged. Empty: only the fields above."""

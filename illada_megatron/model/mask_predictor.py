@@ -1,7 +1,6 @@
 """The mask predictor as a pipeline stage: embedding, bidirectional layers, head; any subset of them."""
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -14,10 +13,10 @@ from torch import Tensor
 from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.embedding import Embedding
+from illada_megatron.model.head import Head
 from illada_megatron.model.layer_specs import block_spec, choose_implementation
-from illada_megatron.model.main_grad import InMainGrad
 from illada_megatron.model.transformer_config import transformer_config
-from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss, masked_linear_cross_entropy
+from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime.device import Device
 from illada_megatron.runtime.heap import release_free_heap
 
@@ -45,7 +44,6 @@ class MaskPredictor(LanguageModule):
     ) -> None:
         super().__init__(config=config)
         self.model = model
-        self.loss = loss
         self.vp_stage = vp_stage
         self.pre_process = pre_process
         self.post_process = post_process
@@ -68,15 +66,7 @@ class MaskPredictor(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                model.padded_vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=pre_process and model.tie_word_embeddings,
-            )
+            self.output_layer = Head(config, model, loss, tied_here=pre_process and model.tie_word_embeddings)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -124,24 +114,7 @@ class MaskPredictor(LanguageModule):
             return hidden
         if short_of_memory:
             release_free_heap()
-        weight = self.head_weight()
-        embedding_hands_over = self.pre_process and self.model.tie_word_embeddings
-        megabytes = self.loss.chunk_memory_mb
-        return masked_linear_cross_entropy(
-            hidden.squeeze(1),
-            weight if main_grad is None else InMainGrad.apply(weight, not embedding_hands_over),
-            labels,
-            loss_weight,
-            vocab_size=self.model.vocab_size,
-            tp_group=self.tp_group,
-            sequence_parallel=self.config.sequence_parallel,
-            implementation=self.loss.implementation,
-            chunk_memory_bytes=None if megabytes is None else megabytes * 10**6,
-            z_loss=self.loss.z_loss,
-            logit_softcap=self.model.logit_softcap,
-            main_grad=main_grad,
-            grad_scale=grad_scale if main_grad is not None else None,
-        )
+        return self.output_layer(hidden, self.head_weight(), labels, loss_weight, main_grad, grad_scale)
 
     def _logits_fill_memory(self, labels: Tensor | None) -> bool:
         """On a CPU memory is at its highest when a chunk of logits joins the layers' activations. To give free memory
@@ -158,11 +131,7 @@ class MaskPredictor(LanguageModule):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage's hidden states [t (/tp), 1, h] -> logits [t, vocab_size] of all positions, for generation."""
-        parallel_logits, _ = self.output_layer(hidden, weight=self.head_weight())
-        gathered = tensor_parallel.gather_from_tensor_model_parallel_region(parallel_logits, group=self.tp_group)
-        logits = gathered.squeeze(1)[:, : self.model.vocab_size]
-        cap = self.model.logit_softcap
-        return logits if cap == 0 else cap * torch.tanh(logits / cap)
+        return self.output_layer(hidden, self.head_weight())
 
 
 def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]:

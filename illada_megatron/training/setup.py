@@ -121,6 +121,7 @@ def wrap_data_parallel(config: RunConfig, models: Sequence[MaskPredictor]) -> li
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
     )
     core = models[0].config
     chunks = [

@@ -43,6 +43,10 @@ IMPOSSIBLE = {
         ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
         ["overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce", "False and False"],
     ),
+    "buckets of nothing": (
+        ["parallel.ddp_bucket_size=1000"],
+        ["ddp_bucket_size 1000 needs overlap_grad_reduce true", "leave ddp_bucket_size out"],
+    ),
     "too long": (
         ["data.sequence_length=9000"],
         ["data.sequence_length 9000", "model.max_sequence_length 8192", "change one of them"],

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from launch import Illada, Run, launch, wait_for_step
-from test_layouts import OVERLAP, PLAIN, PP2, SEQUENCE, TP2
+from test_layouts import BUCKETS, OVERLAP, PLAIN, PP2, SEQUENCE, TP2
 
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.state import held_parameters, optimizer_shards
@@ -275,10 +275,13 @@ def test_rollback_passes_over_the_samples(poisoned: Poisoned, good_steps: list[d
 
 
 @pytest.mark.slow
-def test_rollback_in_another_layout(poisoned: Poisoned, good_steps: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [OVERLAP, (*OVERLAP, BUCKETS)], ids=["one bucket", "small buckets"])
+def test_rollback_in_another_layout(
+    layout: tuple[str, ...], poisoned: Poisoned, good_steps: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """With gradients and weights exchanged in the background: what is under way when the run goes back ends first."""
     jsonl = tmp_path / "steps.jsonl"
-    run = launch("train", [*poisoned.arguments, *_rollback_options(tmp_path / "checkpoints"), *OVERLAP], 2, jsonl)
+    run = launch("train", [*poisoned.arguments, *_rollback_options(tmp_path / "checkpoints"), *layout], 2, jsonl)
     assert run.process.returncode == 0, run.output
     assert "rolled back from" in run.output
     _assert_passed_over(run.steps, good_steps, RELATIVE)

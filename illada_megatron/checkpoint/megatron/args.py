@@ -33,6 +33,7 @@ _SAME = {
         "use_distributed_optimizer": "use_distributed_optimizer",
         "overlap_grad_reduce": "overlap_grad_reduce",
         "overlap_param_gather": "overlap_param_gather",
+        "ddp_bucket_size": "ddp_bucket_size",
     },
     "data": {"sequence_length": "seq_length"},
     "optimizer": {
@@ -116,6 +117,8 @@ def config_values(args: Any, where: object) -> dict[str, Any]:
         }
         for section, fields in _SAME.items()
     }
+    if not values["parallel"].get("overlap_grad_reduce"):
+        values["parallel"].pop("ddp_bucket_size", None)  # Megatron does not look at it then
     model, tensor = values["model"], getattr(args, "tensor_model_parallel_size", 1)
     if "num_layers" not in model or "num_attention_heads" not in model:
         raise CheckpointError(f"{where}: args lack num_layers or num_attention_heads, expected Megatron's arguments")

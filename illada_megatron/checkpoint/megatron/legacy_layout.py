@@ -47,9 +47,9 @@ def buffer_positions(
 ) -> tuple[list[int], int]:
     """Where a chunk's parameters lie in distrib_optim.pt's flat tensors: (first elements, length of the tensors)."""
     parallel, first = config.parallel, pipeline_rank == chunk == 0
-    limit = None  # elements after which megatron-core's DDP begins a new bucket by default; None: one bucket
+    limit = None  # elements after which megatron-core's DDP begins a new bucket; None: one bucket
     if parallel.overlap_grad_reduce and first:
-        limit = max(40_000_000, 1_000_000 * (parallel.data_parallel_size or 1))
+        limit = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * (parallel.data_parallel_size or 1))
     return positions_in_buffer(
         [math.prod(one.parameter.held_shape(parallel.tensor_model_parallel_size)) for one in held],
         [one.is_shared(config.model, parallel.pipeline_model_parallel_size) for one in held],

@@ -192,6 +192,13 @@ def _check_distributed(
             assert buffer["numel_unpadded"] == len(buffer[key])
 
 
+OPTIMIZERS = {
+    "plain": ("parallel.use_distributed_optimizer=false",),
+    "distributed": (),
+    "distributed, in buckets": ("parallel.overlap_grad_reduce=true", "parallel.ddp_bucket_size=1"),
+}
+
+
 class _Backend(enum.Enum):
     """As megatron.core.transformer.enums.AttnBackend, which its arguments hold."""
 
@@ -236,18 +243,16 @@ def _save_as_megatron(config: RunConfig, chunks: list[Any], optimizer: Any, dire
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("bias", ["true", "false"])
-def test_files_of_megatron_cores_optimizers_are_read(
-    precision: str, distributed: bool, bias: str, tmp_path: Path
-) -> None:
+def test_files_of_megatron_cores_optimizers_are_read(precision: str, optimizer: str, bias: str, tmp_path: Path) -> None:
     """Names, order, steps and flat buffers as megatron-core's own code makes them; the random states of numpy and the
     enums among the arguments are not run."""
     config = load_config(
         None,
         [
             *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}"),
-            f"parallel.use_distributed_optimizer={str(distributed).lower()}",
+            *OPTIMIZERS[optimizer],
         ],
     )
     ours = write_checkpoint(tmp_path / "ours", config, random_tensors(config)).parent
@@ -262,14 +267,14 @@ def test_files_of_megatron_cores_optimizers_are_read(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("distributed", [True, False])
-def test_megatron_cores_optimizers_take_what_is_written(precision: str, distributed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_megatron_cores_optimizers_take_what_is_written(precision: str, optimizer: str, tmp_path: Path) -> None:
     """Loaded as Megatron's load_checkpoint does it, into another model: weights, main weights and moments are ours."""
     config = load_config(
         None,
         [
             *(*MODEL, f"training.precision={precision}"),
-            f"parallel.use_distributed_optimizer={str(distributed).lower()}",
+            *OPTIMIZERS[optimizer],
         ],
     )
     tensors = random_tensors(config)
