@@ -22,6 +22,7 @@ $(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c 'from illada_megatron.ops import kernels; why = kernels.without_cuda(); print("CUDA kernels: " + ("not built, because " + why if why else "built"))'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
