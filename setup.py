@@ -45,7 +45,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         except Exception as error:  # of torch's checks of versions, of nvcc, of the linker
             if os.environ.get("ILLADA_CUDA") == "1" or not any(getattr(one, "cuda", False) for one in self.extensions):
                 raise
-            text = re.sub(r"(?i)command '?\['([^']+)'.*\]'?", r"\1", " ".join(str(error).split()))  # without its arguments
+            text = " ".join(str(error).split())
+            text = re.sub(r"(?i)command '?\['([^']+)'.*\]'?", r"\1", text)  # a command without its arguments
             reason = text[:300] or type(error).__name__
             for extension in self.extensions:
                 if getattr(extension, "cuda", False):
