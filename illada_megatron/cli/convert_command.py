@@ -50,8 +50,11 @@ def to_hf(
     `illada convert to-hf runs/tiny/checkpoints exported --verify`
     """
     from illada_megatron.checkpoint.hugging_face.exporting import export, export_bytes
+    from illada_megatron.checkpoint.hugging_face.verifying import check_transformers
     from illada_megatron.checkpoint.predictor import find_checkpoint
 
+    if verify:
+        check_transformers()
     info = find_checkpoint(checkpoint)
     words = None if no_tokenizer else _tokenizer_files(info, tokenizer)
     with _bar("exporting", export_bytes(info, layout, dtype)) as advance:
@@ -93,9 +96,12 @@ def from_hf(
     Then `illada generate --checkpoint runs/imported`, or `illada train checkpoint.load_dir=runs/imported`.
     """
     from illada_megatron.checkpoint.hugging_face.importing import described, import_weights, open_source
+    from illada_megatron.checkpoint.hugging_face.verifying import check_transformers
     from illada_megatron.checkpoint.predictor import find_checkpoint
     from illada_megatron.runtime.tables import two_columns
 
+    if verify:
+        check_transformers()
     source = open_source(directory, config, overrides or (), mask_token_id)
     Console(highlight=False).print(two_columns(f"{directory}", described(source)))
     with _bar("importing", source.nbytes) as advance:

@@ -5,6 +5,8 @@ import fcntl
 import mmap
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ class LocalFolder:
         descriptor = os.open(self.path / name, os.O_RDONLY)
         try:
             while len(out):
-                count = os.preadv(descriptor, [out], offset)
+                with _naming(self.path / name):
+                    count = os.preadv(descriptor, [out], offset)
                 if count == 0:
                     raise OSError(f"{self.path / name}: ends at byte {offset}, {len(out)} more were expected")
                 offset, out = offset + count, out[count:]
@@ -67,10 +70,15 @@ class LocalFolder:
 
     def replace(self, name: str, content: bytes) -> None:
         temporary = self.path / f"{name}.tmp"
-        sink = _LocalSink(temporary)
-        sink.write(content)
-        sink.close()
-        temporary.replace(self.path / name)
+        try:
+            sink = _LocalSink(temporary)
+            sink.write(content)
+            sink.close()
+            temporary.replace(self.path / name)
+        except BaseException:
+            with suppress(OSError):  # of a disk that fails, the first error says more
+                temporary.unlink(missing_ok=True)
+            raise
         sync(self.path)
 
     def make(self) -> None:
@@ -88,6 +96,16 @@ class LocalFolder:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of calls that take a descriptor do not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 class _LocalSink:
     """A file written past the page cache where the file system can: what is as large as a checkpoint would drive
     everything else out of it, and pages that are new to it cost more than the disk does."""
@@ -101,7 +119,7 @@ class _LocalSink:
                 raise
             descriptor = os.open(path, flags, 0o666)  # this file system cannot
         self._file = os.fdopen(descriptor, "wb", buffering=0)  # closes itself where nobody does, and twice
-        self._directory = path.parent
+        self._path = path
         self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # page-aligned, as the disk wants it
         self._filled = 0
 
@@ -117,9 +135,10 @@ class _LocalSink:
     def close(self) -> None:
         self._through_cache()  # the end of the file is not as long as the disk's blocks
         self._flush()
-        os.fsync(self._file.fileno())
+        with _naming(self._path):
+            os.fsync(self._file.fileno())
         self._file.close()
-        sync(self._directory)
+        sync(self._path.parent)
 
     def abandon(self) -> None:
         self._file.close()
@@ -131,6 +150,7 @@ class _LocalSink:
                 written = os.write(self._file.fileno(), left)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._through_cache():
+                    error.filename = str(self._path)
                     raise
                 continue
             left = left[written:]

@@ -19,18 +19,67 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def staged(target: Path, nbytes: int) -> Iterator[Path]:
+def staged(target: Path, nbytes: int, may_be_empty: bool = False) -> Iterator[Path]:
     """A new directory beside `target` to write into; it becomes `target` at the end of the block, durably, or goes when
-    the block fails. What killed processes left of such directories is removed first.
+    the block fails, with the directories that were made above it. What killed processes left of such directories is
+    removed first.
 
-    nbytes: that will be written. Raises CheckpointError where `target` exists or is no path of this machine, or the
-    disk has not enough room.
+    nbytes: that will be written; may_be_empty: `target` may be there as an empty directory. Raises CheckpointError, all
+    before the block, where `target` exists, is no path of this machine or nothing that a directory can be renamed to,
+    or the disk has not enough room.
     """
+    _check_target(target, may_be_empty)
+    with made(target.parent), _beside(target, nbytes) as temporary:
+        yield temporary
+
+
+@contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """Make `directory` and those above it; what was not there before goes again when the block fails, unless something
+    is in it then."""
+    new = [one for one in (directory, *directory.parents) if not one.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in new:
+            try:
+                one.rmdir()
+            except OSError:  # not made, or another has written into it
+                continue
+        raise
+
+
+def _check_target(target: Path, may_be_empty: bool) -> None:
     if target.parts[:1] == ("s3:",):
         raise CheckpointError(f"{target}: is written on this machine's disks only: name a directory, and upload it")
-    if target.exists() or target.is_symlink():
+    if target.is_symlink():
+        raise CheckpointError(
+            f"{target}: is a symbolic link to {target.readlink()}, expected a new directory: name another, or remove it"
+        )
+    if target.name == "..":
+        raise CheckpointError(f"{target}: ends in `..`, expected the name of a new directory")
+    if not target.exists():
+        return
+    if not may_be_empty:
         raise CheckpointError(f"{target}: exists already: name a new directory, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir() or any(target.iterdir()):
+        raise CheckpointError(f"{target}: exists and is not empty: give another directory, or remove it first")
+    # the new directory takes the place of the empty one
+    if target.samefile(Path.cwd()):
+        raise CheckpointError(
+            f"{target}: is the current directory, which would be replaced under the shell's feet: name a new directory "
+            f"in it, as {target / 'exported'}"
+        )
+    if target.is_mount():
+        raise CheckpointError(
+            f"{target}: is a mount point, which cannot be replaced: name a new directory in it, as "
+            f"{target / 'exported'}"
+        )
+
+
+@contextmanager
+def _beside(target: Path, nbytes: int) -> Iterator[Path]:
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
         _remove_unless_used(leftover)
     free = shutil.disk_usage(target.parent).free

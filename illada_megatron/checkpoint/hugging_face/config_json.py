@@ -1,12 +1,13 @@
 """config.json of a layout <-> ModelConfig. What the model here does not have is refused, never left out."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face.layouts import ILLADA, LLADA, Layout
@@ -76,6 +77,10 @@ _LLADA_FIXED: dict[str, Any] = {
 }
 # Keys of Llama and Qwen2 beside them, and what leaves the model as it is here.
 _LLAMA_NEUTRAL: dict[str, Any] = {"use_sliding_window": False, "partial_rotary_factor": 1.0}
+# Keys of OLMo, likewise.
+_LLADA_NEUTRAL: dict[str, Any] = {"clip_qkv": None}
+# What a default rotary embedding may say of itself.
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embedding_dropout", "residual_dropout")
 _AUTOREGRESSIVE = ("llama", "qwen2")
 # Defaults of the classes that wrote a config.json, where a key may be missing.
@@ -108,7 +113,7 @@ def config_json(
 ) -> dict[str, Any]:
     """The config.json of a model. dtype: as torch names it ("bfloat16"); special_ids: bos, eos and pad of the
     tokenizer, None where there is none."""
-    keys = _LLADA_KEYS if layout is LLADA else _LLAMA_KEYS
+    keys = _keys(layout)
     fields = model.model_dump()
     if model.kv_channels is None or model.kv_channels * model.num_attention_heads == model.hidden_size:
         del fields["kv_channels"]
@@ -137,44 +142,81 @@ def read_config_json(directory: Path) -> ForeignModel:
     path = directory / CONFIG
     values = _read_json(path)
     model_type = values.get("model_type")
-    if model_type not in _MISSING:
+    if not isinstance(model_type, str) or model_type not in _MISSING:
         raise CheckpointError(
             f"{path}: model_type is {model_type!r}, expected one of {', '.join(_MISSING)}: others have other layers"
         )
     layout = LLADA if model_type == "llada" else ILLADA
     values = {**_MISSING[model_type], **values}
     _flatten_rope(path, values)
+    if layout is LLADA:
+        _resolve_olmo(path, values)
     if layout is ILLADA and values.get("attention_bias") is True:
         # Llama's: also of the output projection, whose bias has to be zero (importing.py)
         values |= {"attention_bias": False, "qkv_bias": True}
-    fixed = _LLADA_FIXED if layout is LLADA else {**_LLAMA_FIXED, **_LLAMA_NEUTRAL}
+    fixed = _LLADA_FIXED | _LLADA_NEUTRAL if layout is LLADA else _LLAMA_FIXED | _LLAMA_NEUTRAL
     for key, expected in fixed.items():
         # no dropout here: what they had in training is no part of the model
         if key in values and key not in _DROPOUTS and values[key] != expected:
             raise CheckpointError(f"{path}: {key} is {values[key]!r}; this model knows only {expected!r}")
     fields = {}
-    for field, key in (_LLADA_KEYS if layout is LLADA else _LLAMA_KEYS).items():
+    for field, key in _keys(layout).items():
         if values.get(key) is not None:
-            fields[field] = values[key]
+            fields[field] = _typed(path, key, field, values[key])
         elif field not in _OPTIONAL:
             raise CheckpointError(f"{path}: has no key {key}")
     fields.setdefault("num_query_groups", fields["num_attention_heads"])
     fields.setdefault("add_qkv_bias", False)
     if fields.get("kv_channels", 0) * fields["num_attention_heads"] == fields["hidden_size"]:
         del fields["kv_channels"]
-    for field in ("rotary_base", "norm_epsilon"):
-        if isinstance(fields[field], int):
-            fields[field] = float(fields[field])
     return ForeignModel(layout, model_type, fields)
 
 
-def model_config(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a config.json's fields. Raises CheckpointError naming `path` and the field."""
+def model_config(path: Path, layout: Layout, fields: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a config.json's fields. Raises CheckpointError naming `path` and its keys."""
     try:
         return ModelConfig.model_validate(dict(fields))
     except ValidationError as error:
-        reasons = [f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
+        # each value is of its type (_typed), so what is left is about how they go together, in ModelConfig's names
+        names = re.compile(rf"\b({'|'.join(_keys(layout))})\b")
+        reasons = [
+            names.sub(lambda name: _keys(layout)[name[1]], one["msg"].removeprefix("Value error, "))
+            for one in error.errors()
+        ]
         raise CheckpointError(f"{path}: " + "\n".join(reasons)) from error
+
+
+def _keys(layout: Layout) -> dict[str, str]:
+    return _LLADA_KEYS if layout is LLADA else _LLAMA_KEYS
+
+
+def _typed(path: Path, key: str, field: str, value: Any) -> Any:
+    """The value of a key, as its field of ModelConfig has it alone."""
+    info = ModelConfig.model_fields[field]
+    kind: Any = Annotated[info.annotation, info]
+    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(strict=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {key} is {value!r}: {error.errors()[0]['msg']}") from error
+
+
+def _resolve_olmo(path: Path, values: dict[str, Any]) -> None:
+    """What OLMo's keys, which are LLaDA's, mean by null (`effective_n_kv_heads` and the embedding in OLMo's source)."""
+    if values.get("embedding_size") is None:
+        values["embedding_size"] = values.get("vocab_size")
+    many, groups = values.get("multi_query_attention"), values.get("n_kv_heads")
+    if many is None:
+        return
+    if not isinstance(many, bool):
+        raise CheckpointError(f"{path}: multi_query_attention is {many!r}, expected true, false or null")
+    meant = 1 if many else values.get("n_heads")
+    if groups not in (None, meant):
+        raise CheckpointError(
+            f"{path}: multi_query_attention is {many}, which means {meant} KV heads, and n_kv_heads is {groups!r}: "
+            "leave out the one that is wrong"
+        )
+    values["n_kv_heads"] = meant
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -182,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; give a directory in a Hugging Face layout") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected an object with keys, found {type(values).__name__}")
@@ -195,7 +237,7 @@ def _flatten_rope(path: Path, values: dict[str, Any]) -> None:
         rope = values.get(key)
         if rope is None:
             continue
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
         if kind != "default":
             raise CheckpointError(
                 f"{path}: {key} is {rope!r}; this model knows only the default rotary embedding, and would read such "
@@ -204,6 +246,11 @@ def _flatten_rope(path: Path, values: dict[str, Any]) -> None:
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointError(
                 f"{path}: {key} has partial_rotary_factor {rope['partial_rotary_factor']}, expected 1"
+            )
+        if more := sorted(rope.keys() - _ROPE_KEYS):
+            raise CheckpointError(
+                f"{path}: {key} is {rope!r}: {', '.join(more)} would change the default rotary embedding, which has no "
+                f"such parameter: it is another type than it says, or has to be null"
             )
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]

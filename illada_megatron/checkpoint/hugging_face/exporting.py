@@ -3,7 +3,6 @@ model."""
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.files.local_files import LocalFolder, sync
+from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.names import WEIGHT, tensor_name
+from illada_megatron.checkpoint.files.new_directory import staged
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.hugging_face.config_json import CONFIG, config_json
 from illada_megatron.checkpoint.hugging_face.layouts import LAYOUTS, LayoutName, LayoutTensor, layout_tensors
 from illada_megatron.checkpoint.hugging_face.safetensors_files import NewTensor, write_file, write_safetensors
-from illada_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles
+from illada_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles, check_fits
 from illada_megatron.checkpoint.predictor import saved_config
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.config.schema import Dtype
@@ -61,25 +60,17 @@ def export(
     dtype: fp32 takes the optimizer's main weights where the run was in bf16 and the checkpoint has them. The directory
     gets its name when all of it is durable. Raises CheckpointError, OSError.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists and is not empty: give another directory, or remove it first")
     layout, model = LAYOUTS[layout_name], saved_config(info).model
+    if tokenizer is not None:
+        check_fits(tokenizer.path, tokenizer.vocab_size, model.vocab_size)
     reader = TensorReader(info.path)
     tensors = layout_tensors(layout, model)
     target = DTYPES[dtype]
     main = dtype == "fp32" and all(tensor_name(tensor.parameter, "main") in reader.tensors for tensor in tensors)
     values = config_json(layout, model, str(target).removeprefix("torch."), tokenizer.special_ids if tokenizer else {})
 
-    temporary = directory.with_name(f"{directory.name}.incomplete")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.mkdir()
-    except FileExistsError as error:
-        raise CheckpointError(
-            f"{temporary}: exists: another conversion is writing it, or one was interrupted: then remove it"
-        ) from error
-    place = LocalFolder(temporary)
-    try:
+    with staged(directory, export_bytes(info, layout_name, dtype), may_be_empty=True) as temporary:
+        place = LocalFolder(temporary)
         _write_json(place, CONFIG, values)
         _write_json(place, "generation_config.json", _generation_config(values))
         for name in layout.files:
@@ -92,11 +83,6 @@ def export(
         new = [NewTensor(tensor.name, tensor.shape) for tensor in tensors]
         write_safetensors(place, new, target, max_shard_bytes, blocks)
         written = tuple(sorted(path.name for path in temporary.iterdir()))
-        temporary.replace(directory)
-        sync(directory.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return Exported(directory, written, len(tensors), export_bytes(info, layout_name, dtype), main)
 
 

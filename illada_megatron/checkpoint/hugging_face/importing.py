@@ -7,6 +7,7 @@ No code of the directory is run.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.local_files import LocalFolder
+from illada_megatron.checkpoint.files.new_directory import made
 from illada_megatron.checkpoint.files.storage import Folder, folder
 from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.checkpoint.hugging_face.config_json import CONFIG, ForeignModel, model_config, read_config_json
 from illada_megatron.checkpoint.hugging_face.exporting import row_blocks
 from illada_megatron.checkpoint.hugging_face.layouts import LayoutTensor, layout_tensors
 from illada_megatron.checkpoint.hugging_face.safetensors_files import SafetensorsReader
+from illada_megatron.checkpoint.hugging_face.tokenizer_files import check_fits
 from illada_megatron.config import ModelConfig, RunConfig, load_config
 from illada_megatron.config.parameters import EMBEDDING, HEAD, parameters
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.model.transformer_config import DTYPES
 
 # Of ModelConfig, what a run may choose for weights that it is given.
@@ -78,8 +83,9 @@ def open_source(
     mask, new_row = _mask(directory, foreign, mask_token_id)
     vocab_size = foreign.fields["vocab_size"]
     fields = {**foreign.fields, "mask_token_id": mask, "vocab_size": vocab_size + new_row}
-    native = model_config(directory / CONFIG, fields)
+    native = model_config(directory / CONFIG, foreign.layout, fields)
     resolved = _run_config(directory, native, reader, config, overrides)
+    _check_tokenizer(resolved)
     tensors = layout_tensors(foreign.layout, native, vocab_size)
     _check_tensors(reader, tensors, native.tie_word_embeddings, foreign)
     if native.tie_word_embeddings and not resolved.model.tie_word_embeddings:
@@ -98,7 +104,17 @@ def import_weights(source: Source, save_dir: str | Path, progress: Callable[[int
         if other.name != path.name or other.size(store.RECORD) is not None:  # not what an interrupted import left
             raise CheckpointError(f"{place}: has checkpoints already ({other.name}): give another directory")
     path.clear()
-    path.make()
+    with made(place.path) if isinstance(place, LocalFolder) else nullcontext():
+        try:
+            path.make()
+            _write(source, path, progress)
+        except BaseException:
+            path.clear()
+            raise
+    return path
+
+
+def _write(source: Source, path: Folder, progress: Callable[[int], None]) -> None:
     writer = TensorWriter(path)
     try:
         shapes = {parameter.name: parameter.shape for parameter in parameters(source.model)}
@@ -107,11 +123,9 @@ def import_weights(source: Source, save_dir: str | Path, progress: Callable[[int
         written = write_metadata(path, [writer.close()])
     except BaseException:
         writer.abandon()
-        path.clear()
         raise
     store.finish(path, 0, source.config.model_dump(mode="json"), None, written)
     store.move_pointer(path)
-    return path
 
 
 def _mask(directory: Path, foreign: ForeignModel, wanted: int | None) -> tuple[int, bool]:
@@ -123,7 +137,7 @@ def _mask(directory: Path, foreign: ForeignModel, wanted: int | None) -> tuple[i
         )
     if foreign.is_autoregressive and said is None:
         mask = vocab_size if wanted is None else wanted
-        if mask > vocab_size:
+        if not 0 <= mask <= vocab_size:
             raise CheckpointError(
                 f"{directory}: --mask-token-id is {mask}, expected an id below the {vocab_size} rows of the embedding "
                 f"that no text uses, or {vocab_size} for a new row"
@@ -163,6 +177,13 @@ def _run_config(
     return resolved
 
 
+def _check_tokenizer(config: RunConfig) -> None:
+    """Where it is on this machine: the runs to come may be on another."""
+    path = config.data.tokenizer_path
+    if path is not None and Path(path).is_file():
+        check_fits(Path(path), load_tokenizer(path).vocab_size, config.model.vocab_size)
+
+
 def _check_tensors(
     reader: SafetensorsReader, tensors: Sequence[LayoutTensor], tied: bool, foreign: ForeignModel
 ) -> None:
@@ -172,7 +193,9 @@ def _check_tensors(
         if stored is None:
             raise CheckpointError(f"{reader.directory}: has no tensor {name}, expected one of shape {shape}")
         if stored.shape != shape:
-            raise CheckpointError(f"{reader.directory}: {name} has shape {stored.shape}, {CONFIG} makes it {shape}")
+            raise CheckpointError(
+                f"{reader.directory / stored.file}: {name} has shape {stored.shape}, {CONFIG} makes it {shape}"
+            )
     for name in reader.tensors.keys() - expected.keys():
         if name.endswith(_IGNORED):
             continue
@@ -203,7 +226,7 @@ def _check_zero(reader: SafetensorsReader, name: str) -> None:
 
 
 def _all_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    return row_blocks(0, shape[0], math.prod(shape[1:]) * 4)
+    return row_blocks(0, shape[0] if shape else 1, math.prod(shape[1:]) * 4)
 
 
 def _write_tensor(

@@ -8,6 +8,7 @@ made from shapes alone and the bytes follow in blocks of rows; blocks of rows ar
 still judges every file that is read.
 """
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,16 +123,24 @@ def _write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of 8 bytes
     sink = place.create(name)
-    sink.write(len(text).to_bytes(8, "little") + text)
-    for tensor in shard:
-        left = math.prod(tensor.shape)
-        while left:
-            block = next(blocks).contiguous()
-            left -= block.numel()
-            if block.dtype != dtype or left < 0:
-                raise ValueError(f"{tensor.name}: a block of {block.numel()} {block.dtype}, {left} left of {dtype}")
-            sink.write(bytes_of(block))
-    sink.close()
+    try:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            left = math.prod(tensor.shape)
+            while left:
+                block = next(blocks).contiguous()
+                left -= block.numel()
+                if block.dtype != dtype or left < 0:
+                    raise ValueError(f"{tensor.name}: a block of {block.numel()} {block.dtype}, {left} left of {dtype}")
+                sink.write(bytes_of(block))
+        sink.close()
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise CheckpointError(
+            f"{place}/{name}: has {8 + len(text) + end:,} bytes, more than the file system or this shell's `ulimit -f` "
+            "allows a file: raise the limit, or give a smaller --max-shard-size (one tensor is never cut)"
+        ) from error
 
 
 def _shards(tensors: Sequence[NewTensor], dtype: torch.dtype, max_bytes: int) -> list[list[NewTensor]]:
@@ -160,7 +169,7 @@ def _files(directory: Path) -> tuple[list[str], dict[str, str]]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         names = sorted({*weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: expected JSON with a weight_map of tensors to files: {error!r}") from error
     for name in names:
         # a name and nothing else: an index must not lead out of its directory
@@ -174,12 +183,14 @@ def _files(directory: Path) -> tuple[list[str], dict[str, str]]:
 def _header(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt"):  # checks the header against the file: sizes, overlaps, holes
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # first: the library says of a file that it may not read that there is none
+        try:
+            with safe_open(path, framework="pt"):  # checks the header against the file: sizes, overlaps, holes
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
+        except OSError as error:  # without a name
+            raise CheckpointError(f"{path}: cannot be mapped into memory: {error}") from error
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)

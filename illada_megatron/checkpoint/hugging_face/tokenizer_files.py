@@ -30,6 +30,10 @@ class TokenizerFiles:
     files: dict[str, bytes]
     special_ids: dict[str, int | None]
     """bos, eos, pad."""
+    path: Path
+    """Of the tokenizer that they were made of."""
+    vocab_size: int
+    """One more than its largest id."""
 
     def write(self, place: Folder) -> None:
         for name, content in self.files.items():
@@ -70,7 +74,17 @@ def tokenizer_files(path: Path, max_length: int, mask_token_id: int) -> Tokenize
     template = path.parent / "chat_template.jinja"
     if template.is_file():
         files[template.name] = template.read_bytes()
-    return TokenizerFiles(files, special)
+    return TokenizerFiles(files, special, path, words.vocab_size)
+
+
+def check_fits(path: Path, token_ids: int, rows: int) -> None:
+    """Raises DataError where a tokenizer of `token_ids` ids has some that an embedding of `rows` rows lacks:
+    a text with one of them would end in an IndexError."""
+    if token_ids > rows:
+        raise DataError(
+            f"{path}: the tokenizer has {token_ids:,} ids, the model's embedding has {rows:,} rows: this is another "
+            "model's tokenizer; give the one that the model was trained with"
+        )
 
 
 def _config_beside(path: Path) -> dict[str, Any]:

@@ -44,6 +44,18 @@ class Verified:
             )
 
 
+def check_transformers() -> None:
+    """Raises CheckpointError where `verify` could not run: better before a conversion than after it."""
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise CheckpointError(
+            "--verify computes with transformers: pip install 'illada-megatron[huggingface]'"
+        ) from error
+
+
 def verify(info: CheckpointInfo, directory: Path, seed: int = 0) -> Verified:
     """Compare a checkpoint with a directory in any layout that can be imported, on random sequences with masks. Needs
     transformers. Raises CheckpointError where they cannot be compared."""
@@ -85,19 +97,14 @@ def _foreign_logits(
 
 
 def _classes(layout: Layout) -> tuple[Any, Any]:
-    try:
-        from illada_megatron.checkpoint.hugging_face import (
-            configuration_illada,
-            configuration_llada,
-            modeling_illada,
-            modeling_llada,
-        )
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise CheckpointError(
-            "--verify computes with transformers: pip install 'illada-megatron[huggingface]'"
-        ) from error
+    check_transformers()
+    from illada_megatron.checkpoint.hugging_face import (
+        configuration_illada,
+        configuration_llada,
+        modeling_illada,
+        modeling_llada,
+    )
+
     if layout is LLADA:
         return configuration_llada.LLaDAConfig, modeling_llada.LLaDAModelLM
     return configuration_illada.ILLaDAConfig, modeling_illada.ILLaDAForCausalLM
