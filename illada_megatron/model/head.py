@@ -1,5 +1,7 @@
 """The head: hidden states of the last layer -> the masked loss, or logits."""
 
+from copy import copy
+
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, tanh
@@ -17,10 +19,12 @@ class Head(tensor_parallel.ColumnParallelLinear):
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, loss: LossConfig, tied_here: bool) -> None:
+        own = copy(config)  # the loss adds to main_grad without Apex, which megatron-core's layer would ask for
+        own.gradient_accumulation_fusion = False
         super().__init__(
             config.hidden_size,
             model.padded_vocab_size,
-            config=config,
+            config=own,
             init_method=config.init_method,
             bias=False,
             gather_output=False,

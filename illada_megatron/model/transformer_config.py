@@ -56,7 +56,8 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         bias_dropout_fusion=device.is_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=device.is_cuda and has_transformer_engine(),
-        gradient_accumulation_fusion=device.is_cuda and has_apex(),
+        # In fp32, over micro-batches: TE's linears add to main_grad themselves, megatron-core's need Apex's GEMM
+        gradient_accumulation_fusion=device.is_cuda and (implementation == "transformer_engine" or has_apex()),
     )
 
 

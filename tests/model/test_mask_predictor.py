@@ -111,3 +111,21 @@ def test_initial_weights_have_the_documented_spread(tiny_config: RunConfig, sing
     assert (weights["embedding.word_embeddings.weight"][tiny_config.model.vocab_size :] == 0).all()
     first, second = (weights[f"decoder.layers.{layer}.mlp.linear_fc1.weight"] for layer in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_layers_accumulate_weight_gradients_in_fp32_with_transformer_engine_alone(
+    tiny_config: RunConfig, single_process: Runtime
+) -> None:
+    """TE's linears add to main_grad without Apex; the head, a layer of megatron-core's, is built without it as well."""
+    from illada_megatron.model import transformer_config
+    from illada_megatron.model.head import Head
+    from illada_megatron.runtime import Device
+
+    cuda = Device(torch.device("cuda", 0), "H100", None)
+    assert transformer_config(tiny_config, cuda, "transformer_engine").gradient_accumulation_fusion
+    assert not transformer_config(tiny_config, cuda, "local").gradient_accumulation_fusion
+    on_cpu = transformer_config(tiny_config, single_process.device, "local")
+    on_cpu.gradient_accumulation_fusion = True
+    head = Head(on_cpu, tiny_config.model, tiny_config.loss, tied_here=False)
+    assert not head.gradient_accumulation_fusion
+    assert on_cpu.gradient_accumulation_fusion
