@@ -1,4 +1,9 @@
-"""The run's configuration: a typed schema, YAML presets and files, dotted overrides; one validated `RunConfig` out."""
+"""The run's configuration: a typed schema, YAML presets and files, dotted overrides; one validated `RunConfig` out.
+
+In: a preset or file, and overrides.
+Out: a `RunConfig`, or a ConfigError that names the field.
+Never imported here: anything else of the package, torch.
+"""
 
 from illada_megatron.config.layout import RunConfig
 from illada_megatron.config.load import ConfigError, load_config, preset_names, save_config

@@ -1,4 +1,9 @@
-"""The noising process: t, masks, segments and loss weights, all pure functions of (seed, purpose, sample index)."""
+"""The noising process: t, masks, segments and loss weights, all pure functions of (seed, purpose, sample index).
+
+In: tokens of samples, a seed.
+Out: a `MaskedBatch`.
+Never imported here: megatron-core, models, generators with a state.
+"""
 
 from illada_megatron.diffusion.batch import Corpus, MaskedBatch, make_masked_batch
 from illada_megatron.diffusion.noise import philox, uniforms, words

@@ -1,4 +1,9 @@
-"""The mask predictor: a bidirectional Llama-like Transformer made of megatron-core's parallel layers."""
+"""The mask predictor: a bidirectional Llama-like Transformer made of megatron-core's parallel layers.
+
+In: a configuration, a device.
+Out: pipeline stages that give the masked loss or logits.
+Never imported here: checkpoints, training, data.
+"""
 
 from illada_megatron.model.initial_weights import fill_initial_weights
 from illada_megatron.model.mask_predictor import MaskPredictor, build_model_chunks

@@ -1,4 +1,9 @@
-"""What a run would do, computed before it is started: its goodput under failures. Numbers in, numbers out."""
+"""What a run would do, computed before it is started: its goodput under failures.
+
+In: numbers.
+Out: numbers.
+Never imported here: torch, megatron-core, anything that measures or starts.
+"""
 
 from illada_megatron.planning.failures import (
     FaultModel,

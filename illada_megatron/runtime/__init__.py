@@ -1,4 +1,9 @@
-"""Where a run happens: device, process groups, and the adaptor that lets megatron-core run on a CPU."""
+"""Where a run happens: device, process groups, and the adaptor that lets megatron-core run on a CPU.
+
+In: a configuration, what the launcher put into the environment.
+Out: a `Runtime`: this rank's device and place.
+Never imported here: data, models, checkpoints, training.
+"""
 
 from illada_megatron.runtime.device import Capability, Device, capabilities, select_device
 from illada_megatron.runtime.distributed import (

@@ -1,4 +1,9 @@
-"""The loop: forward step, optimizer, schedules, validation and what is reported."""
+"""The loop: forward step, optimizer, schedules, validation and what is reported.
+
+In: a configuration, a `Runtime`.
+Out: a trained model's checkpoints, logs.
+Never imported here: the command line.
+"""
 
 from illada_megatron.runtime import cpu_adaptor
 
