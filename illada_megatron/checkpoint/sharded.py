@@ -89,26 +89,27 @@ def saved_progress(progress: dict[str, Any], optimizer: MegatronOptimizer) -> di
     return {**progress, "optimizer_step": adam_steps(optimizer)}
 
 
-def load_checkpoint(
-    info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None
-) -> dict[str, Any] | None:
-    """Load a complete checkpoint into this rank's chunks and optimizer, whatever layout it was saved under.
-
-    chunks: in megatron-core's DDP or not. optimizer: None to load weights only. Returns the `progress` it was saved
-    with, None where the checkpoint is of weights alone (a run begins with them). Raises CheckpointError where the
-    checkpoint is of another model.
-    """
+def load_weights(info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module]) -> None:
+    """Load a complete checkpoint's weights into this rank's chunks, in megatron-core's DDP or not, whatever layout it
+    was saved under. Raises CheckpointError where the checkpoint is of another model."""
     check_model(info, config)
-    reader = TensorReader(info.path)
-    held = held_parameters([getattr(chunk, "module", chunk) for chunk in chunks], config.model)
-    if optimizer is None:
-        _read_all(reader, [part for item in held for part in _weights(item)])
-        return info.progress
+    _read_all(TensorReader(info.path), [part for item in _held(chunks, config) for part in _weights(item)])
+
+
+def load_checkpoint(
+    info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer
+) -> dict[str, Any] | None:
+    """`load_weights`, with the optimizer's state: what a run goes on from.
+
+    Returns the `progress` it was saved with, None where the checkpoint is of weights alone (a run begins with them).
+    """
     _end_gathers(chunks)
     if info.progress is None:
-        _read_all(reader, [part for item in held for part in _weights(item)])
+        load_weights(info, config, chunks)
         optimizer.reload_model_params()
         return None
+    check_model(info, config)
+    reader, held = TensorReader(info.path), _held(chunks, config)
     shards = optimizer_shards(optimizer, held)
     wanted = []
     for item in held:
@@ -119,6 +120,10 @@ def load_checkpoint(
     _spread_main_weights(chunks, optimizer)
     set_adam_steps(optimizer, info.progress["optimizer_step"])
     return info.progress
+
+
+def _held(chunks: Sequence[nn.Module], config: RunConfig) -> list[Held]:
+    return held_parameters([getattr(chunk, "module", chunk) for chunk in chunks], config.model)
 
 
 def _weights(item: Held) -> list[Part]:

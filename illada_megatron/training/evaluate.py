@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoint, saved_config
-from illada_megatron.checkpoint.sharded import load_checkpoint
+from illada_megatron.checkpoint.sharded import load_weights
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
 from illada_megatron.training.setup import validation_source
@@ -41,6 +41,6 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
         if info is None:
             fill_initial_weights(models, resolved.model, resolved.training.seed)
         else:
-            load_checkpoint(info, resolved, models, optimizer=None)
+            load_weights(info, resolved, models)
         figures = evaluate(resolved, run, models, source)
         return figures if run.is_main else None
