@@ -27,6 +27,10 @@ CONFIG = (
     *("model.num_query_groups=4", "model.vocab_size=32000", "data.sequence_length=256", "training.micro_batch_size=1"),
     *("training.global_batch_size=1", "training.precision=fp32", "runtime.device=cpu"),
 )
+MINIATURE = (
+    *("model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4", "model.vocab_size=256"),
+    "data.sequence_length=32",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Save:
 def main(
     directory: Annotated[Path | None, typer.Option(help="where to write; default: the temporary directory")] = None,
     rounds: Annotated[int, typer.Option(help="rounds; in each, every variant saves once")] = 5,
-    layers: Annotated[int, typer.Option(help="layers of the model; 8 are 2 GB of checkpoint")] = 8,
+    layers: Annotated[int, typer.Option(min=1, help="layers of the model; 8 are 2 GB of checkpoint")] = 8,
+    tiny: Annotated[bool, typer.Option("--tiny", help="a miniature of the model, to try the script")] = False,
 ) -> None:
     """The last line of standard output is JSON."""
     from corpus import write_corpus
@@ -52,7 +57,8 @@ def main(
     with tempfile.TemporaryDirectory(dir=directory) as name:
         place = Path(name)
         corpus = write_corpus(place / "corpus")
-        config = load_config(None, [*CONFIG, f"model.num_layers={layers}", f"data.train_paths=[{corpus}]"])
+        shape = [*CONFIG, *(MINIATURE if tiny else ()), f"model.num_layers={layers}"]
+        config = load_config(None, [*shape, f"data.train_paths=[{corpus}]"])
         with runtime(config) as run:
             from illada_megatron.training.setup import setup
             from illada_megatron.training.trainer import train_step
@@ -166,7 +172,8 @@ def _report(console: Console, found: dict[str, list[Save]], nbytes: int) -> None
         table.add_row(name, f"{stall:.3f}", f"{seconds:.3f}", f"{nbytes / 1e9 / seconds:.2f}", f"{stall / base:.3f}")
     console.print(table)
     own = rows["ours, while the run goes on"]["of_synchronous"]
-    print(json.dumps({"bytes": nbytes, "variants": rows, "bar": BAR, "holds": own < BAR}))
+    figures = {"benchmark": "save_stall", "bytes": nbytes, "variants": rows, "bar": BAR, "holds": own < BAR}
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -80,14 +80,14 @@ def main(
     corpus_mb: Annotated[int, typer.Option(help="Different text in the file.")] = 800,
     repeat: Annotated[int, typer.Option(help="How often the file holds it.")] = 2,
     part_mb: Annotated[int, typer.Option(help="Of it for the peer.")] = 40,
-    rounds: int = 2,
+    vocab_size: Annotated[int, typer.Option(help="Of both tokenizers.")] = 32_000,
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Measure, print a table and one line of JSON."""
     work_dir.mkdir(parents=True, exist_ok=True)
     corpus, part, text_bytes = _corpora(work_dir, corpus_mb, repeat, part_mb)
-    cases = [
-        Case(name, path, corpus, part, text_bytes, work_dir) for name, path in _tokenizers(work_dir, corpus).items()
-    ]
+    tokenizers = _tokenizers(work_dir, corpus, vocab_size)
+    cases = [Case(name, path, corpus, part, text_bytes, work_dir) for name, path in tokenizers.items()]
     figures = {case.name: Figures() for case in cases}
     for turn in range(rounds):
         for case in cases:
@@ -96,7 +96,8 @@ def main(
     for case in cases:
         _compare_ids(case, figures[case.name])
         print(f"{case.name}: {_line(figures[case.name])}")
-    print(json.dumps(_result(figures, corpus_mb, part_mb) | {"repeat": repeat}))
+    sizes = {"corpus_mb": corpus_mb, "repeat": repeat, "part_mb": part_mb, "vocab_size": vocab_size}
+    print(json.dumps(_result(figures, sizes)))
 
 
 def _corpora(work_dir: Path, corpus_mb: int, repeat: int, part_mb: int) -> tuple[Path, Path, int]:
@@ -119,9 +120,10 @@ def _corpora(work_dir: Path, corpus_mb: int, repeat: int, part_mb: int) -> tuple
     return repeated, part, text_bytes * repeat
 
 
-def _tokenizers(work_dir: Path, corpus: Path) -> dict[str, Path]:
-    """Byte-level BPE with the regex of Llama 3, and SentencePiece BPE; 32,000 tokens each."""
-    paths = {"bpe": work_dir / "bpe.json", "sentencepiece": work_dir / "sentencepiece.model"}
+def _tokenizers(work_dir: Path, corpus: Path, vocab_size: int) -> dict[str, Path]:
+    """Byte-level BPE with the regex of Llama 3, and SentencePiece BPE."""
+    names = {"bpe": f"bpe_{vocab_size}.json", "sentencepiece": f"sentencepiece_{vocab_size}.model"}
+    paths = {name: work_dir / file for name, file in names.items()}
     if all(path.exists() for path in paths.values()):
         return paths
     training = work_dir / "training.jsonl"
@@ -130,7 +132,7 @@ def _tokenizers(work_dir: Path, corpus: Path) -> dict[str, Path]:
         while output.tell() < 25_000_000 and (line := next(lines, b"")):
             output.write(line)
     code = "import sys; from benchmarks.data import preprocess_tokenizers; preprocess_tokenizers.train(*sys.argv[1:])"
-    subprocess.run([sys.executable, "-c", code, training, *paths.values()], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code, training, *paths.values(), str(vocab_size)], check=True, cwd=ROOT)
     return paths
 
 
@@ -245,7 +247,7 @@ def _line(figures: Figures) -> str:
     )
 
 
-def _result(figures: dict[str, Figures], corpus_mb: int, part_mb: int) -> dict[str, Any]:
+def _result(figures: dict[str, Figures], sizes: dict[str, int]) -> dict[str, Any]:
     shown = {
         name: {**asdict(values), "times_peer": values.times_peer(), "share_of_engine": values.share_of_engine()}
         for name, values in figures.items()
@@ -259,8 +261,8 @@ def _result(figures: dict[str, Figures], corpus_mb: int, part_mb: int) -> dict[s
         for name, values in figures.items()
     )
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0]}
-    sizes = {"corpus_mb": corpus_mb, "part_mb": part_mb, "workers": WORKERS}
-    return {"benchmark": "preprocess", **sizes, "tokenizers": shown, "goals": GOALS, "machine": machine, "holds": holds}
+    report = {"benchmark": "preprocess", **sizes, "workers": WORKERS, "tokenizers": shown, "goals": GOALS}
+    return {**report, "machine": machine, "holds": holds}
 
 
 if __name__ == "__main__":

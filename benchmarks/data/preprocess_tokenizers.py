@@ -1,4 +1,4 @@
-"""The tokenizers of benchmarks/data/preprocess.py: 32,000 tokens, trained on the machine's own text."""
+"""The tokenizers of benchmarks/data/preprocess.py, trained on the machine's own text."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-VOCAB_SIZE = 32_000
 
 
-def train(jsonl: str, bpe_path: str, sentencepiece_path: str) -> None:
+def train(jsonl: str, bpe_path: str, sentencepiece_path: str, vocab_size: str) -> None:
     """Write a tokenizer.json (byte-level BPE) and a SentencePiece BPE .model."""
     with Path(jsonl).open(encoding="utf-8") as stream:
         texts = [json.loads(line)["text"] for line in stream]
@@ -29,11 +28,11 @@ def train(jsonl: str, bpe_path: str, sentencepiece_path: str) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=int(vocab_size),
         special_tokens=["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(bpe_path)
-    train_sentencepiece([jsonl], sentencepiece_path, vocab_size=VOCAB_SIZE, num_threads=2)
+    train_sentencepiece([jsonl], sentencepiece_path, vocab_size=int(vocab_size), num_threads=2)

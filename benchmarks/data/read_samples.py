@@ -40,7 +40,7 @@ def main(
     sequence_length: Annotated[int, typer.Option(help="tokens in a sample")] = 8192,
     rows: Annotated[int, typer.Option(help="samples in a batch: a call of the reader")] = 8,
     batches: Annotated[int, typer.Option(help="batches of each variant in a round")] = 100,
-    rounds: Annotated[int, typer.Option(help="rounds; in each, every variant runs once")] = 101,
+    rounds: Annotated[int, typer.Option(min=2, help="rounds; in each, every variant runs once")] = 101,
 ) -> None:
     """The last line of standard output is JSON."""
     console = Console(stderr=True)

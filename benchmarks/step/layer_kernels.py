@@ -4,7 +4,8 @@
 
 Shapes are those of a micro-batch of workload W1 (workloads.py). Everything runs in one process and takes turns, a call
 each a round, so that whatever else the machine does hits all alike; medians of CPU seconds are reported. The last line
-is JSON.
+is JSON; "holds": no operator is slower than torch's, and attention reaches 0.75 of its bare products' speed, as the
+step does (train_step.py).
 """
 
 import json
@@ -22,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measuring.bars import at_least, show_bars
 from benchmarks.step.train_step import Precision
 from benchmarks.step.workloads import WORKLOADS, Workload
 from illada_megatron.ops import rms_norm, segment_attention, swiglu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_BAR, PRODUCTS_BAR = 1.0, 0.75
 
 
 class Contest(NamedTuple):
@@ -71,11 +74,14 @@ def main(
         "results": {},
     }
     console = Console(highlight=False, width=100)
+    bars: dict[str, dict[str, Any]] = {}
     for kind in precision or list(DTYPES):
         results = [_race(contest, rounds) for contest in _contests(WORKLOADS["W1"], DTYPES[kind])]
         _show(console, kind, results)
         report["results"][str(kind)] = [one._asdict() for one in results]
-    report["load_after"] = os.getloadavg()[0]
+        bars |= _bars(kind, results)
+    show_bars(console, bars)
+    report |= {"load_after": os.getloadavg()[0], "bars": bars, "holds": all(bar["holds"] for bar in bars.values())}
     print(json.dumps(report))
 
 
@@ -167,6 +173,17 @@ def _race(contest: Contest, rounds: int) -> Result:
                 spent.append(time.process_time() - start)
     medians = [1e3 * median(spent) for spent in times]
     return Result(contest.name, medians[0], medians[1], medians[2] if contest.products else None)
+
+
+def _bars(precision: str, results: list[Result]) -> dict[str, dict[str, Any]]:
+    """What has to hold, by what it is."""
+    bars = {}
+    for one in results:
+        bars[f"{one.name}, {precision}: torch / illada"] = at_least(TORCH_BAR, one.torch_cpu_ms / one.ours_cpu_ms)
+        if one.products_cpu_ms is not None:
+            ratio = one.products_cpu_ms / one.ours_cpu_ms
+            bars[f"{one.name}, {precision}: products / illada"] = at_least(PRODUCTS_BAR, ratio)
+    return bars
 
 
 def _show(console: Console, precision: str, results: list[Result]) -> None:
