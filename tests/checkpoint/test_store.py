@@ -37,7 +37,8 @@ def test_newest_is_by_step_not_by_time_or_pointer(tmp_path: Path) -> None:
     assert (info.step, str(info.path), refused) == (30, f"{tmp_path}/step_00000030", [])
     assert (info.config, info.progress) == ({"model": {"num_layers": 30}}, {"step": 30})
     assert info.fingerprints == {"tokenizer": "mine"}
-    assert info.versions["torch"] == torch.__version__.partition("+")[0]  # a package's version has no "+cu130"
+    # the package's version may lack the "+cu130" of torch's own
+    assert info.versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     (tmp_path / "latest").unlink()
     assert newest_complete(tmp_path)[0].step == 30  # type: ignore[union-attr]
 
