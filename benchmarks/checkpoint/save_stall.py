@@ -159,7 +159,7 @@ def _state_bytes(state: Any) -> int:
     from illada_megatron.checkpoint.sharded import parts_to_save
 
     models = [chunk.module for chunk in state.chunks]
-    return sum(part.tensor.nbytes for part in parts_to_save(models, state.optimizer, state.config))
+    return sum(part.tensor.nbytes for part in parts_to_save(models, state.optimizer, state.config.model))
 
 
 def _report(console: Console, found: dict[str, list[Save]], nbytes: int) -> None:

@@ -38,7 +38,7 @@ class MegatronStep:
         model.config.finalize_model_grads_func = finalize_model_grads
         plain = config.parallel.model_copy(update={"use_distributed_optimizer": False})
         self._optimizer = build_optimizer(config.model_copy(update={"parallel": plain}), [self._chunk])
-        self._schedule = LearningRate(config)
+        self._schedule = LearningRate(config.schedule, config.training)
         self._schedule.begin(0)
         self._steps = 0
         self._positions = torch.arange(config.data.sequence_length, device=run.device.torch_device).unsqueeze(0)

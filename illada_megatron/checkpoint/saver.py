@@ -111,7 +111,7 @@ class Saver:
             return []
         begin = time.perf_counter()
         earlier = self.wait()
-        parts = list(parts_to_save(chunks, optimizer, self._config))
+        parts = list(parts_to_save(chunks, optimizer, self._config.model))
         path = store.step_directory(self.place, step)
         job = _Job(path, step, parts, _side_stream(parts), saved_progress(dict(progress), optimizer), begin)
         self._outcome = None

@@ -44,12 +44,12 @@ class Part:
 
 
 def parts_to_save(
-    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, config: RunConfig
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, model: ModelConfig
 ) -> Iterator[Part]:
     """Every box of the model's and the optimizer's state that this rank has to write: over all ranks each element comes
     once. With the distributed optimizer a rank writes what it updates, else the ranks of a data-parallel group divide
     each tensor among themselves."""
-    held = held_parameters(chunks, config.model)
+    held = held_parameters(chunks, model)
     shards = optimizer_shards(optimizer, held) if optimizer is not None else {}
     sharded = optimizer is not None and any(isinstance(one, DistributedOptimizer) for one in optimizers(optimizer))
     for item in held:
@@ -93,7 +93,7 @@ def load_weights(info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Mo
     """Load a complete checkpoint's weights into this rank's chunks, in megatron-core's DDP or not, whatever layout it
     was saved under. Raises CheckpointError where the checkpoint is of another model."""
     check_model(info, config)
-    _read_all(TensorReader(info.path), [part for item in _held(chunks, config) for part in _weights(item)])
+    _read_all(TensorReader(info.path), [part for item in _held(chunks, config.model) for part in _weights(item)])
 
 
 def load_checkpoint(
@@ -109,7 +109,7 @@ def load_checkpoint(
         optimizer.reload_model_params()
         return None
     check_model(info, config)
-    reader, held = TensorReader(info.path), _held(chunks, config)
+    reader, held = TensorReader(info.path), _held(chunks, config.model)
     shards = optimizer_shards(optimizer, held)
     wanted = []
     for item in held:
@@ -122,8 +122,8 @@ def load_checkpoint(
     return info.progress
 
 
-def _held(chunks: Sequence[nn.Module], config: RunConfig) -> list[Held]:
-    return held_parameters([getattr(chunk, "module", chunk) for chunk in chunks], config.model)
+def _held(chunks: Sequence[nn.Module], model: ModelConfig) -> list[Held]:
+    return held_parameters([getattr(chunk, "module", chunk) for chunk in chunks], model)
 
 
 def _weights(item: Held) -> list[Part]:

@@ -22,6 +22,7 @@ from illada_megatron.checkpoint.files.agreement import gathered
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, damage
 from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.config import CheckpointConfig
 
 RECORD = "checkpoint.json"
 _POINTER = "latest"
@@ -101,6 +102,23 @@ def finish(
 def move_pointer(path: Folder) -> None:
     """Let `latest` name the finished checkpoint `path`. Raises OSError."""
     path.parent.replace(_POINTER, f"{path.name}\n".encode())
+
+
+def checkpoint_to_continue(settings: CheckpointConfig) -> tuple[CheckpointInfo | None, list[str]]:
+    """The checkpoint that a run continues from (save_dir's if it has one, else load_dir's, which has to have one), and
+    why others were refused. Every rank calls it; raises CheckpointError as `newest_complete` does."""
+    save_dir, load_dir = settings.save_dir, settings.load_dir
+    refused: list[str] = []
+    if save_dir and gathered(folder(save_dir).exists())[0]:
+        info, refused = newest_complete(save_dir, settings.verify)
+        if info is not None:
+            return info, refused
+    if load_dir is None:
+        return None, refused
+    info, more = newest_complete(load_dir, settings.verify)
+    if info is None:
+        raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
+    return info, refused + more
 
 
 def newest_complete(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -54,31 +54,31 @@ def generate(
 
     with open_predictor(checkpoint, device) as (predict, config):
         words = load_tokenizer(tokenizer or config.data.tokenizer_path or "")
-        tokens = _tokens(text, words, config)
+        tokens = _tokens(text, words, config.model)
         if (tokens == config.model.mask_token_id).any():
             result = infill(_on_cpu(predict), tokens, settings, config.model.mask_token_id)
         else:
-            _check_length(len(tokens) + gen_length, config)
+            _check_length(len(tokens) + gen_length, config.model)
             result = continue_text(_on_cpu(predict), tokens, settings, config.model.mask_token_id, words.eos_id)
     _show(result, words, plain, svg)
 
 
-def _tokens(text: str, words: Tokenizer, config: RunConfig) -> "torch.Tensor":
+def _tokens(text: str, words: Tokenizer, model: ModelConfig) -> "torch.Tensor":
     """Token ids with N masks for each `<mask:N>`."""
     import torch
 
     ids: list[int] = []
     for index, part in enumerate(_GAP.split(text)):
-        ids += [config.model.mask_token_id] * int(part) if index % 2 else words.encode(part)
-    _check_length(len(ids), config)
+        ids += [model.mask_token_id] * int(part) if index % 2 else words.encode(part)
+    _check_length(len(ids), model)
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _check_length(tokens: int, config: RunConfig) -> None:
-    if tokens > config.model.max_sequence_length:
+def _check_length(tokens: int, model: ModelConfig) -> None:
+    if tokens > model.max_sequence_length:
         raise ConfigError(
             f"prompt and generation take {tokens} tokens, model.max_sequence_length is "
-            f"{config.model.max_sequence_length}: shorten the prompt or --gen-length"
+            f"{model.max_sequence_length}: shorten the prompt or --gen-length"
         )
 
 

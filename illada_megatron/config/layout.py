@@ -249,28 +249,28 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         why = [("chosen", "\n".join([text, *(f"not {reason}" for reason in chosen.refused)]))]
     return [
         ("world size", f"{layout.world_size}"),
-        ("layout", layout_text(config, layout)),
+        ("layout", layout_text(layout, config.parallel.sequence_parallel)),
         *why,
         (
             "global batch",
             f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
             f"{training.global_batch_size * config.data.sequence_length:,} tokens; "
             f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank"
-            f"{_empty_places(config, layout)}",
+            f"{_empty_places(training, layout)}",
         ),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
 
 
-def _empty_places(config: RunConfig, layout: Layout) -> str:
-    places = layout.num_microbatches * config.training.micro_batch_size * layout.data
-    empty = places - config.training.global_batch_size
+def _empty_places(training: TrainingConfig, layout: Layout) -> str:
+    places = layout.num_microbatches * training.micro_batch_size * layout.data
+    empty = places - training.global_batch_size
     return f"; {empty} of {places} places stay empty" if empty else ""
 
 
-def layout_text(config: RunConfig, layout: Layout) -> str:
+def layout_text(layout: Layout, sequence_parallel: bool) -> str:
     """The sizes of the process groups in words."""
-    sequence = " + sequence" if config.parallel.sequence_parallel else ""
+    sequence = " + sequence" if sequence_parallel else ""
     interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
     return f"tensor {layout.tensor}{sequence}, pipeline {layout.pipeline}{interleaved}, data {layout.data}"
 
@@ -284,6 +284,12 @@ def layouts_by_nodes(config: RunConfig, ranks_per_node: int, nodes: range) -> li
         except ValueError:
             rows.append((f"{number} nodes", "no layout fits: the run would end"))
             continue
+        layout = layout_text(chosen.layout, chosen.config.parallel.sequence_parallel)
         batches = f"{chosen.layout.num_microbatches} micro-batches of {chosen.config.training.micro_batch_size}"
-        rows.append((f"{number} nodes", f"{layout_text(chosen.config, chosen.layout)}; {batches} a rank"))
+        rows.append(
+            (
+                f"{number} nodes",
+                f"{layout}; {batches} a rank",
+            )
+        )
     return rows

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.config import ConfigError, RuntimeConfig
 from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
@@ -24,12 +24,12 @@ from illada_megatron.runtime.device import Device, has_transformer_engine, trans
 _BIDIRECTIONAL = {"attn_mask_type": AttnMaskType.no_mask}
 
 
-def choose_implementation(config: RunConfig, device: Device) -> str:
+def choose_implementation(settings: RuntimeConfig, device: Device) -> str:
     """ "transformer_engine" or "local" for `runtime.transformer_impl`; auto takes TE on a GPU where it is installed.
 
     Raises ConfigError where TE is asked for and cannot be used.
     """
-    wanted = config.runtime.transformer_impl
+    wanted = settings.transformer_impl
     usable = device.is_cuda and has_transformer_engine()
     if wanted == "transformer_engine" and not usable:
         problem = transformer_engine_problem()

@@ -141,7 +141,7 @@ def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]
     """
     from megatron.core import parallel_state
 
-    implementation = choose_implementation(config, device)
+    implementation = choose_implementation(config.runtime, device)
     core = transformer_config(config, device, implementation)
     virtual = core.virtual_pipeline_model_parallel_size
     chunks = []

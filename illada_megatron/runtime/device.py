@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.config import ConfigError, RunConfig, RuntimeConfig
 from illada_megatron.ops import kernels
 
 # Dense bf16 peaks in TFLOP/s (vendor data sheets), by a part of the device's name; the first match counts.
@@ -72,9 +72,9 @@ def select_device(config: RunConfig) -> Device:
     return Device(torch.device("cuda", index), name, peak)
 
 
-def set_threads(config: RunConfig) -> None:
+def set_threads(settings: RuntimeConfig) -> None:
     """Divide the cores among the ranks of this machine; oversubscribed ranks wait for each other."""
-    torch.set_num_threads(config.runtime.num_threads or _threads())
+    torch.set_num_threads(settings.num_threads or _threads())
 
 
 def has_transformer_engine() -> bool:

@@ -83,7 +83,7 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
         torch.cuda.set_device(device.torch_device)
     else:
         cpu_adaptor.install()
-        set_threads(config)
+        set_threads(config.runtime)
     _init_torch_distributed(config, device)
     try:
         yield _init_megatron(config, layout, device)

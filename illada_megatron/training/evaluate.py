@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import load_weights
-from illada_megatron.config import RunConfig, load_config
+from illada_megatron.config import ParallelConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
 from illada_megatron.training.setup import validation_source
 from illada_megatron.training.validation import HeldOut, evaluate
 
 
-def layout_of_this_world(saved: RunConfig) -> list[str]:
+def layout_of_this_world(saved: ParallelConfig) -> list[str]:
     """Overrides that fit a configuration to the ranks there are: as much tensor parallelism of the saved run as divides
     them, one stage, the rest data parallel. The global batch, which nobody trains on, divides nothing."""
-    tensor = math.gcd(saved.parallel.tensor_model_parallel_size, world_size_from_environment())
+    tensor = math.gcd(saved.tensor_model_parallel_size, world_size_from_environment())
     return [
         *ONE_STAGE_LAYOUT,
         f"parallel.tensor_model_parallel_size={tensor}",
@@ -34,7 +34,7 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
     if info is None:
         resolved = load_config(config, overrides)
     else:
-        resolved = saved_config(info, [*layout_of_this_world(saved_config(info)), *overrides])
+        resolved = saved_config(info, [*layout_of_this_world(saved_config(info).parallel), *overrides])
     with runtime(resolved) as run:
         source = validation_source(resolved, run)
         models = build_model_chunks(resolved, run.device)
@@ -42,5 +42,5 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
             fill_initial_weights(models, resolved.model, resolved.training.seed)
         else:
             load_weights(info, resolved, models)
-        figures = evaluate(resolved, run, models, source)
+        figures = evaluate(models, source, resolved.validation.num_samples)
         return figures if run.is_main else None

@@ -12,7 +12,7 @@ from megatron.core.optimizer import optimizer as megatron_base_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
-from illada_megatron.config import RunConfig
+from illada_megatron.config import ParallelConfig, RunConfig
 from illada_megatron.model.transformer_config import DTYPES
 
 
@@ -75,10 +75,10 @@ class AdamW(torch.optim.Optimizer):
             )
 
 
-def optimizer_name(config: RunConfig) -> str:
+def optimizer_name(parallel: ParallelConfig) -> str:
     """For the start-up table."""
     kind = "AdamW (torch fused kernel)" if _uses_own_adamw() else "FusedAdam (Transformer Engine or Apex)"
-    return f"{kind}, state sharded over data parallel" if config.parallel.use_distributed_optimizer else kind
+    return f"{kind}, state sharded over data parallel" if parallel.use_distributed_optimizer else kind
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:

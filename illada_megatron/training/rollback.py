@@ -5,10 +5,11 @@ import math
 from torch import Tensor
 
 from illada_megatron.checkpoint.files.agreement import gathered
+from illada_megatron.checkpoint.store import checkpoint_to_continue
 from illada_megatron.training.bad_steps import BadSteps, Rollback
 from illada_megatron.training.forward_step import BatchSlice
 from illada_megatron.training.schedule import LearningRate, global_batch_size
-from illada_megatron.training.setup import TrainingState, find_checkpoint, restore, slices
+from illada_megatron.training.setup import TrainingState, restore, slices
 from illada_megatron.training.validation import speaks_for_tensor_group
 
 
@@ -25,7 +26,7 @@ def recover(state: TrainingState) -> Rollback:
             f"{_told(state)}; weights and the last checkpoint are untouched: continue from it with a lower "
             "training.lr, or let the run go back by itself (faults.on_bad_steps=rollback)"
         )
-    checkpoint, refused = find_checkpoint(config)
+    checkpoint, refused = checkpoint_to_continue(config.checkpoint)
     if checkpoint is None or checkpoint.progress is None:
         raise FloatingPointError(
             f"{_told(state)}; there is no checkpoint of this run to roll back to"
@@ -40,10 +41,10 @@ def recover(state: TrainingState) -> Rollback:
             "with checkpoint.load_dir and a new checkpoint.save_dir"
         )
     from_step, before = state.step, state.bad_steps
-    batch_size = global_batch_size(config, streak[0].first_sample)
+    batch_size = global_batch_size(config.training, streak[0].first_sample)
     state.close()
     # Both go back too: a decay that began after the checkpoint has not begun.
-    state.schedule, state.bad_steps = LearningRate(config), BadSteps(config.faults)
+    state.schedule, state.bad_steps = LearningRate(config.schedule, config.training), BadSteps(config.faults)
     restore(state, checkpoint)
     state.schedule.begin(state.step)
     first, end = state.bad_steps.roll_back(before, state.step, state.consumed_samples, batch_size)

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from illada_megatron.config import RunConfig
+from illada_megatron.config import ScheduleConfig, TrainingConfig
 
 
-def global_batch_size(config: RunConfig, consumed_samples: int) -> int:
+def global_batch_size(training: TrainingConfig, consumed_samples: int) -> int:
     """Samples of the step that starts at `consumed_samples` (Megatron's ramp-up: as many samples at each size)."""
-    training = config.training
     if training.rampup_batch_size is None:
         return training.global_batch_size
     start, increment, samples = training.rampup_batch_size
@@ -20,26 +19,28 @@ def global_batch_size(config: RunConfig, consumed_samples: int) -> int:
     return start + int(consumed_samples * increments / samples) * increment
 
 
-def next_batch(config: RunConfig, consumed_samples: int, skipped: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def next_batch(training: TrainingConfig, consumed_samples: int, skipped: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(first sample, number of samples) of the step that follows `consumed_samples`.
 
     skipped: ranges [first, end) that no step takes, ascending. A step that would touch one begins behind it: a batch is
     always a run of samples, and the same after a restart and in any layout.
     """
     for first, end in skipped:
-        if consumed_samples < end and consumed_samples + global_batch_size(config, consumed_samples) > first:
+        if consumed_samples < end and consumed_samples + global_batch_size(training, consumed_samples) > first:
             consumed_samples = end
-    return consumed_samples, global_batch_size(config, consumed_samples)
+    return consumed_samples, global_batch_size(training, consumed_samples)
 
 
-def samples_of_run(config: RunConfig, step: int, consumed_samples: int, skipped: Sequence[tuple[int, int]] = ()) -> int:
+def samples_of_run(
+    training: TrainingConfig, step: int, consumed_samples: int, skipped: Sequence[tuple[int, int]] = ()
+) -> int:
     """Samples consumed at training.train_steps by a run that has consumed `consumed_samples` at `step`; those that it
     is yet to pass over (`skipped`) count."""
     consumed_samples += sum(max(0, end - max(first, consumed_samples)) for first, end in skipped)
-    while step < config.training.train_steps:
-        size = global_batch_size(config, consumed_samples)
-        if size == config.training.global_batch_size:  # no more of the ramp-up: the rest is a product
-            return consumed_samples + size * (config.training.train_steps - step)
+    while step < training.train_steps:
+        size = global_batch_size(training, consumed_samples)
+        if size == training.global_batch_size:  # no more of the ramp-up: the rest is a product
+            return consumed_samples + size * (training.train_steps - step)
         step, consumed_samples = step + 1, consumed_samples + size
     return consumed_samples
 
@@ -59,10 +60,10 @@ class LearningRate:
     Every rank keeps one and feeds it the same losses; its state goes into the checkpoint.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config.schedule
-        self.peak = config.training.lr
-        self.train_steps = config.training.train_steps
+    def __init__(self, config: ScheduleConfig, training: TrainingConfig) -> None:
+        self.config = config
+        self.peak = training.lr
+        self.train_steps = training.train_steps
         self._plateau = _Plateau()
         self._decay_start: int | None = None
         start = self.config.decay_start

@@ -9,12 +9,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from illada_megatron.checkpoint.files.agreement import gathered
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
-from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
-from illada_megatron.config import ConfigError, RunConfig
+from illada_megatron.checkpoint.store import CheckpointInfo, checkpoint_to_continue
+from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
 from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
@@ -80,16 +79,16 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer)
     source = BatchSource(corpus, config, runtime, config.training.seed)
     models = build_model_chunks(config, runtime.device)
-    checkpoint, refused = find_checkpoint(config)
+    checkpoint, refused = checkpoint_to_continue(config.checkpoint)
     if checkpoint is None:
         fill_initial_weights(models, config.model, config.training.seed)
-    chunks = wrap_data_parallel(config, models)
+    chunks = wrap_data_parallel(config.parallel, models)
     state = TrainingState(
         config=config,
         runtime=runtime,
         chunks=chunks,
         optimizer=build_optimizer(config, chunks),
-        schedule=LearningRate(config),
+        schedule=LearningRate(config.schedule, config.training),
         source=source,
         validation=validation_source(config, runtime) if config.validation.interval_steps else None,
         fingerprints=fingerprints(corpus, tokenizer),
@@ -113,9 +112,8 @@ def validation_source(config: RunConfig, runtime: Runtime) -> BatchSource:
     return BatchSource(corpus, config, runtime, config.validation.seed)
 
 
-def wrap_data_parallel(config: RunConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:
+def wrap_data_parallel(parallel: ParallelConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:
     """megatron-core's DDP around each chunk, and the hooks its schedules look for in the model's configuration."""
-    parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -200,7 +198,7 @@ def _checked_tokenizer(config: RunConfig) -> Tokenizer | None:
 def _check_epochs(state: TrainingState) -> None:
     """Before anything is trained: the order is known to its end, so is what it repeats."""
     config = state.config
-    samples = samples_of_run(config, state.step, state.consumed_samples, state.bad_steps.skipped_samples)
+    samples = samples_of_run(config.training, state.step, state.consumed_samples, state.bad_steps.skipped_samples)
     problems = epoch_problems(state.source.corpus, config.data, samples)
     if problems and config.data.epoch_limit == "error":
         raise ConfigError(
@@ -216,24 +214,7 @@ def slices(state: TrainingState) -> Iterator[BatchSlice]:
     skipped = tuple(state.bad_steps.skipped_samples)
     layout, micro_batch_size = state.runtime.layout, config.training.micro_batch_size
     while True:
-        first, size = next_batch(config, consumed_samples, skipped)
+        first, size = next_batch(config.training, consumed_samples, skipped)
         for microbatch in range(layout.microbatches(size, micro_batch_size)):
             yield BatchSlice(first, size, microbatch)
         consumed_samples = first + size
-
-
-def find_checkpoint(config: RunConfig) -> tuple[CheckpointInfo | None, list[str]]:
-    """The checkpoint to continue from (save_dir's if it has one, else load_dir's, which has to have one), and why
-    others were refused."""
-    save_dir, load_dir = config.checkpoint.save_dir, config.checkpoint.load_dir
-    refused: list[str] = []
-    if save_dir and gathered(folder(save_dir).exists())[0]:
-        info, refused = newest_complete(save_dir, config.checkpoint.verify)
-        if info is not None:
-            return info, refused
-    if load_dir is None:
-        return None, refused
-    info, more = newest_complete(load_dir, config.checkpoint.verify)
-    if info is None:
-        raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
-    return info, refused + more

@@ -1,7 +1,12 @@
 """The table at start: what was chosen, and what the run is."""
 
-from illada_megatron.config import RunConfig
+from collections.abc import Sequence
+
+import torch
+
+from illada_megatron.config import CheckpointConfig, FaultsConfig, RunConfig
 from illada_megatron.config.layout import layout_rows
+from illada_megatron.config.schema import BlendPhase, LossConfig
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.model.transformer_config import DTYPES
@@ -19,30 +24,28 @@ _TRANSFORMER_ENGINE = [
 
 def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
     """What was chosen on this device."""
-    implementation = choose_implementation(config, device)
-    layers = _local_rows(config, device) if implementation == "local" else _TRANSFORMER_ENGINE
+    dtype = DTYPES[config.training.precision]
+    implementation = choose_implementation(config.runtime, device)
+    layers = _local_rows(dtype, device) if implementation == "local" else _TRANSFORMER_ENGINE
     return [
         ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
         ("layers", implementation),
         *layers,
-        ("optimizer", optimizer_name(config)),
-        ("loss", _loss_text(config, device)),
+        ("optimizer", optimizer_name(config.parallel)),
+        ("loss", _loss_text(config.loss, dtype, device)),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
     ]
 
 
-def _loss_text(config: RunConfig, device: Device) -> str:
-    name, reason = chosen_implementation(
-        config.loss.implementation, device.torch_device, DTYPES[config.training.precision]
-    )
+def _loss_text(loss: LossConfig, dtype: torch.dtype, device: Device) -> str:
+    name, reason = chosen_implementation(loss.implementation, device.torch_device, dtype)
     text = "fused" if name == "fused" else f"reference, in torch ({reason})"
-    penalty = f", z-loss {config.loss.z_loss}" if config.loss.z_loss else ""
+    penalty = f", z-loss {loss.z_loss}" if loss.z_loss else ""
     return f"masked linear cross-entropy, {text}; head on masked positions only{penalty}"
 
 
-def _local_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
+def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
     """Which of the local layers' operators are compiled ones, and why the others are not."""
-    dtype = DTYPES[config.training.precision]
     rows = [
         ("attention", "packed segments", "torch scaled_dot_product_attention", segment_attention),
         ("norm", "RMSNorm", "torch", rms_norm),
@@ -70,13 +73,13 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
         *layout_rows(config, state.runtime.layout),
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
-        *_corpus_rows(config, corpus),
-        ("checkpoints", _checkpoints_text(config)),
-        ("faults", _faults_text(config)),
+        *_corpus_rows(corpus, config.data.phases),
+        ("checkpoints", _checkpoints_text(config.checkpoint)),
+        ("faults", _faults_text(config.faults)),
     ]
 
 
-def _corpus_rows(config: RunConfig, corpus: BlendedCorpus) -> list[tuple[str, str]]:
+def _corpus_rows(corpus: BlendedCorpus, phases: Sequence[BlendPhase]) -> list[tuple[str, str]]:
     """One row a corpus: its size, its share of the samples in each phase."""
     rows = []
     for number, one in enumerate(corpus.corpora):
@@ -85,14 +88,13 @@ def _corpus_rows(config: RunConfig, corpus: BlendedCorpus) -> list[tuple[str, st
             shares = [f"{float(phase.shares[number]):.2%}" for phase in corpus.schedule.proportions]
             text = f"share {' -> '.join(shares)}, {text}"
         rows.append((f"corpus {one.name}".rstrip(), text))
-    if config.data.phases:
-        starts = ", ".join(f"{phase.from_tokens:,}" for phase in config.data.phases)
+    if phases:
+        starts = ", ".join(f"{phase.from_tokens:,}" for phase in phases)
         rows.append(("blend changes", f"after {starts} tokens"))
     return rows
 
 
-def _checkpoints_text(config: RunConfig) -> str:
-    settings = config.checkpoint
+def _checkpoints_text(settings: CheckpointConfig) -> str:
     if settings.save_dir is None:
         return "none (checkpoint.save_dir is not set)"
     every = f"every {settings.interval_steps} steps" if settings.interval_steps else "at the end"
@@ -102,8 +104,7 @@ def _checkpoints_text(config: RunConfig) -> str:
     return f"{settings.save_dir}, {every}, {how}{kept}{more}"
 
 
-def _faults_text(config: RunConfig) -> str:
-    faults = config.faults
+def _faults_text(faults: FaultsConfig) -> str:
     then = "the run stops" if faults.on_bad_steps == "stop" else "back to the last checkpoint"
     spikes = (
         f"spikes over {faults.spike_window_steps} steps" if faults.spike_window_steps else "spikes are not looked for"

@@ -70,7 +70,9 @@ def train(config: RunConfig) -> TrainResult:
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     watchdog.now("validation", state.step)
-                    reporter.held_out(state.step, evaluate(config, run, state.chunks, state.validation))
+                    reporter.held_out(
+                        state.step, evaluate(state.chunks, state.validation, config.validation.num_samples)
+                    )
                 # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
                 save_due |= _due(config.checkpoint.interval_steps, state.step)
                 if save_due and not state.bad_steps.streak:
@@ -93,21 +95,14 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     """
     config, run = state.config, state.runtime
     start = time.perf_counter()
-    first_sample, batch_size = next_batch(config, state.consumed_samples, state.bad_steps.skipped_samples)
+    first_sample, batch_size = next_batch(config.training, state.consumed_samples, state.bad_steps.skipped_samples)
     lr = state.schedule.at(state.step)
     set_learning_rate(state.optimizer, lr, config.optimizer.weight_decay)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     state.clock.begin_step()
-    local = run_schedule(
-        config,
-        run,
-        list(state.chunks),
-        state.loader,
-        batch_size,
-        forward_only=False,
-    )
+    local = run_schedule(state.source, list(state.chunks), state.loader, batch_size, forward_only=False)
     state.clock.end_step()
     norm = gradient_norm(state.optimizer)
     sums = reduce_sums(

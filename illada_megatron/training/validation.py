@@ -10,9 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from illada_megatron.config import RunConfig
 from illada_megatron.model import MaskPredictor
-from illada_megatron.runtime import Runtime
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, forward_step
 from illada_megatron.training.metrics import StepSums, reduce_sums
 
@@ -29,15 +27,15 @@ class HeldOut:
 
 
 def run_schedule(
-    config: RunConfig,
-    runtime: Runtime,
+    source: BatchSource,
     chunks: list[torch.nn.Module],
     microbatches: Iterator[Microbatch],
     batch_size: int,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Run megatron-core's schedule over the next micro-batches, as many as `batch_size` samples take; returns this
-    rank's sums of them (last stage)."""
+    """Run megatron-core's schedule over the next micro-batches of `source`, as many as `batch_size` samples take;
+    returns this rank's sums of them (last stage)."""
+    config, runtime = source.config, source.runtime
     device = runtime.device.torch_device
     num_microbatches = runtime.layout.microbatches(batch_size, config.training.micro_batch_size)
     tokens = batch_size * config.data.sequence_length / (num_microbatches * runtime.layout.data)
@@ -61,17 +59,15 @@ def speaks_for_tensor_group() -> bool:
     return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def evaluate(
-    config: RunConfig, runtime: Runtime, chunks: list[torch.nn.Module] | list[MaskPredictor], source: BatchSource
-) -> HeldOut:
-    """The bound over the first validation.num_samples held-out samples; every rank gets the same figures."""
-    num_samples = config.validation.num_samples
+def evaluate(chunks: list[torch.nn.Module] | list[MaskPredictor], source: BatchSource, num_samples: int) -> HeldOut:
+    """The bound over the first `num_samples` held-out samples; every rank gets the same figures."""
+    config, runtime = source.config, source.runtime
     num_microbatches = runtime.layout.microbatches(num_samples, config.training.micro_batch_size)
     for chunk in chunks:
         chunk.eval()
     slices = (BatchSlice(0, num_samples, microbatch) for microbatch in range(num_microbatches))
     with torch.no_grad(), source.prefetch(slices) as microbatches:
-        local = run_schedule(config, runtime, list(chunks), microbatches, num_samples, forward_only=True)
+        local = run_schedule(source, list(chunks), microbatches, num_samples, forward_only=True)
     for chunk in chunks:
         chunk.train()
     sums: StepSums = reduce_sums(local, speaks_for_tensor_group(), runtime.device.torch_device)

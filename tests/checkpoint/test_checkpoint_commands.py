@@ -186,7 +186,7 @@ def test_checkpoints_of_megatron_cores_dist_checkpointing_are_read(
     theirs = tmp_path / "theirs" / f"iter_{STEP:07d}"
     theirs.mkdir(parents=True)
     with runtime(config) as run:
-        chunks = wrap_data_parallel(config, build_model_chunks(config, run.device))
+        chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
         optimizer = build_optimizer(config, chunks)
         load_checkpoint(ours.info, config, chunks, optimizer)
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

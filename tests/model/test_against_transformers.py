@@ -111,7 +111,7 @@ def test_hidden_states_logits_and_gradients_equal_theirs(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
     ours.zero_grad()
-    (wrapped,) = wrap_data_parallel(tiny_config, [ours])
+    (wrapped,) = wrap_data_parallel(tiny_config.parallel, [ours])
     wrapped.zero_grad_buffer()
     for _ in range(2):
         wrapped(tokens, packed, labels=labels[0], loss_weight=weight).loss_sum.backward()

@@ -47,7 +47,7 @@ def test_main_grad_gets_what_autograd_makes(
     )
     plain = build(config, single_process)
     loss = step(plain, None)
-    (wrapped,) = wrap_data_parallel(config, [build(config, single_process)])
+    (wrapped,) = wrap_data_parallel(config.parallel, [build(config, single_process)])
     wrapped.zero_grad_buffer()
     for _ in range(2):  # two micro-batches: the second adds to the first
         assert step(wrapped, 1 / 512 if loss_in_main_grad else None) == loss
@@ -64,7 +64,7 @@ def test_both_ways_in_one_step(tiny_config: RunConfig, single_process: Runtime) 
 
     plain = build(tiny_config, single_process)
     step(plain, None)
-    (wrapped,) = wrap_data_parallel(tiny_config, [build(tiny_config, single_process)])
+    (wrapped,) = wrap_data_parallel(tiny_config.parallel, [build(tiny_config, single_process)])
     wrapped.zero_grad_buffer()
     for grad_scale in (1 / 512, None):
         step(wrapped, grad_scale)

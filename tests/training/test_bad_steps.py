@@ -371,16 +371,16 @@ def test_batches_behind_what_is_passed_over() -> None:
     def batches() -> Iterator[tuple[int, int]]:
         consumed = 0
         while True:
-            first, size = next_batch(config, consumed, skipped)
+            first, size = next_batch(config.training, consumed, skipped)
             yield first, size
             consumed = first + size
 
     taken: list[int] = []
     for (first, size), _ in zip(batches(), range(12), strict=False):
-        assert size == global_batch_size(config, first)
+        assert size == global_batch_size(config.training, first)
         taken += range(first, first + size)
     assert len(set(taken)) == len(taken)
     assert not set(taken) & {*range(12, 20), *range(30, 41)}
     assert taken[:14] == [*range(12), 20, 21]
     flat = load_config(None, ["training.global_batch_size=8", "training.train_steps=10"])
-    assert samples_of_run(flat, 2, 16, [(0, 8), (24, 40)]) == 16 + 8 * 8 + 16
+    assert samples_of_run(flat.training, 2, 16, [(0, 8), (24, 40)]) == 16 + 8 * 8 + 16

@@ -15,15 +15,20 @@ def _config(**fields: object) -> RunConfig:
     return load_config({"training": {"lr": 1.0, "train_steps": 100}, "schedule": schedule})
 
 
+def _rate(**fields: object) -> LearningRate:
+    config = _config(**fields)
+    return LearningRate(config.schedule, config.training)
+
+
 def _restarted(before: LearningRate, **fields: object) -> LearningRate:
     """What goes on from a checkpoint of `before`, under a configuration of `fields`."""
-    after = LearningRate(_config(**fields))
+    after = _rate(**fields)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     return after
 
 
 def test_warm_up_then_constant_then_minimum() -> None:
-    rate = LearningRate(_config(decay_start=60))
+    rate = _rate(decay_start=60)
     assert [rate.at(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert {rate.at(step) for step in range(10, 60)} == {1.0}
     assert rate.at(59) > rate.at(60) > rate.at(98) > rate.at(99)
@@ -32,12 +37,12 @@ def test_warm_up_then_constant_then_minimum() -> None:
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:
-    assert LearningRate(_config(warmup_steps=0, decay_start="never")).at(0) == 1.0
+    assert _rate(warmup_steps=0, decay_start="never").at(0) == 1.0
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine"])
 def test_shape_of_the_decay(style: str) -> None:
-    rate = LearningRate(_config(decay_start=60, decay_steps=20, decay_style=style))
+    rate = _rate(decay_start=60, decay_steps=20, decay_style=style)
     for step in range(60, 80):
         progress = (step - 59) / 20
         left = 1 - progress if style == "linear" else (1 + math.cos(math.pi * progress)) / 2
@@ -47,34 +52,34 @@ def test_shape_of_the_decay(style: str) -> None:
 
 
 def test_step_and_fraction_say_the_same_start() -> None:
-    by_step, by_fraction = LearningRate(_config(decay_start=60)), LearningRate(_config(decay_start=0.6))
+    by_step, by_fraction = _rate(decay_start=60), _rate(decay_start=0.6)
     assert [by_step.at(step) for step in range(100)] == [by_fraction.at(step) for step in range(100)]
-    assert LearningRate(_config(decay_start=1)).decay_start_step == 1
-    assert LearningRate(_config(decay_start=1.0)).decay_start_step == 100
+    assert _rate(decay_start=1).decay_start_step == 1
+    assert _rate(decay_start=1.0).decay_start_step == 100
 
 
 def test_decay_cannot_begin_before_the_warm_up_ends() -> None:
-    rate = LearningRate(_config(decay_start=0))
+    rate = _rate(decay_start=0)
     assert rate.at(9) == 1.0
     assert rate.at(10) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 90)) / 2)
     assert rate.at(99) == pytest.approx(0.1)
 
 
 def test_never_stays_at_the_peak() -> None:
-    rate = LearningRate(_config(decay_start="never"))
+    rate = _rate(decay_start="never")
     rate.begin(50)
     assert {rate.at(step) for step in range(10, 1000)} == {1.0}
 
 
 def test_never_then_now_decays_from_the_restart_and_keeps_its_start() -> None:
     """The authors' way: constant until someone looks at the loss, then restart with "now"."""
-    never = LearningRate(_config(decay_start="never"))
+    never = _rate(decay_start="never")
     never.begin(0)
     now = _restarted(never, decay_start="now")
     now.begin(50)
     assert now.decay_start_step == 50
     assert now.at(49) == 1.0 > now.at(50)
-    expected = [LearningRate(_config(decay_start=50)).at(step) for step in range(100)]
+    expected = [_rate(decay_start=50).at(step) for step in range(100)]
     assert [now.at(step) for step in range(100)] == expected
     again = _restarted(now, decay_start="now")  # a crash at step 70
     again.begin(70)
@@ -82,7 +87,7 @@ def test_never_then_now_decays_from_the_restart_and_keeps_its_start() -> None:
 
 
 def test_configuration_takes_the_decay_back() -> None:
-    now = LearningRate(_config(decay_start="now"))
+    now = _rate(decay_start="now")
     now.begin(50)
     assert _restarted(now, decay_start="never").at(60) == 1.0
     assert _restarted(now, decay_start=80).decay_start_step == 80
@@ -95,7 +100,7 @@ def _loss(step: int) -> float:
 
 def test_plateau_starts_the_decay_where_the_curve_flattens() -> None:
     settings = {"decay_start": "plateau", "plateau_window_steps": 10, "plateau_min_improvement": 0.01}
-    rate = LearningRate(_config(**settings))
+    rate = _rate(**settings)
     started = [step for step in range(100) if rate.observe(step, _loss(step))]
     # the first pair of windows after the warm-up whose means differ by less than 1%
     means = {end: sum(_loss(step) for step in range(end - 10, end)) / 10 for end in range(20, 101, 10)}
@@ -108,7 +113,7 @@ def test_plateau_starts_the_decay_where_the_curve_flattens() -> None:
 
 def test_plateau_ignores_a_single_bad_step_and_the_warm_up() -> None:
     settings = {"decay_start": "plateau", "plateau_window_steps": 10, "plateau_min_improvement": 0.01}
-    rate = LearningRate(_config(**settings))
+    rate = _rate(**settings)
     assert not any(rate.observe(step, 5.0) for step in range(10))
     assert not any(rate.observe(step, 9.0 - 0.05 * step + (2.0 if step == 33 else 0.0)) for step in range(10, 100))
 
@@ -117,7 +122,7 @@ def test_plateau_ignores_a_single_bad_step_and_the_warm_up() -> None:
 def test_plateau_goes_on_after_a_restart(restart_at: int) -> None:
     """The same decision at the same step, wherever in a window the run was interrupted."""
     settings = {"decay_start": "plateau", "plateau_window_steps": 10, "plateau_min_improvement": 0.01}
-    unbroken, rate = LearningRate(_config(**settings)), LearningRate(_config(**settings))
+    unbroken, rate = _rate(**settings), _rate(**settings)
     for step in range(100):
         if step == restart_at:
             rate = _restarted(rate, **settings)
@@ -127,7 +132,7 @@ def test_plateau_goes_on_after_a_restart(restart_at: int) -> None:
 
 
 def test_rising_loss_is_a_plateau_too() -> None:
-    rate = LearningRate(_config(decay_start="plateau", plateau_window_steps=5, warmup_steps=0))
+    rate = _rate(decay_start="plateau", plateau_window_steps=5, warmup_steps=0)
     assert [step for step in range(20) if rate.observe(step, 2.0 + step)] == [9]
 
 
@@ -135,7 +140,7 @@ def test_ramp_up_gives_every_size_as_many_samples() -> None:
     config = load_config({"training": {"global_batch_size": 32, "rampup_batch_size": (8, 8, 300)}})
     consumed, sizes = 0, []
     while consumed < 600:
-        sizes.append(global_batch_size(config, consumed))
+        sizes.append(global_batch_size(config.training, consumed))
         consumed += sizes[-1]
     assert sizes == sorted(sizes)
     assert sizes[0] == 8
@@ -147,5 +152,5 @@ def test_ramp_up_gives_every_size_as_many_samples() -> None:
 
 def test_ramp_up_of_the_final_size_is_none() -> None:
     config = load_config({"training": {"global_batch_size": 8, "rampup_batch_size": (8, 4, 100)}})
-    assert global_batch_size(config, 0) == 8
-    assert global_batch_size(load_config({"training": {"global_batch_size": 8}}), 0) == 8
+    assert global_batch_size(config.training, 0) == 8
+    assert global_batch_size(load_config({"training": {"global_batch_size": 8}}).training, 0) == 8

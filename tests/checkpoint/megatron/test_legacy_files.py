@@ -213,7 +213,7 @@ def _megatrons_files(config: RunConfig, ours: Path, directory: Path) -> None:
     from illada_megatron.training.setup import wrap_data_parallel
 
     with runtime(config) as run:
-        chunks = wrap_data_parallel(config, build_model_chunks(config, run.device))
+        chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
         optimizer = build_optimizer(config, chunks)
         load_checkpoint(open_checkpoint(str(ours)).info, config, chunks, optimizer)
         _save_as_megatron(config, chunks, optimizer, directory)
@@ -295,7 +295,7 @@ def _load_as_megatron(config: RunConfig, legacy: Path, again: Path) -> None:
 
     place = legacy / f"iter_{STEP:07d}" / "mp_rank_00"
     with runtime(config) as run:
-        chunks = wrap_data_parallel(config, build_model_chunks(config, run.device))
+        chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
         optimizer = build_optimizer(config, chunks)
         state = torch.load(place / "model_optim_rng.pt", weights_only=False)
         chunks[0].module.load_state_dict(state["model"])
