@@ -47,7 +47,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 raise
             text = " ".join(str(error).split())
             text = re.sub(r"(?i)command '?\['([^']+)'.*\]'?", r"\1", text)  # a command without its arguments
-            reason = text[:300] or type(error).__name__
+            reason = f"{text[:300] or type(error).__name__} (`pip install -v` shows what it said)"
             for extension in self.extensions:
                 if getattr(extension, "cuda", False):
                     vars(extension).update(vars(kernels(f"it did not build: {reason}")))
@@ -80,13 +80,15 @@ def indexed_dataset() -> Extension:
 
 def kernels(without_cuda: str) -> Extension:
     """The operators of torch.ops.illada; `without_cuda`: why their CUDA part is left out, "" where it is not. The
-    module keeps the reason: `illada doctor` shows it."""
+    module keeps the reason, which `illada doctor` shows, and the architectures, which a GPU's is compared with."""
     with_cuda = not without_cuda
     if without_cuda:
         print(f"illada_megatron.ops._kernels is built without its CUDA part: {without_cuda}")
+        architectures = ""
     else:
         cpp_extension.CUDA_HOME = _cuda_home(cpp_extension.CUDA_HOME)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures(cpp_extension.CUDA_HOME))
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _architectures(cpp_extension.CUDA_HOME)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     vectorised = _sources("csrc/*/cpu_kernels*.cpp")
     folders = ("cpu", "layer_kernels", "masked_cross_entropy")
@@ -101,7 +103,10 @@ def kernels(without_cuda: str) -> Extension:
         "illada_megatron.ops._kernels",
         sorted((sources | cuda) if with_cuda else (sources - cuda)),
         depends=[*vectorised, *_sources("csrc/*/*.h"), *_sources("csrc/*/*.cuh")],
-        define_macros=[("WITHOUT_CUDA", json.dumps(without_cuda, ensure_ascii=True))],
+        define_macros=[
+            ("WITHOUT_CUDA", json.dumps(without_cuda, ensure_ascii=True)),
+            ("CUDA_ARCHITECTURES", json.dumps(architectures, ensure_ascii=True)),
+        ],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
     )
     extension.kernels, extension.cuda = vectorised, with_cuda
@@ -127,10 +132,13 @@ def _cuda_problem() -> str:
         return "torch is not a CUDA build"
     if not cpp_extension.CUDA_HOME:
         return "nvcc was not found (on the PATH, or in CUDA_HOME)"
-    line = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), "--version"]
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.run(line, capture_output=True, text=True).stdout)
+    try:
+        told = _nvcc(cpp_extension.CUDA_HOME, "--version").stdout
+    except OSError as error:  # a CUDA folder for running alone, or one that is gone
+        return f"nvcc does not run: {error}"
+    release = re.search(r"release (\d+)\.(\d+)", told)
     if not release or int(release[1]) < int(torch_cuda.partition(".")[0]):
-        found = f"{release[1]}.{release[2]}" if release else "one that does not run"
+        found = f"{release[1]}.{release[2]}" if release else "one that does not say its release"
         return f"nvcc is {found}, and torch was built with CUDA {torch_cuda}"
     return ""
 
@@ -140,8 +148,7 @@ def _cuda_home(found: str) -> str:
     if Path(found, "include", "cuda_runtime.h").is_file():
         return found
     with tempfile.NamedTemporaryFile(suffix=".cu") as empty:
-        line = [str(Path(found, "bin", "nvcc")), "--dryrun", empty.name]
-        told = subprocess.run(line, capture_output=True, text=True).stderr
+        told = _nvcc(found, "--dryrun", empty.name).stderr
     top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
     return os.path.normpath(top[1].strip()) if top else found
 
@@ -149,9 +156,13 @@ def _cuda_home(found: str) -> str:
 def _architectures(cuda_home: str) -> str:
     """For TORCH_CUDA_ARCH_LIST: A100, H100 and, where nvcc knows it, B200, and PTX of the newest; what GPU this machine
     has, if any, does not matter."""
-    line = [str(Path(cuda_home, "bin", "nvcc")), "--list-gpu-arch"]
-    known = subprocess.run(line, capture_output=True, text=True).stdout.split()
+    known = _nvcc(cuda_home, "--list-gpu-arch").stdout.split()
     return ";".join(arch for arch in ("8.0", "9.0", "10.0") if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
+
+
+def _nvcc(cuda_home: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Of CUDA's folder; raises OSError where it has none that can be run."""
+    return subprocess.run([str(Path(cuda_home, "bin", "nvcc")), *arguments], capture_output=True, text=True)
 
 
 def _sources(pattern: str) -> list[str]:

@@ -1,59 +1,72 @@
-"""The order of the house: a folder imports only from lower floors, and a wing only from those before it."""
+"""The order of the house: a folder imports only what stands below it in the drawing of docs/architecture.md, and
+nothing of what its own docstring says is never imported there."""
 
-import ast
-from collections.abc import Iterator
+import html
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "illada_megatron"
-FLOORS = (
-    {"config", "planning", "ops"},
-    {"runtime", "data"},
-    {"diffusion", "model"},
-    {"checkpoint", "generation"},
-    {"training"},
-    {"cli"},
-)
-# wing -> what else of its own folder it may import
-WINGS = {
-    "data.tokenizers": {"data.errors"},
-    "data.shards": {"data.errors", "data.tokenizers"},
-    "data.corpus": {"data.errors", "data.tokenizers", "data.shards"},
-    "data.preprocessing": {"data.errors", "data.tokenizers", "data.shards", "data.corpus"},
-    "checkpoint.files": set(),
-    "checkpoint.megatron": {"checkpoint.files"},
-    "checkpoint.tools": {"checkpoint.files", "checkpoint.megatron", "checkpoint.store"},
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("drawing", ROOT / "docs" / "images" / "draw_architecture.py")
+assert _spec
+assert _spec.loader
+drawing = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(drawing)
+
+# folder -> what no file in it imports, in the words of "Never imported here" of its __init__; for the package's own
+# names without the package's
+NEVER = {
+    "config": ("torch", "megatron"),
+    "planning": ("torch", "megatron"),
+    "ops": ("megatron", "config"),
+    "runtime": ("data", "model", "checkpoint", "training"),
+    "data": ("torch", "megatron"),
+    "data/tokenizers": ("torch", "megatron", "data.shards", "data.corpus", "data.preprocessing"),
+    "data/shards": ("torch", "megatron", "config", "data.corpus", "data.preprocessing"),
+    "data/corpus": ("torch", "megatron", "data.preprocessing"),
+    "data/preprocessing": ("torch", "megatron", "config"),
+    "diffusion": ("megatron", "model", "generation"),
+    "model": ("checkpoint", "training", "data"),
+    "generation": ("megatron", "checkpoint", "training"),
+    "checkpoint": ("training", "cli"),
+    "checkpoint/files": ("megatron", "model", "training", "checkpoint.megatron", "checkpoint.tools"),
+    "checkpoint/megatron": ("checkpoint.tools", "checkpoint.hugging_face", "checkpoint.saver"),
+    "checkpoint/tools": ("checkpoint.saver", "checkpoint.state", "model"),
+    "checkpoint/hugging_face": ("checkpoint.saver", "checkpoint.megatron", "training"),
+    "training": ("cli",),
 }
 
 
-def _imports(file: Path) -> Iterator[str]:
-    """Modules of the package that a file names, without the package's name."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        yield from (name.removeprefix("illada_megatron.") for name in names if name.startswith("illada_megatron."))
+def test_imports_run_down() -> None:
+    assert drawing.against_the_order() == []
 
 
-def _modules() -> list[str]:
-    return sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE)
+@pytest.mark.parametrize("folder", NEVER)
+def test_what_is_never_imported(folder: str) -> None:
+    below = f"{drawing.PACKAGE.name}."
+    for file in sorted((drawing.PACKAGE / folder).glob("*.py")):
+        for name in drawing.imported_by(file):
+            own, outer = name.startswith(below), f"{name.removeprefix(below)}."
+            wrong = [
+                one for one in NEVER[folder] if outer.startswith(f"{one}.") and (own or one in ("torch", "megatron"))
+            ]
+            assert not wrong, f"{file.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("module", _modules())
-def test_imports_run_down(module: str) -> None:
-    floor_of = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
-    own, wing = module.split("/")[0], ".".join(module.split("/")[:2])
-    for name in _imports(PACKAGE / module):
-        folder = name.split(".")[0]
-        if folder != own:
-            assert floor_of.get(folder, len(FLOORS)) <= floor_of[own], f"{module} imports {name} of a higher floor"
-        elif wing in WINGS and not name.startswith(f"{wing}."):
-            assert any(f"{name}.".startswith(f"{below}.") for below in WINGS[wing]), f"{module} imports {name}"
+def test_the_command_line_starts_without_torch() -> None:
+    for file in sorted((drawing.PACKAGE / "cli").glob("*.py")):
+        for name in drawing.imported_by(file, at_start_only=True):
+            assert name.split(".")[0] not in ("torch", "megatron"), f"{file.relative_to(ROOT)} imports {name}"
 
 
-def test_every_folder_has_a_floor() -> None:
-    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert folders == set().union(*FLOORS)
+def test_every_folder_says_what_is_never_imported() -> None:
+    folders = {str(file.parent.relative_to(drawing.PACKAGE)) for file in drawing.PACKAGE.rglob("__init__.py")} - {"."}
+    assert folders - {"cli"} == set(NEVER)
+    for folder in folders:
+        assert "Never imported here" in (drawing.PACKAGE / folder / "__init__.py").read_text(), folder
+
+
+def test_the_drawing_is_of_todays_imports() -> None:
+    committed = html.unescape((ROOT / "docs" / "images" / "architecture.svg").read_text())
+    assert drawing.described(drawing.imports()) in committed, "run python docs/images/draw_architecture.py"

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.loss.loss_bars import LossFigures, loss_bars
 from benchmarks.loss.loss_cases import DTYPES, GEMMS, SHAPES, TINY_SHAPE, VARIANTS, LossCase
 from benchmarks.loss.loss_worker import measure
-from benchmarks.measuring.bars import show_bars, time_ratio
+from benchmarks.measuring.bars import show_bars, time_ratio, verdict
 from benchmarks.measuring.machine import commit, cpu_model, prepare_environment
 from benchmarks.measuring.processes import Fp32Precision, MeasuringProcess
 
@@ -66,23 +66,23 @@ def main(
         "settings": {"tiny": tiny, "rounds": rounds, "huge_pages": huge_pages, "shape": asdict(shape)},
         "results": [],
         "missing": {},
-        "holds": {},
     }
+    bars: dict[str, dict[str, Any]] = {}
     for kind in dtype or list(Dtype):
         cases = [LossCase(one, place, kind, shape, threads, fp32_precision) for one in VARIANTS]
         figures, missing, environment = _measure_in_turns(console, cases, masked_share or list(MASKED_SHARES), rounds)
         report["results"] += [one.to_json() for one in figures]
         report["missing"] |= missing
         report["machine"] |= environment
-        report["holds"] |= loss_bars(place, kind, figures)
+        bars |= loss_bars(place, kind, figures)
         _show(
             console, f"{place} {kind}, {shape.rows:,} rows, head {shape.vocab_size:,} x {shape.hidden_size:,}", figures
         )
     report["machine"] |= {"load_after": os.getloadavg()[0], "python": platform.python_version()}
     for name, reason in report["missing"].items():
         console.print(f"missing: {name}: {reason}")
-    show_bars(console, report["holds"])
-    print(json.dumps(report))
+    show_bars(console, bars)
+    print(json.dumps(report | verdict(bars)))
 
 
 def _measure_in_turns(

@@ -27,6 +27,11 @@ def at_most(limit: float, value: float | None, **figures: Any) -> dict[str, Any]
     return {"value": value, "at_most": limit, **figures, "holds": value is not None and value <= limit}
 
 
+def verdict(bars: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For the last line: the bars, and whether all hold; not where none was measured."""
+    return {"bars": bars, "holds": bool(bars) and all(bar["holds"] for bar in bars.values())}
+
+
 def show_bars(console: Console, bars: dict[str, dict[str, Any]]) -> None:
     """A table of them."""
     table = Table(title="What has to hold", title_justify="left")

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measuring.bars import at_least, show_bars
+from benchmarks.measuring.bars import at_least, show_bars, verdict
 from benchmarks.step.train_step import Precision
 from benchmarks.step.workloads import WORKLOADS, Workload
 from illada_megatron.ops import rms_norm, segment_attention, swiglu
@@ -81,7 +81,7 @@ def main(
         report["results"][str(kind)] = [one._asdict() for one in results]
         bars |= _bars(kind, results)
     show_bars(console, bars)
-    report |= {"load_after": os.getloadavg()[0], "bars": bars, "holds": all(bar["holds"] for bar in bars.values())}
+    report |= {"load_after": os.getloadavg()[0], **verdict(bars)}
     print(json.dumps(report))
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.measuring.bars import show_bars
+from benchmarks.measuring.bars import show_bars, verdict
 from benchmarks.measuring.machine import commit, cpu_model, prepare_environment
 from benchmarks.measuring.processes import Fp32Precision, MeasuringProcess
 from benchmarks.step.step_bars import check_losses, step_bars
@@ -78,9 +78,9 @@ def main(
     report["machine"] |= {"load_after": os.getloadavg()[0], "python": platform.python_version()}
     report["machine"] |= figures[0].environment
     report["results"] = [one.to_json() for one in figures]
-    report["holds"] = step_bars(figures)
+    report |= verdict(step_bars(figures))
     show(console, report["results"])
-    show_bars(console, report["holds"])
+    show_bars(console, report["bars"])
     print(json.dumps(report))
 
 

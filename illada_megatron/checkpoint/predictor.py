@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.sharded import load_weights
 from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
@@ -56,6 +55,7 @@ def open_predictor(path: str | Path, device: str = "auto") -> Iterator[tuple[Pre
         ],
     )
     with runtime(config) as run:
+        from illada_megatron.checkpoint.sharded import load_weights  # megatron-core is ready to be imported
         from illada_megatron.model import build_model_chunks, equal_segments
 
         (model,) = build_model_chunks(config, run.device)

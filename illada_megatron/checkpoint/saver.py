@@ -3,7 +3,7 @@
     save()   hands this rank's part of the state to its thread, and returns
     thread   writes, makes durable, and tells the other ranks' threads through a process group of their own; when all
              have written, rank 0 makes it a checkpoint (`store.finish`) and deletes what is not kept any more
-    optimizer.step()   first waits until what is not written yet is copied (`handover.py`): the whole stall
+    optimizer.step()   first waits until what is not written yet is copied (`lazy_snapshot.py`): the whole stall
     news()   between steps: what has become of it
 
 A save that fails on any rank (disk full, permission lost) is given up by all; the last good checkpoint stays, the run

@@ -114,9 +114,9 @@ def evaluate(
 
     `illada evaluate --checkpoint runs/tiny/checkpoints validation.num_samples=256`
 
-    Any number of ranks reads a checkpoint of any layout: as much of its tensor parallelism as divides them, no stages,
-    the rest data parallel, unless fields say otherwise: `illada evaluate --nproc 2 --checkpoint runs/tiny/checkpoints
-    parallel.pipeline_model_parallel_size=2`
+    Any number of ranks reads a checkpoint of any layout: in that layout where its sizes divide them, else with as much
+    of its tensor parallelism as divides them, no stages, the rest data parallel, unless fields say otherwise:
+    `illada evaluate --nproc 2 --checkpoint runs/tiny/checkpoints parallel.pipeline_model_parallel_size=2`
     """
     from illada_megatron.runtime import adopt_slurm_rank, end_with_launcher, is_rank
 

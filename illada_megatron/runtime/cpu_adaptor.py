@@ -23,25 +23,6 @@ _FACTORIES = (
 _installed = False
 
 
-def import_megatron() -> None:
-    """Import megatron-core, without the compiler where there is no GPU: its fusions are applied to functions while they
-    are imported, no CPU run uses them, and the compiler's import is a fifth of a process's start. megatron-core's own
-    switch is in a module whose package has applied it already when it is imported."""
-    if torch.cuda.is_available():
-        return
-    compile_, torch.compile = torch.compile, _uncompiled
-    try:
-        from megatron.core.jit import disable_jit_fuser
-    finally:
-        torch.compile = compile_
-    disable_jit_fuser()
-
-
-def _uncompiled(function: Any = None, **_: Any) -> Any:
-    """torch.compile, called or as a decorator with options, that leaves everything as it is."""
-    return _uncompiled if function is None else function
-
-
 def install() -> None:
     """Redirect the CUDA names that megatron-core uses. Calling it again does nothing."""
     global _installed

@@ -79,7 +79,7 @@ def set_threads(settings: RuntimeConfig) -> None:
 
 def has_transformer_engine() -> bool:
     """Installed, and its compiled modules load. megatron-core's own flag hides import errors, so try it here."""
-    return _installed("transformer_engine") and transformer_engine_problem() is None
+    return transformer_engine_problem() is None and _installed("transformer_engine")
 
 
 @lru_cache(maxsize=1)
@@ -88,22 +88,26 @@ def transformer_engine_problem() -> str | None:
     alone, an extension built for another torch, or the folder that pip leaves behind when it is uninstalled."""
     if not _installed("transformer_engine"):
         return None
-    try:
-        module = importlib.import_module("transformer_engine.pytorch")
-        importlib.import_module("transformer_engine_torch")
-    except Exception as error:  # a library that does not load raises what its loader likes
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return (
-        None
-        if hasattr(module, "Linear")
-        else "transformer_engine.pytorch has no Linear: its installation is incomplete"
-    )
+    if (problem := _import_error("transformer_engine.pytorch", "transformer_engine_torch")) is not None:
+        return problem
+    if not hasattr(importlib.import_module("transformer_engine.pytorch"), "Linear"):
+        return "transformer_engine.pytorch has no Linear: its installation is incomplete"
+    return None
 
 
 def has_apex() -> bool:
     """NVIDIA's Apex with its compiled GEMM that accumulates weight gradients, which megatron-core's
     `gradient_accumulation_fusion` needs; neither Apex built for Python only nor PyPI's package `apex` has it."""
-    return _installed("apex") and _installed("fused_weight_gradient_mlp_cuda")
+    return _installed("apex") and _installed("fused_weight_gradient_mlp_cuda") and apex_problem() is None
+
+
+@lru_cache(maxsize=1)
+def apex_problem() -> str | None:
+    """Why an installed Apex cannot be used (None: it can, or there is none): mostly that it was built for another
+    torch."""
+    if not (_installed("apex") and _installed("fused_weight_gradient_mlp_cuda")):
+        return None
+    return _import_error("apex", "fused_weight_gradient_mlp_cuda", "amp_C")
 
 
 def capabilities() -> list[Capability]:
@@ -121,7 +125,7 @@ def capabilities() -> list[Capability]:
         Capability("CUDA", cuda, "training on GPUs over NCCL, bf16 at full speed"),
         Capability(
             "Transformer Engine",
-            _version("transformer-engine") if has_transformer_engine() else None,
+            _version("transformer-engine", "transformer-engine-torch") if has_transformer_engine() else None,
             "fused norms and linears, flash and cuDNN attention, FP8 on H100",
             transformer_engine_problem(),
         ),
@@ -129,6 +133,7 @@ def capabilities() -> list[Capability]:
             "Apex (NVIDIA's)",
             _version("apex") if has_apex() else None,
             "fused AdamW and weight gradients accumulated in fp32 by the GEMM",
+            apex_problem(),
         ),
     ]
 
@@ -142,8 +147,21 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _import_error(*modules: str) -> str | None:
+    """Why one of them does not load."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a library that does not load raises what its loader likes
+            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
+
+
+def _version(*packages: str) -> str | None:
+    """Of the first that is installed."""
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None

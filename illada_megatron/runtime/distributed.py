@@ -1,5 +1,6 @@
 """Process groups: torch.distributed and megatron-core's model-parallel state, on gloo (CPU) or NCCL (CUDA)."""
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -17,6 +18,7 @@ from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.config.layout import Layout, choose_layout, resolve_layout
 from illada_megatron.runtime import cpu_adaptor
 from illada_megatron.runtime.device import Device, select_device, set_threads
+from illada_megatron.runtime.megatron import import_megatron
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -78,6 +80,7 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
         layout = resolve_layout(config, world_size_from_environment())
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    import_megatron()
     device = select_device(config)
     if device.is_cuda:
         torch.cuda.set_device(device.torch_device)
@@ -98,7 +101,8 @@ def allow_many_files() -> None:
     """Raise this process's limit of open files to what it may have at most: gloo's group of a whole run connects every
     rank to every other, a socket each, and the usual limit of 1,024 is reached at 1,024 ranks."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError):  # macOS says "unlimited" and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _init_torch_distributed(config: RunConfig, device: Device) -> None:

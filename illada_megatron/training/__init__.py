@@ -5,9 +5,9 @@ Out: a trained model's checkpoints, logs.
 Never imported here: the command line.
 """
 
-from illada_megatron.runtime import cpu_adaptor
+from illada_megatron.runtime.megatron import import_megatron
 
-cpu_adaptor.import_megatron()  # before what follows imports it
+import_megatron()  # before what follows imports it
 
 from illada_megatron.training.trainer import TrainResult, train, train_step  # noqa: E402
 

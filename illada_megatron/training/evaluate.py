@@ -11,15 +11,17 @@ from illada_megatron.training.setup import validation_source
 from illada_megatron.training.validation import HeldOut, evaluate
 
 
-def layout_of_this_world(saved: ParallelConfig) -> list[str]:
-    """Overrides that fit a configuration to the ranks there are: as much tensor parallelism of the saved run as divides
-    them, one stage, the rest data parallel. The global batch, which nobody trains on, divides nothing."""
-    tensor = math.gcd(saved.tensor_model_parallel_size, world_size_from_environment())
-    return [
-        *ONE_STAGE_LAYOUT,
-        f"parallel.tensor_model_parallel_size={tensor}",
-        *("training.pad_global_batch=true", "training.rampup_batch_size=null"),
-    ]
+def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) -> list[str]:
+    """Overrides that fit a configuration to the ranks there are: its own sizes where these divide them, else one stage
+    and as much of its tensor parallelism as divides them, the rest data parallel. Stages that `overrides` name, and
+    `wanted` has, stay. The global batch, which nobody trains on, divides nothing."""
+    ranks, stages = world_size_from_environment(), wanted.pipeline_model_parallel_size
+    batch = ["training.pad_global_batch=true", "training.rampup_batch_size=null", "parallel.data_parallel_size=null"]
+    if ranks % (wanted.tensor_model_parallel_size * stages) == 0:
+        return batch
+    asked = any(one.startswith("parallel.pipeline_model_parallel_size=") for one in overrides)
+    tensor = math.gcd(wanted.tensor_model_parallel_size, max(1, ranks // stages) if asked else ranks)
+    return [*batch, *ONE_STAGE_LAYOUT, f"parallel.tensor_model_parallel_size={tensor}"]
 
 
 def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint: str | None) -> HeldOut | None:
@@ -34,7 +36,9 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
     if info is None:
         resolved = load_config(config, overrides)
     else:
-        resolved = saved_config(info, [*layout_of_this_world(saved_config(info).parallel), *overrides])
+        resolved = saved_config(
+            info, [*layout_of_this_world(saved_config(info, overrides).parallel, overrides), *overrides]
+        )
     with runtime(resolved) as run:
         source = validation_source(resolved, run)
         models = build_model_chunks(resolved, run.device)

@@ -34,6 +34,16 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
         ("optimizer", optimizer_name(config.parallel)),
         ("loss", _loss_text(config.loss, dtype, device)),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
+        *_problem_rows(device),
+    ]
+
+
+def _problem_rows(device: Device) -> list[tuple[str, str]]:
+    """What is installed and cannot be used; what only a GPU uses is none on a CPU."""
+    return [
+        ("not usable", f"{part.name}: {part.problem}")
+        for part in capabilities()
+        if part.problem and (device.is_cuda or part.name != "CUDA kernels")
     ]
 
 

@@ -150,15 +150,16 @@ def test_evaluate_gives_the_same_figures_in_every_layout(two_steps: Path, illada
 
 
 def test_evaluate_takes_a_checkpoint_of_any_layout(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
-    """Saved by four ranks at TP2 x PP2, read by one, two and, though they divide no batch, three."""
+    """Saved by four ranks at TP2 x PP2, read by one, by two in the stages that are asked for, by three, though they
+    divide no batch, and by four."""
     saved = tmp_path / "checkpoints"
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
     stop = ["training.exit_steps=1", "checkpoint.interval_steps=1", f"checkpoint.save_dir={saved}"]
     trained = launch("train", [*tiny_run, *layout, "parallel.sequence_parallel=true", *stop], nproc=4)
     assert trained.process.returncode == 0, trained.output
     alone = _bound(illada("evaluate", "--checkpoint", saved).out)
-    for nproc in (2, 3):
-        run = launch("evaluate", ["--checkpoint", saved], nproc=nproc)
+    for nproc, more in ((2, ["parallel.pipeline_model_parallel_size=2"]), (3, []), (4, [])):
+        run = launch("evaluate", ["--checkpoint", saved, *more], nproc=nproc)
         assert run.process.returncode == 0, run.output
         assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 # What stays in a core's cache on its way: between reading, checksum and writing nothing then goes through main memory.
 _CACHED_BYTES = 1 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 _DIRECT_BYTES = 4 << 20
 
 
@@ -113,7 +114,7 @@ class _LocalSink:
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
-            descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
+            descriptor = os.open(path, flags | _DIRECT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -159,8 +160,8 @@ class _LocalSink:
     def _through_cache(self) -> bool:
         """From here on; whether it was otherwise."""
         flags = fcntl.fcntl(self._file.fileno(), fcntl.F_GETFL)
-        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        return bool(flags & os.O_DIRECT)
+        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags & ~_DIRECT)
+        return bool(flags & _DIRECT)
 
 
 def sync(directory: Path) -> None:

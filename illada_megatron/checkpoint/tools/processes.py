@@ -64,7 +64,8 @@ class Pool:
 
 def default_processes() -> int:
     """Two for each core of this process, as one of them waits for the disk; within reason."""
-    return min(_MOST_BY_DEFAULT, 2 * len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_BY_DEFAULT, 2 * cores)
 
 
 def prepare() -> ForkServerContext:

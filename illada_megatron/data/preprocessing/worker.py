@@ -1,4 +1,4 @@
-"""A worker process: `python -m illada_megatron.data.preprocessing.worker THREADS`, started by workers.py.
+"""A worker process: `python -m illada_megatron.data.preprocessing.worker THREADS`, started by worker_pool.py.
 
 Reads a job, then tasks, one JSON object a line, from stdin; answers with messages on stdout. It imports the data side
 only. When stdin ends, the parent is gone or wants no more: the task at hand is given up and what it wrote removed."""

@@ -1,0 +1,41 @@
+"""How megatron-core is imported: it takes what is installed for usable, and what is not needed for needed."""
+
+import sys
+from typing import Any
+
+import torch
+
+from illada_megatron.runtime.device import apex_problem, transformer_engine_problem
+
+
+def import_megatron() -> None:
+    """Import megatron-core for the first time. A Transformer Engine or an Apex that does not load would end its import
+    (it catches ImportError alone, and asks what it imported for its version): it is hidden from all of this process.
+
+    Without the compiler where there is no GPU: megatron-core's fusions are applied to functions while they are
+    imported, no CPU run uses them, and the compiler's import is a fifth of a process's start. megatron-core's own
+    switch is in a module whose package has applied it already when it is imported.
+    """
+    for package, problem in (("transformer_engine", transformer_engine_problem()), ("apex", apex_problem())):
+        if problem is not None:
+            _hide(package)
+    if torch.cuda.is_available():
+        return
+    compile_, torch.compile = torch.compile, _uncompiled  # type: ignore[assignment]
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compile_
+    disable_jit_fuser()
+
+
+def _hide(package: str) -> None:
+    """From now on importing it is a ModuleNotFoundError, and it is not found by those who look for it."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+    sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    """torch.compile, called or as a decorator with options, that leaves everything as it is."""
+    return _uncompiled if function is None else function
