@@ -57,20 +57,21 @@ def find_inputs(paths: Sequence[str | Path], input_format: Format | Literal["aut
 
     input_format: what the files hold whatever they are called; "auto" goes by the suffix, in capitals too. Compression
     always does. Raises DataError for a path that is not there or matches nothing, for an unknown suffix, and for a file
-    that is reached twice."""
+    that is reached twice, unless it is named each time."""
     if not paths:
         raise DataError("no input was given, expected at least one file, glob or directory")
     inputs = Inputs([])
-    seen: dict[str, Path] = {}
-    for path in paths:
-        for found in _expand(Path(path), input_format, inputs.left_out):
-            other = seen.setdefault(os.path.realpath(found), found)
-            if other is not found:
-                also = f" (also as {other})" if other != found else ""
+    reached_by: dict[str, Path] = {}
+    for path in map(Path, paths):
+        for found in _expand(path, input_format, inputs.left_out):
+            place = os.path.realpath(found)
+            other = reached_by.get(place)
+            if other is not None and not (other.is_file() and path.is_file()):
                 raise DataError(
-                    f"{found}: this file is given 2 times{also}, expected once: two of the given paths overlap; to "
-                    "read text more often, give its corpus more weight in data.blend"
+                    f"{found}: is reached by {other} and by {path}, expected once: two of the given paths overlap; give "
+                    "each file by one of them"
                 )
+            reached_by[place] = path
             inputs.files.append(_described(found, input_format))
     return inputs
 
