@@ -21,23 +21,28 @@ def claimed_prefix(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> Ite
     """The prefix is `job`'s alone within the block, whose record is given; if `finished` is set there, all is done.
     When the block fails before any shard is published, the claim is given up.
 
-    overwrite: remove what has been written under the prefix. Without it, raises DataError where another job has
-    finished shards there, where there are shards that no job has written, and while another process is at work. With
-    or without, raises DataError where a file of another corpus has a name that this job would give."""
+    overwrite: remove what has been written under the prefix. Without it no shard is ever removed, and DataError is
+    raised where another job has written some, and where there are some that no job has written. With or without, it is
+    raised while another process is at work, and where a file of another corpus has a name that this job would give."""
     numbered_tasks = sum(bool(task.name) for task in tasks)
     with locked_prefix(job.prefix) as locked:
-        if (problem := Outputs(job.prefix).in_the_way(numbered_tasks)) is not None:
+        outputs = Outputs(job.prefix)
+        if (problem := outputs.in_the_way(numbered_tasks)) is not None:
             raise DataError(f"{problem}: choose another output prefix, or move it away")
+        # read after what is there was listed: a claim is older than its shards
         found = records.read_record(records.job_path(job.prefix), JobRecord)
         if found is not None and found.fingerprint == job.fingerprint and not overwrite:
             if found.finished is not None:
                 _check_shards(job)
             record = found
         else:
-            if not overwrite:
-                _check_free(job, found, locked)
+            if overwrite:
+                remove_outputs(job.prefix)
+            else:
+                _check_free(job, found, outputs, locked)
+                if found is not None:  # of a job that ended before its first shard
+                    records.job_path(job.prefix).unlink(missing_ok=True)
             record = JobRecord(fingerprint=job.fingerprint, options=job.options(), numbered_tasks=numbered_tasks)
-            remove_outputs(job.prefix)
             records.write_record(records.job_path(job.prefix), record, replace=False)
         if locked:
             remove_temporaries(job.prefix)
@@ -90,10 +95,10 @@ def _differences(found: JobRecord, job: Job) -> str:
     return ", ".join(f"{name} was {found.options.get(name)!r:.60}, now {options[name]!r:.60}" for name in names)
 
 
-def _check_free(job: Job, found: JobRecord | None, locked: bool) -> None:
+def _check_free(job: Job, found: JobRecord | None, outputs: Outputs, locked: bool) -> None:
     path = records.job_path(job.prefix)
-    own = Outputs(job.prefix).own
-    if found is not None and (found.finished is not None or any(output.is_record for output in own)):
+    others = [output.path for output in outputs.own if output.path != path and not output.is_temporary]
+    if found is not None and (found.finished is not None or others):
         raise DataError(
             f"{path}: another job has written shards here ({_differences(found, job)}): choose another output "
             "prefix, or remove them with --overwrite"
@@ -103,9 +108,9 @@ def _check_free(job: Job, found: JobRecord | None, locked: bool) -> None:
             f"{path}: another job has begun here ({_differences(found, job)}), and this file system has no locks that "
             "would tell whether it is at work: choose another output prefix, or end that job and use --overwrite"
         )
-    if found is None and (others := [output for output in own if not output.is_temporary]):
+    if others:
         raise DataError(
-            f"{others[0].path}: there already, and no {path.name} says whose it is: choose another output prefix, or "
+            f"{others[0]}: there already, and no {path.name} says whose it is: choose another output prefix, or "
             "remove it with --overwrite"
         )
 

@@ -68,8 +68,8 @@ def find_inputs(paths: Sequence[str | Path], input_format: Format | Literal["aut
             other = reached_by.get(place)
             if other is not None and not (other.is_file() and path.is_file()):
                 raise DataError(
-                    f"{found}: is reached by {other} and by {path}, expected once: two of the given paths overlap; give "
-                    "each file by one of them"
+                    f"{found}: is reached by {other} and by {path}, expected once: two of the given paths overlap; "
+                    "give each file by one of them"
                 )
             reached_by[place] = path
             inputs.files.append(_described(found, input_format))

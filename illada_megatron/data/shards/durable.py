@@ -50,6 +50,11 @@ def publish(temporary: Path, path: Path) -> None:
             os.link(temporary, path)
         except FileExistsError:
             _require_same(temporary, path)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{temporary}: was removed before it got its name: another job has taken over its place, or somebody "
+                "has cleaned up"
+            ) from error
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
