@@ -302,3 +302,22 @@ def test_workers_are_as_many_as_the_cores_it_may_use(jsonl: Path, sentencepiece_
     done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert _whole(tmp_path / "out")
+
+
+def test_a_glob_of_an_unfinished_job_is_no_corpus(jsonl: Path, sentencepiece_path: Path, tmp_path: Path) -> None:
+    """Stopped by a bad line in a later shard: the shards that are there would be a smaller corpus without a word."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl.read_bytes() + b"{bad\n")
+    made = tmp_path / "made"
+    with pytest.raises(DataError, match="not valid JSON"):
+        preprocess([source], made / "web", sentencepiece_path, SMALL)
+    shards = sorted(made.glob("web_*.idx"))
+    assert shards
+    for given in (f"{made}/web_*", str(made)):
+        with pytest.raises(
+            DataError, match=r"matches shards of .*/web, whose job has not finished \(.*web\.job\.json\)"
+        ):
+            find_shards([given])
+    assert len(find_shards([str(path.with_suffix("")) for path in shards])) == len(shards)
+    preprocess([source], made / "web", sentencepiece_path, PreprocessOptions(**{**vars(SMALL), "skip_bad_lines": True}))
+    assert len(find_shards([f"{made}/web_*"])) == len(find_shards([made])) > len(shards)
