@@ -59,8 +59,8 @@ class Outputs:
         name = shorter = self._prefix.name
         for _ in ("part", "task"):
             shorter = shorter.rpartition("_")[0]
-            if shorter and _Corpus(self._prefix.with_name(shorter)).holds(name):
-                return f"{self._prefix}: is the name of a shard of the corpus {self._prefix.with_name(shorter)}"
+            if shorter and _Corpus(self._prefix.parent / shorter).holds(name):
+                return f"{self._prefix}: is the name of a shard of the corpus {self._prefix.parent / shorter}"
         own = set(self.own)
         for output in self._named:
             if output.task is not None and output.task < numbered_tasks:

@@ -57,11 +57,19 @@ def read_rows(path: Path, start: int, end: int | None, column: str, limit_bytes:
 def _rows(path: Path, column: Any, first: int, limit_bytes: int, total: int) -> Rows:
     source_bytes = column.nbytes
     count = len(column)
+    column = _without_views(_library(path), column)
     is_short = _is_short(_library(path), column, limit_bytes) if source_bytes > limit_bytes or _shares(column) else None
     if is_short is not None:
         column = column.filter(is_short)
     # the number of the row is that of the rows that were kept: exact unless one before it in its batch was too long
     return Rows(_values(column), source_bytes, lambda i: f"{path}: row {first + i}", count - len(column), count, total)
+
+
+def _without_views(pyarrow: Any, column: Any) -> Any:
+    """Views as plain columns: pyarrow has neither their lengths nor a filter for them."""
+    if pyarrow.types.is_string_view(column.type):
+        return column.cast("large_binary").view("large_string")  # a cast to text would refuse what is not UTF-8
+    return column.cast("large_binary") if pyarrow.types.is_binary_view(column.type) else column
 
 
 def _shares(column: Any) -> bool:
@@ -74,10 +82,7 @@ def _is_short(pyarrow: Any, column: Any, limit_bytes: int) -> Any:
     if _shares(column):
         is_short = _is_short(pyarrow, column.dictionary, limit_bytes)
         return None if is_short is None else is_short.take(column.indices).fill_null(True)
-    types = pyarrow.types
-    if types.is_string_view(column.type) or types.is_binary_view(column.type):
-        column = column.cast("large_binary")  # there is no length of views
-    elif not any(is_type(column.type) for is_type in _text_types(types)):
+    if not any(is_type(column.type) for is_type in _text_types(pyarrow.types)):
         return None
     return pyarrow.compute.less_equal(pyarrow.compute.binary_length(column), limit_bytes).fill_null(True)
 
