@@ -20,7 +20,8 @@ namespace {
 // Without the GIL two Python threads may call at once: one mutex a builder puts them in a row.
 class Builder {
  public:
-  Builder(std::string prefix, int64_t vocab_size) : builder_(std::move(prefix), vocab_size) {}
+  Builder(std::string prefix, std::string suffix, int64_t vocab_size)
+      : builder_(std::move(prefix), std::move(suffix), vocab_size) {}
 
   void Add(const py::array& tokens, const Array<int64_t>& lengths, std::optional<int64_t> end_token) {
     if (tokens.ndim() != 1 || lengths.ndim() != 1) throw py::type_error("tokens and lengths must be one-dimensional");
@@ -68,7 +69,7 @@ class Builder {
 };
 
 // Called from C++ without the GIL; Python code runs in between, so Ctrl-C ends the merge.
-void Merge(const std::vector<std::string>& input_prefixes, const std::string& output_prefix,
+void Merge(const std::vector<std::string>& input_prefixes, const std::string& output_prefix, const std::string& suffix,
            const py::object& progress) {
   const auto report = [&progress](uint64_t count) {
     const py::gil_scoped_acquire acquire;
@@ -76,21 +77,21 @@ void Merge(const std::vector<std::string>& input_prefixes, const std::string& ou
     if (!progress.is_none()) progress(count);
   };
   const py::gil_scoped_release release;
-  MergeShards(input_prefixes, output_prefix, report);
+  MergeShards(input_prefixes, output_prefix, suffix, report);
 }
 
 }  // namespace
 
 void BindWriting(py::module_& module) {
   py::class_<Builder>(module, "IndexedDatasetBuilder")
-      .def(py::init<std::string, int64_t>(), py::arg("prefix"), py::arg("vocab_size"))
+      .def(py::init<std::string, std::string, int64_t>(), py::arg("prefix"), py::arg("suffix"), py::arg("vocab_size"))
       .def("add", &Builder::Add, py::arg("tokens"), py::arg("lengths"), py::arg("end_token") = py::none())
       .def("finalize", &Builder::Finalize)
       .def("abort", &Builder::Abort)
       .def_property_readonly("num_tokens", &Builder::num_tokens)
       .def_property_readonly("num_documents", &Builder::num_documents)
       .def_property_readonly("dtype", &Builder::dtype);
-  module.def("merge_shards", &Merge, py::arg("input_prefixes"), py::arg("output_prefix"),
+  module.def("merge_shards", &Merge, py::arg("input_prefixes"), py::arg("output_prefix"), py::arg("suffix"),
              py::arg("progress") = py::none());
 }
 

@@ -28,14 +28,15 @@ constexpr TokenType kTypeOf = sizeof(Token) == 2   ? TokenType::kUint16
 
 }  // namespace
 
-IndexedDatasetBuilder::IndexedDatasetBuilder(std::string prefix, int64_t vocab_size)
+IndexedDatasetBuilder::IndexedDatasetBuilder(std::string prefix, std::string suffix, int64_t vocab_size)
     : prefix_(std::move(prefix)),
+      suffix_(std::move(suffix)),
       vocab_size_(vocab_size),
       wide_(vocab_size > kUint16Vocabulary),
       owner_process_(getpid()) {
   if (vocab_size < 1 || vocab_size - 1 > std::numeric_limits<int32_t>::max())
     throw DataError("vocab_size is " + std::to_string(vocab_size) + ", expected 1 to 2147483648");
-  bin_.Open(TemporaryName(prefix_ + ".bin"));
+  bin_.Create(prefix_ + ".bin" + suffix_);
 }
 
 IndexedDatasetBuilder::~IndexedDatasetBuilder() { Abort(); }
@@ -133,10 +134,9 @@ void IndexedDatasetBuilder::Finalize() {
   try {
     if (num_tokens_ == 0) throw DataError(prefix_ + ": no tokens were added; an empty shard is not written");
     bin_.Sync();
-    idx_.Open(TemporaryName(prefix_ + ".idx"));
+    idx_.Create(prefix_ + ".idx" + suffix_);
     WriteIndex();
     idx_.Sync();
-    PublishShard(prefix_);
   } catch (...) {
     Abort();
     throw;
@@ -165,10 +165,8 @@ void IndexedDatasetBuilder::Abort() noexcept {
   // a forked child that inherited this object must not remove its parent's files
   if (state_ != State::kOpen || getpid() != owner_process_) return;
   state_ = State::kAborted;
-  unlink(TemporaryName(prefix_ + ".bin").c_str());
-  unlink(TemporaryName(prefix_ + ".idx").c_str());
-  bin_.Close();
-  idx_.Close();
+  bin_.Remove();
+  idx_.Remove();
 }
 
 }  // namespace illada

@@ -15,12 +15,13 @@
 
 namespace illada {
 
-// Collects documents into PREFIX.bin.tmp; Finalize() makes PREFIX.bin and PREFIX.idx of it, Abort() (or the
-// destructor) leaves nothing. Not thread-safe.
+// Collects documents into PREFIX.bin + SUFFIX; Finalize() completes it and writes PREFIX.idx + SUFFIX. Their names as a
+// shard are given by the caller. Abort() (or the destructor, before Finalize()) leaves nothing. Not thread-safe.
 class IndexedDatasetBuilder {
  public:
-  // Ids must lie in [0, vocab_size); they are stored as uint16 where vocab_size <= 65536, else as int32.
-  IndexedDatasetBuilder(std::string prefix, int64_t vocab_size);
+  // suffix: of this writer alone; a file of such a name must not be there. Ids must lie in [0, vocab_size); they are
+  // stored as uint16 where vocab_size <= 65536, else as int32.
+  IndexedDatasetBuilder(std::string prefix, std::string suffix, int64_t vocab_size);
   ~IndexedDatasetBuilder();
   IndexedDatasetBuilder(const IndexedDatasetBuilder&) = delete;
   IndexedDatasetBuilder& operator=(const IndexedDatasetBuilder&) = delete;
@@ -34,8 +35,8 @@ class IndexedDatasetBuilder {
   void Add(const Token* tokens, int64_t num_tokens, const int64_t* lengths, int64_t num_documents,
            int64_t end_token = kNoEndToken);
 
-  // Writes the index, flushes both files to the device and gives them their names: .bin first, .idx last, so that an
-  // .idx always stands beside its complete .bin. Replaces a shard of the same name.
+  // Writes the index and flushes both files to the device; throws DataError where they are not as long as they should
+  // be then.
   void Finalize();
   void Abort() noexcept;
 
@@ -55,6 +56,7 @@ class IndexedDatasetBuilder {
   void WriteIndex();
 
   std::string prefix_;
+  std::string suffix_;
   int64_t vocab_size_;
   bool wide_;
   State state_ = State::kOpen;

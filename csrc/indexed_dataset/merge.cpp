@@ -1,12 +1,7 @@
 #include "merge.h"
 
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
-#include <optional>
-#include <utility>
 
 #include "errors.h"
 #include "index_file.h"
@@ -57,23 +52,6 @@ Input CheckInput(const std::string& prefix, const Progress& progress) {
   }
   return {prefix, view.token_type(), view.num_sequences(), view.num_documents(),
           static_cast<uint64_t>(view.num_tokens() * TokenBytes(view.token_type()))};
-}
-
-// Device and inode: the same for all names of a file.
-std::optional<std::pair<dev_t, ino_t>> Identity(const std::string& path) {
-  struct stat status;
-  if (stat(path.c_str(), &status) != 0) return std::nullopt;
-  return std::make_pair(status.st_dev, status.st_ino);
-}
-
-void RefuseOutputAmongInputs(const std::vector<std::string>& prefixes, const std::string& output_prefix) {
-  for (const char* suffix : {".bin", ".idx"}) {
-    const auto output = Identity(output_prefix + suffix);
-    for (const std::string& prefix : prefixes)
-      if (output && output == Identity(prefix + suffix))
-        throw DataError(output_prefix + suffix + ": is the output and, as " + prefix + suffix +
-                        ", one of the inputs: choose another output prefix");
-  }
 }
 
 // Writes entries [0, count) of an array: entry i is get(i).
@@ -128,9 +106,8 @@ void WriteIndex(OutputFile& idx, const std::vector<Input>& inputs, const Progres
 }  // namespace
 
 void MergeShards(const std::vector<std::string>& input_prefixes, const std::string& output_prefix,
-                 const Progress& progress) {
+                 const std::string& suffix, const Progress& progress) {
   if (input_prefixes.empty()) throw DataError("no shards were given to merge, expected at least one");
-  RefuseOutputAmongInputs(input_prefixes, output_prefix);
   std::vector<Input> inputs;
   for (const std::string& prefix : input_prefixes) {
     inputs.push_back(CheckInput(prefix, progress));
@@ -141,17 +118,16 @@ void MergeShards(const std::vector<std::string>& input_prefixes, const std::stri
                       ": shards of different token types cannot be merged");
   }
   OutputFile bin, idx;
-  bin.Open(TemporaryName(output_prefix + ".bin"));
   try {
+    bin.Create(output_prefix + ".bin" + suffix);
     for (const Input& input : inputs) bin.AppendFile(input.prefix + ".bin", input.bin_bytes, progress);
     bin.Sync();
-    idx.Open(TemporaryName(output_prefix + ".idx"));
+    idx.Create(output_prefix + ".idx" + suffix);
     WriteIndex(idx, inputs, progress);
     idx.Sync();
-    PublishShard(output_prefix);
   } catch (...) {
-    unlink(TemporaryName(output_prefix + ".bin").c_str());
-    unlink(TemporaryName(output_prefix + ".idx").c_str());
+    bin.Remove();
+    idx.Remove();
     throw;
   }
 }

@@ -1,13 +1,11 @@
 #include "output_file.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 
 #include "errors.h"
 
@@ -31,50 +29,12 @@ struct InputFile {
   const int descriptor;
 };
 
-std::string DirectoryOf(const std::string& path) {
-  const size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
-}
-
-// A rename survives a power failure only when its directory has reached the device as well.
-void SyncDirectory(const std::string& directory) {
-  const int descriptor = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (descriptor < 0) ThrowDiskError(directory);
-  const int result = fsync(descriptor);
-  const int error_number = errno;
-  close(descriptor);
-  // some network file systems cannot flush a directory and say EINVAL; they order renames themselves
-  if (result != 0 && error_number != EINVAL) throw DiskError(error_number, directory);
-}
-
-void Rename(const std::string& from, const std::string& to) {
-  if (rename(from.c_str(), to.c_str()) != 0) ThrowDiskError(to);
-}
-
-void RemoveIfThere(const std::string& path) {
-  if (unlink(path.c_str()) != 0 && errno != ENOENT) ThrowDiskError(path);
-}
-
 }  // namespace
 
-std::string TemporaryName(const std::string& path) { return path + ".tmp"; }
-
-void OutputFile::Open(const std::string& path) {
-  path_ = path;
-  descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+void OutputFile::Create(const std::string& path) {
+  descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (descriptor_ < 0) ThrowDiskError(path);
-  const auto fail = [this](int error_number) {
-    Close();
-    throw DiskError(error_number, path_);
-  };
-  // file systems without locks answer ENOLCK, ENOSYS or EOPNOTSUPP: there only the names keep writers apart
-  if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) fail(EWOULDBLOCK);
-  // between open and flock another writer may have finished and renamed the very file that is locked now
-  struct stat held, named;
-  if (fstat(descriptor_, &held) != 0) fail(errno);
-  if (stat(path.c_str(), &named) != 0 || held.st_ino != named.st_ino || held.st_dev != named.st_dev) fail(EWOULDBLOCK);
-  if (ftruncate(descriptor_, 0) != 0) fail(errno);
+  path_ = path;
   buffer_.reserve(kBufferBytes);
 }
 
@@ -99,6 +59,7 @@ void OutputFile::AppendFile(const std::string& path, uint64_t size_bytes,
       const ssize_t copied =
           copy_file_range(input.descriptor, nullptr, descriptor_, nullptr, std::min(left, kCopiedAtATime), 0);
       if (copied > 0) {
+        size_bytes_ += static_cast<uint64_t>(copied);
         StartWriting(static_cast<uint64_t>(copied));
         left -= static_cast<uint64_t>(copied);
         progress(static_cast<uint64_t>(copied));
@@ -141,6 +102,7 @@ void OutputFile::Write(const char* from, size_t count) {
     if (written < 0) ThrowDiskError(path_);
     from += written;
     count -= static_cast<size_t>(written);
+    size_bytes_ += static_cast<uint64_t>(written);
   }
 }
 
@@ -153,23 +115,25 @@ void OutputFile::Flush() {
 void OutputFile::Sync() {
   Flush();
   if (fsync(descriptor_) != 0) ThrowDiskError(path_);
+  struct stat status;
+  if (fstat(descriptor_, &status) != 0) ThrowDiskError(path_);
+  if (static_cast<uint64_t>(status.st_size) != size_bytes_)
+    throw DataError(path_ + ": has " + std::to_string(status.st_size) + " bytes on the disk, expected the " +
+                    std::to_string(size_bytes_) + " that were written: the file system lost some, or another process " +
+                    "has changed the file; write it again");
+}
+
+void OutputFile::Remove() noexcept {
+  if (path_.empty()) return;
+  Close();
+  unlink(path_.c_str());
+  path_.clear();
 }
 
 void OutputFile::Close() noexcept {
   if (descriptor_ >= 0) close(descriptor_);
   descriptor_ = -1;
   buffer_ = {};
-}
-
-void PublishShard(const std::string& prefix) {
-  const std::string bin = prefix + ".bin", idx = prefix + ".idx", directory = DirectoryOf(prefix);
-  // an older index must be gone for good before its .bin changes under it
-  RemoveIfThere(idx);
-  SyncDirectory(directory);
-  Rename(TemporaryName(bin), bin);
-  SyncDirectory(directory);
-  Rename(TemporaryName(idx), idx);
-  SyncDirectory(directory);
 }
 
 }  // namespace illada

@@ -1,4 +1,4 @@
-// A file that is being written under a temporary name, and the step that makes it a shard.
+// A file that is being written under a name of its own, until whoever asked for it gives it another.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,6 @@
 
 namespace illada {
 
-// `path`.tmp: the name of a file until it is complete.
-std::string TemporaryName(const std::string& path);
-
 // A file descriptor that writes whole blocks and closes itself.
 class OutputFile {
  public:
@@ -20,16 +17,18 @@ class OutputFile {
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
 
-  // Creates or empties `path`. Takes an advisory lock, so that two writers of the same shard never interleave: the
-  // second one gets a DiskError (EWOULDBLOCK). What a killed writer left behind is overwritten.
-  void Open(const std::string& path);
+  // Creates `path`, which must not be there (DiskError, EEXIST): two writers never share a file, whether the file
+  // system has locks or not.
+  void Create(const std::string& path);
   void Append(const void* bytes, size_t count);
   // Appends the `size_bytes` bytes of another file, inside the kernel where it can: then they never pass through this
   // process. `progress` is called with the number of bytes done since its last call, and may throw.
   void AppendFile(const std::string& path, uint64_t size_bytes, const std::function<void(uint64_t)>& progress);
-  // Flushes to the device.
+  // Flushes to the device, and throws DataError unless the file is then as long as what was written.
   void Sync();
   void Close() noexcept;
+  // Closes and unlinks what Create() has made, if it has.
+  void Remove() noexcept;
 
  private:
   void StartWriting(uint64_t count) const;
@@ -38,11 +37,8 @@ class OutputFile {
 
   std::string path_;
   std::vector<char> buffer_;
+  uint64_t size_bytes_ = 0;
   int descriptor_ = -1;
 };
-
-// Gives PREFIX.bin.tmp and PREFIX.idx.tmp, both flushed to the device, their names: .bin first, .idx last, so that an
-// .idx always stands beside its complete .bin, also after a power failure. Replaces a shard of the same name.
-void PublishShard(const std::string& prefix);
 
 }  // namespace illada

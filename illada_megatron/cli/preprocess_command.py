@@ -51,7 +51,7 @@ def preprocess(
     shard_mb: Annotated[float, typer.Option(help="Input for each shard.")] = 512,
     shuffle_seed: Annotated[int | None, typer.Option(help="Shuffle documents; default: input order.")] = None,
     shuffle_buffer_mb: Annotated[float, typer.Option(help="Tokens that are shuffled together.")] = 64,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: this machine's cores.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores that it may use.")] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the shard tasks.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster, as auto.")] = None,
     tokenizer_engine: Annotated[str, typer.Option(help="Library that tokenizes; auto: the fastest that agrees.")] = (
@@ -113,6 +113,8 @@ def _told(summary: PreprocessSummary) -> str:
         f"skipped {sum(counts.bad.values()):,} bad lines{_by_reason(counts.bad)} and "
         f"{sum(counts.dropped.values()):,} documents{_by_reason(counts.dropped)}",
     ]
+    if summary.left_out:
+        lines.append(f"left out of directories and globs: {summary.left_out}")
     if summary.was_finished:
         lines.append("everything was finished before: nothing done")
     else:

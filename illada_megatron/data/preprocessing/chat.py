@@ -1,16 +1,20 @@
 """Conversations -> text, by the tokenizer's own Jinja chat template, as `transformers` renders it.
 
-The rendered text is encoded with special tokens recognised, so a message whose content spells one would forge a turn:
-it is refused."""
+The rendered text is encoded with special tokens recognised, so a conversation that makes it spell one which the
+template has not written would forge a turn: it is refused. What the template writes is marked while it renders, so that
+nothing else is taken for it, however the content was split, joined or trimmed."""
 
 import json
 import re
+import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 from pydantic import BaseModel, ConfigDict
 
@@ -58,7 +62,7 @@ def load_chat_template(tokenizer_path: Path, template_path: Path | None) -> Chat
 
 
 class ChatRenderer:
-    """Renders conversations; special_tokens: names that no message may contain."""
+    """Renders conversations; special_tokens: names that only the template may write."""
 
     def __init__(self, template: ChatTemplate, special_tokens: Iterable[str]) -> None:
         # the environment of transformers.utils.chat_template_utils; without its strftime_now, whose text would depend
@@ -68,13 +72,23 @@ class ChatRenderer:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
+        self._names = sorted(filter(None, set(special_tokens)), key=lambda name: (-len(name), name))
+        self._special = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        # nobody can guess it, so no content has it
+        nonce = secrets.token_hex(16)
+        self._marks = {name: f"\ue000{nonce}{number}\ue001" for number, name in enumerate(self._names)}
+        self._mark = re.compile(f"\ue000{nonce}([0-9]+)\ue001")
         try:
-            self._template = environment.from_string(template.source)
+            tree = environment.parse(template.source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
-        self._variables = template.variables
-        names = sorted(filter(None, special_tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        for data in tree.find_all(jinja2.nodes.TemplateData):
+            data.data = self._marked(data.data)
+        for constant in tree.find_all(jinja2.nodes.Const):
+            if isinstance(constant.value, str):
+                constant.value = self._marked(constant.value)
+        self._template = environment.from_string(tree)
+        self._variables = {name: self._marked(value) for name, value in template.variables.items()}
 
     def render(self, messages: Any) -> str:
         """The text of the conversation `messages`, [{"role": ..., "content": ...}, ...].
@@ -88,20 +102,37 @@ class ChatRenderer:
         if any(self._special.search(text) for text in _strings(messages)):
             raise BadConversation(SPECIAL_IN_CONTENT)
         try:
-            return self._template.render(
+            rendered = self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
             )
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
-            raise ValueError(f"holds a conversation that the chat template refuses: {error}") from error
+            raise ValueError(
+                f"holds a conversation that the chat template refuses: {self._unmarked(str(error))}"
+            ) from error
+        text = self._unmarked(rendered)
+        written = Counter(self._names[int(number)] for number in self._mark.findall(rendered))
+        if Counter(self._special.findall(text)) - written - self._of_roles(messages):
+            raise BadConversation(SPECIAL_IN_CONTENT)
+        return text
+
+    def _marked(self, text: str) -> str:
+        return self._special.sub(lambda found: self._marks[found[0]], text)
+
+    def _unmarked(self, text: str) -> str:
+        return self._mark.sub(lambda found: self._names[int(found[1])], text)
+
+    def _of_roles(self, messages: list[dict[str, Any]]) -> Counter[str]:
+        """Names that a template may put together around a role, as in '<|' + message.role + '|>': one a message."""
+        roles = [role for message in messages if isinstance(role := message["role"], str) and role]
+        return Counter(name for role in roles for name in self._names if role in name)
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
+        yield from _strings(list(value.items()))
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)
 

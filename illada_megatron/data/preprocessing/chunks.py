@@ -1,5 +1,6 @@
 """Bytes of input files in pieces of bounded size, whatever the size of the file and of its lines."""
 
+import codecs
 import gzip
 import itertools
 import zlib
@@ -24,7 +25,8 @@ Progress = Callable[[int], None]
 def line_range(path: Path, start: int, end: int, progress: Progress) -> Iterator[bytes]:
     """The lines of `path` that begin in bytes [start, end): their bytes, in chunks cut anywhere.
 
-    Ranges that follow one another give every line exactly once, wherever they meet."""
+    Ranges that follow one another give every line exactly once, wherever they meet. Raises DataError where the file
+    ends before `end`."""
     with path.open("rb", buffering=0) as stream:
         position = start
         if start > 0:
@@ -37,7 +39,7 @@ def line_range(path: Path, start: int, end: int, progress: Progress) -> Iterator
         while position < end:
             chunk = stream.read(min(CHUNK_BYTES, end - position))
             if not chunk:
-                return
+                raise DataError(f"{path}: ends at byte {position}, expected {end} or more: it was truncated meanwhile")
             position += len(chunk)
             last = chunk[-1:]
             progress(len(chunk))
@@ -122,6 +124,17 @@ def _check_not_empty(path: Path, name: str) -> None:
 
 def _damaged(path: Path, name: str, found: object) -> DataError:
     return DataError(f"{path}: expected a whole {name} file, found: {found}; copy or compress it again")
+
+
+def without_byte_order_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """A file's bytes without the mark (UTF-8's) that some programs put in front: it is not text, and not JSON."""
+    first = b""
+    for chunk in chunks:
+        first += chunk
+        if len(first) >= len(codecs.BOM_UTF8):
+            break
+    yield first.removeprefix(codecs.BOM_UTF8)
+    yield from chunks
 
 
 def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[list[bytes], int]]:

@@ -13,7 +13,7 @@ import orjson
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import chunks
 from illada_megatron.data.preprocessing.chat import BadConversation, ChatRenderer
-from illada_megatron.data.preprocessing.inputs import find_inputs
+from illada_megatron.data.preprocessing.inputs import find_inputs, require_unchanged
 from illada_megatron.data.preprocessing.plan import Piece, Reading
 
 TOO_LONG = "too long"
@@ -82,12 +82,14 @@ def read_batches(job: Reading, piece: Piece, renderer: ChatRenderer | None) -> G
         nonlocal read_bytes
         read_bytes += count
 
+    require_unchanged(piece.file)
     with closing(_read_records(job, piece, progress)) as records:
         for record in records:
             batch = to_texts(record)
             record.values.clear()  # the generators below still hold the list: a large line would stay
             batch.read_bytes, read_bytes = read_bytes, 0
             yield batch
+    require_unchanged(piece.file)
     if read_bytes:
         yield Batch([], read_bytes=read_bytes)
 
@@ -95,7 +97,7 @@ def read_batches(job: Reading, piece: Piece, renderer: ChatRenderer | None) -> G
 def read_texts(paths: Sequence[str | Path], text_key: str) -> Iterator[str]:
     """The documents of files, globs and directories; the first bad line raises DataError."""
     reading = Reading(text_key=text_key, skip_bad_lines=None, max_document_bytes=_MOST_TEXT_BYTES)
-    for file in find_inputs(paths):
+    for file in find_inputs(paths).files:
         for batch in read_batches(reading, Piece(file=file, size_bytes=file.size_bytes), None):
             yield from batch.texts
 
@@ -116,6 +118,8 @@ def _read_records(job: Reading, piece: Piece, progress: chunks.Progress) -> Gene
     else:
         end = piece.file.size_bytes if piece.end is None else piece.end
         stream = chunks.line_range(path, piece.start, end, progress)
+    if piece.start == 0:
+        stream = chunks.without_byte_order_mark(stream)
     read = _text_records if piece.file.format == "text" else _line_records
     yield from read(stream, piece, job.max_document_bytes)
 

@@ -55,25 +55,51 @@ def read_rows(path: Path, start: int, end: int | None, column: str, limit_bytes:
 
 
 def _rows(path: Path, column: Any, first: int, limit_bytes: int, total: int) -> Rows:
-    pyarrow = _library(path)
     source_bytes = column.nbytes
     count = len(column)
-    is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
-    if is_text and source_bytes > limit_bytes:
-        column = column.filter(
-            pyarrow.compute.less_equal(pyarrow.compute.binary_length(column), limit_bytes).fill_null(True)
-        )
+    column = _without_views(_library(path), column)
+    is_short = _is_short(_library(path), column, limit_bytes) if source_bytes > limit_bytes or _shares(column) else None
+    if is_short is not None:
+        column = column.filter(is_short)
     # the number of the row is that of the rows that were kept: exact unless one before it in its batch was too long
     return Rows(_values(column), source_bytes, lambda i: f"{path}: row {first + i}", count - len(column), count, total)
 
 
+def _without_views(pyarrow: Any, column: Any) -> Any:
+    """Views as plain columns: pyarrow has neither their lengths nor a filter for them."""
+    if pyarrow.types.is_string_view(column.type):
+        return column.cast("large_binary").view("large_string")  # a cast to text would refuse what is not UTF-8
+    return column.cast("large_binary") if pyarrow.types.is_binary_view(column.type) else column
+
+
+def _shares(column: Any) -> bool:
+    """Rows of the same value hold it once: what a row stands for may be larger than the column."""
+    return hasattr(column, "dictionary")
+
+
+def _is_short(pyarrow: Any, column: Any, limit_bytes: int) -> Any:
+    """Which rows are no longer than the limit, a null being short; None for a column that holds no text."""
+    if _shares(column):
+        is_short = _is_short(pyarrow, column.dictionary, limit_bytes)
+        return None if is_short is None else is_short.take(column.indices).fill_null(True)
+    if not any(is_type(column.type) for is_type in _text_types(pyarrow.types)):
+        return None
+    return pyarrow.compute.less_equal(pyarrow.compute.binary_length(column), limit_bytes).fill_null(True)
+
+
+def _text_types(types: Any) -> tuple[Callable[[Any], bool], ...]:
+    return types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary
+
+
 def _values(column: Any) -> list[Any]:
+    if _shares(column):
+        values = _values(column.dictionary)
+        return [None if index is None else values[index] for index in column.indices.to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
         # what is not UTF-8 stays bytes, for a message about its row
-        values = column.cast("binary" if str(column.type) == "string" else "large_binary").to_pylist()
-        return [_text_if_valid(value) for value in values]
+        return [_text_if_valid(value) for value in column.cast("large_binary").to_pylist()]
 
 
 def _text_if_valid(value: bytes | None) -> Any:

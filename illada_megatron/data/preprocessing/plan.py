@@ -15,7 +15,7 @@ from illada_megatron.data.preprocessing.inputs import InputFile
 # of their decompressed size, roughly: so many small compressed files share a task
 _USUAL_COMPRESSION = 4
 # part of the fingerprint: raise it with any change to the bytes that a job gives (chunks.CHUNK_BYTES, the shuffle)
-_VERSION = 1
+_VERSION = 2
 # what has no influence on the bytes of a shard that could be finished at all
 _WITHOUT_INFLUENCE = {"prefix", "engine", "skip_bad_lines", "tokenizer_path", "fingerprint"}
 

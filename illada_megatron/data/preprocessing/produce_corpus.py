@@ -10,9 +10,10 @@ from typing import Literal
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.chat import load_chat_template
-from illada_megatron.data.preprocessing.claim import claimed_prefix, outputs
+from illada_megatron.data.preprocessing.claim import claimed_prefix, remove_records
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
-from illada_megatron.data.preprocessing.inputs import Format, find_inputs
+from illada_megatron.data.preprocessing.inputs import Format, InputFile, described, find_inputs
+from illada_megatron.data.preprocessing.outputs import Outputs
 from illada_megatron.data.preprocessing.plan import Job, ShardTask, fingerprinted, plan_tasks
 from illada_megatron.data.preprocessing.progress import ProgressBar
 from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRecord
@@ -46,7 +47,7 @@ class PreprocessOptions:
     """Of tokens, for each worker; documents are shuffled within about that much."""
 
     workers: int | None = None
-    """Processes; None: one for each core of this machine."""
+    """Processes; None: one for each core that this process may use."""
     engine: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     tokenizer_engine: str = "auto"
@@ -72,6 +73,8 @@ class PreprocessSummary:
     resumed_tasks: int
     """Finished by runs before this one."""
     tasks: int
+    left_out: str
+    """Files of directories and globs that were not read, by how their names end."""
 
     @property
     def megabytes_per_second(self) -> float:
@@ -100,16 +103,16 @@ def preprocess(
     is left."""
     options = options or PreprocessOptions()
     started = time.perf_counter()
-    job, tasks = plan_job(inputs, output_prefix, tokenizer_path, options)
+    job, tasks, left_out = plan_job(inputs, output_prefix, tokenizer_path, options)
     Path(job.prefix).parent.mkdir(parents=True, exist_ok=True)
     resumed, read_bytes = len(tasks), 0
-    with claimed_prefix(job, options.overwrite) as claim:
+    with claimed_prefix(job, tasks, options.overwrite) as claim:
         if claim.finished is None:
             done = _done_before(job, tasks)
             resumed = len(done)
-            read_bytes = _run(job, tasks, done, options)
-            claim = _publish(job, [done[task.index] for task in tasks])
-        _remove_records(job)
+            read_bytes = _run(job, tasks, done, options, left_out)
+            claim = _publish(job, claim, [done[task.index] for task in tasks])
+        remove_records(job.prefix)
     return PreprocessSummary(
         manifest=records.manifest_path(job.prefix),
         shards=claim.shards,
@@ -118,14 +121,15 @@ def preprocess(
         read_bytes=read_bytes,
         resumed_tasks=resumed,
         tasks=len(tasks),
+        left_out=left_out,
     )
 
 
 def plan_job(
     inputs: Sequence[str | Path], output_prefix: str | Path, tokenizer_path: str | Path, options: PreprocessOptions
-) -> tuple[Job, list[ShardTask]]:
-    """What is to be done; nothing is written."""
-    files = find_inputs(inputs, options.input_format)
+) -> tuple[Job, list[ShardTask], str]:
+    """What is to be done, and what is left out of the input; nothing is written."""
+    found = find_inputs(inputs, options.input_format)
     tokenizer = load_tokenizer(tokenizer_path)
     if options.append_eod and tokenizer.eos_id is None:
         raise DataError(
@@ -153,7 +157,16 @@ def plan_job(
         shuffle_seed=options.shuffle_seed,
         shuffle_buffer_bytes=int(options.shuffle_buffer_mb * 1e6),
     )
-    return fingerprinted(job, files), plan_tasks(files, job.shard_bytes)
+    _require_other_files(job, found.files)
+    return fingerprinted(job, found.files), plan_tasks(found.files, job.shard_bytes), described(found.left_out)
+
+
+def _require_other_files(job: Job, files: Sequence[InputFile]) -> None:
+    """With --overwrite the job would remove its own input."""
+    written = {str(output.path) for output in Outputs(job.prefix).own}
+    for file in files:
+        if file.path in written:
+            raise DataError(f"{file.path}: is both input and, as a file of {job.prefix}, output: choose another prefix")
 
 
 def _done_before(job: Job, tasks: Sequence[ShardTask]) -> dict[int, TaskRecord]:
@@ -161,11 +174,15 @@ def _done_before(job: Job, tasks: Sequence[ShardTask]) -> dict[int, TaskRecord]:
     return {index: record for index, record in found if record is not None}
 
 
-def _run(job: Job, tasks: Sequence[ShardTask], done: dict[int, TaskRecord], options: PreprocessOptions) -> int:
+def _run(
+    job: Job, tasks: Sequence[ShardTask], done: dict[int, TaskRecord], options: PreprocessOptions, left_out: str
+) -> int:
     """Do what is not done, and add it to `done`. Returns the bytes read."""
     waiting = [task for task in tasks if task.index not in done]
     total, left = (sum(task.size_bytes for task in some) for some in (tasks, waiting))
     with ProgressBar(total, total - left, options.show_progress, options.log_interval_seconds) as bar:
+        if left_out:
+            bar.print(f"left out of directories and globs: {left_out}")
         for task, record in _results(job, waiting, options, bar):
             done[task.index] = record
         return bar.read_bytes
@@ -177,7 +194,8 @@ def _results(
     """Whatever is asked for does the tasks; the tokenizer's engine is chosen once, here."""
     if not tasks:
         return iter(())
-    cores = os.cpu_count() or 1
+    # what this process may run on: a step of a batch system has a few of a large node's
+    cores = len(os.sched_getaffinity(0))
     workers = min(len(tasks), options.workers or cores)
     threads = 1 if options.engine == "ray" else max(1, cores // workers)
     if options.engine == "local" and workers > 1:
@@ -192,17 +210,24 @@ def _results(
     return run_ray(job, tasks, options.ray_address, bar.update)
 
 
-def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:
-    """The manifest, then the job's own record."""
+def _publish(job: Job, claim: JobRecord, done: Sequence[TaskRecord]) -> JobRecord:
+    """The manifest, then the job's own record; first, whether what they will say is so."""
     parts = [part for record in done for part in record.parts]
     counts = sum((part.counts for part in parts), Counts())
     shards = tuple(part.shard for part in parts if part.shard is not None)
     if not shards:
-        _remove_records(job)
+        remove_records(job.prefix)
         raise DataError(f"no documents: {_reasons(counts)}, expected at least one with text in it; nothing was written")
     manifest = Manifest(vocab_size=job.vocab_size, tokenizer_sha256=job.tokenizer_sha256, shards=shards)
-    write_manifest(manifest, records.manifest_path(job.prefix))
-    record = JobRecord(fingerprint=job.fingerprint, options=job.options(), finished=counts, shards=len(shards))
+    records.require_claim(job)
+    for shard in shards:
+        if (problem := records.shard_problem(Path(job.prefix).parent, shard)) is not None:
+            raise DataError(
+                f"{problem}, though this run has written it or found it whole: another process has changed it; run the "
+                "same command again"
+            )
+    write_manifest(manifest, records.manifest_path(job.prefix), replace=False)
+    record = claim.model_copy(update={"finished": counts, "shards": len(shards)})
     records.write_record(records.job_path(job.prefix), record)
     return record
 
@@ -210,10 +235,3 @@ def _publish(job: Job, done: Sequence[TaskRecord]) -> JobRecord:
 def _reasons(counts: Counts) -> str:
     reasons = {**counts.dropped, **counts.bad}
     return "found only " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()) if reasons else "none"
-
-
-def _remove_records(job: Job) -> None:
-    """Those of single tasks: the job's own says that all are done."""
-    for path in outputs(job.prefix):
-        if path.name.endswith((".done.json", ".tmp")):
-            path.unlink(missing_ok=True)

@@ -1,14 +1,14 @@
 """Small files beside the shards that say what is finished: written after the shard, whole or not at all."""
 
-import errno
-import os
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
+from illada_megatron.data.shards.durable import write_whole
 from illada_megatron.data.shards.manifest import ShardEntry
 
 _SUFFIX = ".done.json"
@@ -68,6 +68,8 @@ class JobRecord(_Stored):
     options: dict[str, object]
     finished: Counts | None = None
     shards: int = 0
+    numbered_tasks: int = 0
+    """Tasks whose shards have a number in their name: 0 up to this one, less one."""
 
 
 def record_path(job: Job, name: str) -> Path:
@@ -97,11 +99,35 @@ def _finished(job: Job, name: str) -> TaskRecord | None:
     record = read_record(record_path(job, name), TaskRecord)
     if record is None or record.fingerprint != job.fingerprint:
         return None
-    directory = Path(job.prefix).parent
-    for part in record.parts:
-        if part.shard and not all((directory / f"{part.shard.path}{end}").is_file() for end in (".bin", ".idx")):
-            return None
+    folder = Path(job.prefix).parent
+    if any(part.shard and shard_problem(folder, part.shard) for part in record.parts):
+        return None
     return record
+
+
+def shard_problem(folder: Path, shard: ShardEntry) -> str | None:
+    """What is wrong with the files of a shard by their sizes, nothing being read; None: nothing."""
+    bin_path, idx_path = (folder / f"{shard.path}{end}" for end in (".bin", ".idx"))
+    expected_bytes = shard.tokens * np.dtype(shard.dtype).itemsize
+    for path in (bin_path, idx_path):
+        if not path.is_file():
+            return f"{path}: is missing"
+    if (found_bytes := bin_path.stat().st_size) != expected_bytes:
+        return f"{bin_path}: has {found_bytes} bytes, expected {expected_bytes}"
+    return None
+
+
+def require_claim(job: Job) -> None:
+    """Raises DataError where the prefix is not this job's any more: by --overwrite, or because this process was taken
+    for dead. It is asked before anything gets a name."""
+    path = job_path(job.prefix)
+    found = read_record(path, JobRecord)
+    if found is None or found.fingerprint != job.fingerprint:
+        whose = "is gone" if found is None else "is another job's"
+        raise DataError(
+            f"{path}: {whose}, expected the claim of this job, which has lost the prefix to another one: choose "
+            "another output prefix"
+        )
 
 
 def read_record(path: Path, kind: type[Record]) -> Record | None:
@@ -117,25 +143,6 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
         ) from error
 
 
-def write_record(path: Path, record: BaseModel) -> None:
-    """Under another name, flushed to the device, then renamed. What a killed writer left behind is overwritten."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(record.model_dump_json(indent=1).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    _flush_directory(path.parent)
-
-
-def _flush_directory(path: Path) -> None:
-    """A rename survives a power failure only when its directory has reached the device as well."""
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        # some network file systems cannot flush a directory; they order renames themselves
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(directory)
+def write_record(path: Path, record: BaseModel, replace: bool = True) -> None:
+    """Whole or not at all, see `durable.write_whole`. replace False: raises DataError where there is another."""
+    write_whole(path, record.model_dump_json(indent=1).encode() + b"\n", replace)

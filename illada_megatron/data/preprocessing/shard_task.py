@@ -13,6 +13,7 @@ from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.chunks import CHUNK_BYTES
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder, Lengths, Tokens
 from illada_megatron.data.preprocessing.documents import Batch, read_batches
+from illada_megatron.data.preprocessing.inputs import require_unchanged
 from illada_megatron.data.preprocessing.pipeline import ahead
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import Counts, PartRecord, TaskRecord
@@ -117,6 +118,9 @@ def _write_part(
             writer.add(tokens, lengths, encoder.end_token)
         documents, num_tokens = writer.num_documents, writer.num_tokens
         encoder.wait_until_chosen()
+        for file in {piece.file for piece in task.pieces} if task.streamed else ():
+            require_unchanged(file)  # a part ends in the middle of a file
+        records.require_claim(job)
         if num_tokens:
             writer.finish()
     except BaseException:

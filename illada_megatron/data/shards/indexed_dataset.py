@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import ArrayLike
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.durable import publish, temporary_suffix
 
 try:
     from illada_megatron.data.shards import _indexed_dataset
@@ -42,20 +43,16 @@ class IndexedDatasetWriter:
         with IndexedDatasetWriter("corpus/train", vocab_size=8000) as writer:
             writer.add(tokens, lengths)
 
-    Leaving the block finishes the shard; leaving it by an exception removes what was written. An older shard of the
-    same name is replaced at the end. Ids are stored as uint16 where vocab_size <= 65536, else as int32.
+    Leaving the block finishes the shard; leaving it by an exception removes what was written. A shard of the same name
+    is never replaced. Ids are stored as uint16 where vocab_size <= 65536, else as int32.
 
-    Raises DataError for ids outside the vocabulary, for a shard without tokens, and when another process is writing
-    the same prefix; OSError (with the path) for whatever the disk refuses."""
+    Raises DataError for ids outside the vocabulary, for a shard without tokens, and, at the end, where there is another
+    shard of this name; OSError (with the path) for whatever the disk refuses."""
 
     def __init__(self, prefix: str | Path, vocab_size: int) -> None:
         self.prefix = str(prefix)
-        try:
-            self._builder = _indexed_dataset.IndexedDatasetBuilder(self.prefix, vocab_size)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{error.filename}: another process is writing this shard; wait for it or choose another prefix"
-            ) from error
+        self._suffix = temporary_suffix()
+        self._builder = _indexed_dataset.IndexedDatasetBuilder(self.prefix, self._suffix, vocab_size)
 
     @property
     def num_tokens(self) -> int:
@@ -79,6 +76,7 @@ class IndexedDatasetWriter:
     def finish(self) -> None:
         """Make PREFIX.bin and PREFIX.idx. Nothing can be added afterwards."""
         self._builder.finalize()
+        publish_shard(self.prefix, self._suffix)
 
     def abort(self) -> None:
         """Remove what was written so far."""
@@ -94,6 +92,19 @@ class IndexedDatasetWriter:
             self.finish()
         else:
             self.abort()
+
+
+def publish_shard(prefix: str, suffix: str) -> None:
+    """Give PREFIX.bin and PREFIX.idx, which are complete with `suffix` behind them, their names: .bin first, .idx last,
+    so that an .idx always stands beside its complete .bin, also after a power failure. Raises DataError where another
+    shard has the name already; neither file is then left with the suffix."""
+    paths = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
+    try:
+        for path in paths:
+            publish(path.with_name(path.name + suffix), path)
+    finally:
+        for path in paths:
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

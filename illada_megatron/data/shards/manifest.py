@@ -7,8 +7,6 @@
 A shard's path is the prefix of its `.bin` and `.idx`, relative to the manifest's folder; absolute paths and `s3://`
 URLs stay what they are. Checksums are what `inspect_dataset.py --verify` compares; opening a corpus reads no shard."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +14,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.durable import write_whole
 
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _HASHED_AT_A_TIME = 8 << 20
@@ -73,24 +72,10 @@ def parse_manifest(text: bytes, name: str) -> Manifest:
         ) from error
 
 
-def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Written under another name, flushed to the device, then renamed: readers see the old one or the new one."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        try:
-            stream.write(manifest.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
-            stream.flush()
-            os.fchmod(stream.fileno(), 0o644)
-            os.fsync(stream.fileno())
-            Path(stream.name).replace(path)
-        except BaseException:
-            Path(stream.name).unlink(missing_ok=True)
-            raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def write_manifest(manifest: Manifest, path: str | Path, replace: bool = True) -> None:
+    """Whole or not at all, see `durable.write_whole`: readers see the old one or the new one. replace False: raises
+    DataError where there is another."""
+    write_whole(Path(path), manifest.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", replace)
 
 
 def file_checksum(path: str | Path) -> str:

@@ -1,5 +1,7 @@
 """Many shards into one. The work is done by csrc/indexed_dataset/merge.cpp."""
 
+import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +9,10 @@ from pathlib import Path
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards import _indexed_dataset
-from illada_megatron.data.shards.indexed_dataset import IndexedDataset, Progress
+from illada_megatron.data.shards.durable import TEMPORARY, temporary_suffix
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset, Progress, publish_shard
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.shards.prefix_lock import locked_prefix
 from illada_megatron.data.shards.shard_list import FoundShard
 
 
@@ -28,33 +32,55 @@ def merge(shards: Sequence[FoundShard], output_prefix: str | Path, progress: Pro
 
     The indexes are checked first; the tokens are not, unless the shards come from manifests: then the result is
     verified against their vocabulary and listed, with its checksums, in `output_prefix`.manifest.json. The files get
-    their names when they are complete and on the device; a failure leaves an older shard of that name as it was.
+    their names when they are complete and on the device.
 
-    progress: see `Progress`; `progress_bytes` is the total. Raises DataError and OSError."""
+    progress: see `Progress`; `progress_bytes` is the total. Raises DataError, also where something is under
+    `output_prefix` already or another process is making it, and OSError."""
     begin = time.perf_counter()
     origin = _common_manifest(shards)
     _require_same_tokenizer(shards)
-    manifest_path = Path(f"{output_prefix}.manifest.json") if origin else None
-    try:
-        _indexed_dataset.merge_shards([shard.prefix for shard in shards], str(output_prefix), progress)
-    except BlockingIOError as error:
-        raise DataError(
-            f"{error.filename}: another process is writing this shard; wait for it or choose another prefix"
-        ) from error
-    merged = IndexedDataset(output_prefix)
-    if origin and manifest_path:
-        checksums = merged.verify(origin.vocab_size, progress)
-        entry = ShardEntry(
-            path=Path(output_prefix).name,
-            dtype=str(merged.dtype),  # type: ignore[arg-type]
-            tokens=merged.num_tokens,
-            documents=merged.num_documents,
-            bin_xxh3_128=checksums.bin_xxh3_128,
-            idx_xxh3_128=checksums.idx_xxh3_128,
-        )
-        write_manifest(origin.model_copy(update={"shards": (entry,)}), manifest_path)
+    prefix, manifest_path = str(output_prefix), Path(f"{output_prefix}.manifest.json") if origin else None
+    with locked_prefix(prefix) as locked:
+        _require_free(prefix)
+        if locked:
+            _remove_leftovers(Path(prefix))
+        suffix = temporary_suffix()
+        _indexed_dataset.merge_shards([shard.prefix for shard in shards], prefix, suffix, progress)
+        publish_shard(prefix, suffix)
+        merged = IndexedDataset(prefix)
+        if origin and manifest_path:
+            _list(merged, origin, manifest_path, progress)
     bin_bytes = merged.num_tokens * merged.dtype.itemsize
     return MergeSummary(merged.num_documents, merged.num_tokens, bin_bytes, time.perf_counter() - begin, manifest_path)
+
+
+def _require_free(prefix: str) -> None:
+    """A corpus of several shards has no PREFIX.bin: its manifest would be the one to be replaced."""
+    for end in (".bin", ".idx", ".manifest.json", ".job.json"):
+        if os.path.lexists(prefix + end):
+            raise DataError(f"{prefix}{end}: there already: choose another output prefix, or remove what is there")
+
+
+def _remove_leftovers(prefix: Path) -> None:
+    """Of killed merges; the lock is held, so that none is at work."""
+    name = re.compile(rf"{re.escape(prefix.name)}\.(bin|idx|manifest\.json){TEMPORARY}")
+    for path in prefix.parent.iterdir():
+        if name.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _list(merged: IndexedDataset, origin: Manifest, path: Path, progress: Progress | None) -> None:
+    """Verify what was merged and write its manifest."""
+    checksums = merged.verify(origin.vocab_size, progress)
+    entry = ShardEntry(
+        path=Path(merged.prefix).name,
+        dtype=str(merged.dtype),  # type: ignore[arg-type]
+        tokens=merged.num_tokens,
+        documents=merged.num_documents,
+        bin_xxh3_128=checksums.bin_xxh3_128,
+        idx_xxh3_128=checksums.idx_xxh3_128,
+    )
+    write_manifest(origin.model_copy(update={"shards": (entry,)}), path, replace=False)
 
 
 def progress_bytes(shards: Sequence[FoundShard]) -> int:

@@ -9,6 +9,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, parse_manifest, read_manifest
 from illada_megatron.data.shards.remote import is_remote, read_object
+from illada_megatron.data.shards.unfinished import require_finished
 
 _GLOB_CHARACTERS = frozenset("*?[")
 _MANIFEST_SUFFIX = ".json"
@@ -127,6 +128,7 @@ def _find(path: str) -> Iterator[FoundShard]:
         prefixes = {str(file.with_suffix("")) for file in Path(path).iterdir() if file.suffix in (".bin", ".idx")}
         if not prefixes:
             raise DataError(f"{path}: no shard is in this folder, expected files *.bin and *.idx")
+        require_finished(prefixes, path)
         yield from map(FoundShard, sorted(prefixes))
     else:
         yield from map(FoundShard, _expand(path))
@@ -150,4 +152,5 @@ def _expand(pattern: str) -> list[str]:
         raise DataError(
             f"{pattern}: no shard matches this glob, expected files {pattern}.idx (current directory: {Path.cwd()})"
         )
+    require_finished(matches, pattern)
     return matches

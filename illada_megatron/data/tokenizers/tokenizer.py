@@ -79,6 +79,17 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     return checked
 
 
+def _replaced(ids: list[int], old: list[int], new: list[int]) -> list[int]:
+    """`ids` with `new` wherever `old` is in it."""
+    out: list[int] = []
+    start = 0
+    for place in range(len(ids)):
+        if place >= start and ids[place : place + len(old)] == old:
+            out += ids[start:place] + new
+            start = place + len(old)
+    return out + ids[start:]
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model (https://github.com/google/sentencepiece)."""
 
@@ -141,16 +152,30 @@ class SentencePieceTokenizer:
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         if len(self._space_sign_ids) != 3:
             return self._processor.encode(texts)
-        # a literal space sign would come back as a space; spelled in bytes it comes back as itself
-        parts = [text.split(SPACE_SIGN) for text in texts]
-        encoded = iter(self._processor.encode([part for text_parts in parts for part in text_parts]))
-        batch = []
-        for text_parts in parts:
-            ids: list[int] = next(encoded)
-            for _ in text_parts[1:]:
-                ids = ids + self._space_sign_ids + next(encoded)
-            batch.append(ids)
-        return batch
+        # a literal space sign would come back as a space; spelled in bytes it comes back as itself. Encoded piece by
+        # piece, each would get the model's dummy prefix: another character takes the sign's place instead
+        stands_for = [self._stand_in(text) if SPACE_SIGN in text else None for text in texts]
+        batch: list[list[int]] = self._processor.encode(
+            [text.replace(SPACE_SIGN, one[0]) if one else text for text, one in zip(texts, stands_for, strict=True)]
+        )
+        return [
+            _replaced(ids, one[1], self._space_sign_ids) if one else ids
+            for ids, one in zip(batch, stands_for, strict=True)
+        ]
+
+    def _stand_in(self, text: str) -> tuple[str, list[int]]:
+        """A character that is not in `text` and that the model spells in bytes, and their ids."""
+        for character in map(chr, range(0xE000, 0xF900)):  # private use: a piece of no model that we know
+            if character not in text:
+                start, ids = self._processor.encode(["a", f"a{character}"])
+                if ids[: len(start)] == start and ids[len(start) :] == [
+                    self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()
+                ]:
+                    return character, ids[len(start) :]
+        raise DataError(
+            "a text holds the space sign \u2581 and all characters of private use, none of which is left to stand for "
+            "it: take the sign out of the text"
+        )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         ids = _checked(ids, self.vocab_size)

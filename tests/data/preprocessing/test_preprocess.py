@@ -53,7 +53,7 @@ def test_every_document_in_order_with_its_end(
     assert summary.counts.text_bytes == 6 * sum(len(text.encode()) for text in texts) > 4 << 20
     assert (summary.counts.bad, summary.counts.dropped) == ({}, {})
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
-        *("shard.bin", "shard.idx", "shard.job.json", "shard.manifest.json")
+        *("shard.bin", "shard.idx", "shard.job.json", "shard.lock", "shard.manifest.json")
     ]
     for i in range(dataset.num_documents):
         *ids, last = dataset.document(i).tolist()
@@ -79,7 +79,7 @@ def test_bad_line_stops_with_file_and_number(
     bad = _write(tmp_path / "bad.jsonl", [GOOD, "", line, GOOD])
     with pytest.raises(DataError, match=rf"bad\.jsonl:3: {message}[\s\S]*--skip-bad-lines"):
         preprocess([good, bad], tmp_path / "shard", sentencepiece_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.jsonl", "shard.lock"]
 
 
 def test_bad_lines_are_skipped_and_counted_on_demand(
@@ -120,7 +120,7 @@ def test_no_documents_is_an_error_and_leaves_nothing(
     empty = _write(tmp_path / "empty.jsonl", lines)
     with pytest.raises(DataError, match=r"no documents: .*nothing was written"):
         preprocess([empty], tmp_path / "shard", sentencepiece_path, PreprocessOptions(skip_bad_lines=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "shard.lock"]
 
 
 def test_missing_input_is_noticed_before_any_work(sentencepiece_path: Path, tmp_path: Path) -> None:

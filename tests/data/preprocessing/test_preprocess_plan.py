@@ -116,13 +116,13 @@ def test_directories_and_globs_by_name(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [(Path(file.path).name, file.format, file.compression) for file in find_inputs([tmp_path])]
+    found = [(Path(file.path).name, file.format, file.compression) for file in find_inputs([tmp_path]).files]
     assert found == [
         ("a.txt.gz", "text", "gzip"),
         ("b.jsonl", "jsonl", "none"),
         ("c.parquet", "parquet", "none"),
         ("d.json.zst", "jsonl", "zstd"),
     ]
-    assert [Path(file.path).name for file in find_inputs([tmp_path / "*.*l", tmp_path / "a.txt.gz"])] == [
+    assert [Path(file.path).name for file in find_inputs([tmp_path / "*.*l", tmp_path / "a.txt.gz"]).files] == [
         *("b.jsonl", "a.txt.gz")
     ]

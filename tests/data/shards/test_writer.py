@@ -1,5 +1,6 @@
 """The C++ writer: what it refuses, and that no failure leaves something a reader would take for a shard."""
 
+import errno
 import os
 import re
 import shutil
@@ -7,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.durable import TEMPORARY
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
 
@@ -23,7 +26,7 @@ def _names(directory: Path) -> list[str]:
 def _write_and_fail(prefix: Path) -> None:
     with IndexedDatasetWriter(prefix, 10) as writer:
         writer.add(np.array([4]), [1])
-        assert f"{prefix.name}.bin.tmp" in _names(prefix.parent)
+        assert any(re.fullmatch(rf"{prefix.name}\.bin{TEMPORARY}", name) for name in _names(prefix.parent))
         raise ZeroDivisionError
 
 
@@ -111,34 +114,67 @@ def test_finished_writer_takes_no_more(tmp_path: Path) -> None:
     assert IndexedDataset(tmp_path / "shard").num_tokens == 1
 
 
-def test_failed_rewrite_keeps_the_older_shard_and_a_good_one_replaces_it(tmp_path: Path) -> None:
+def test_a_shard_that_is_there_is_never_replaced(tmp_path: Path) -> None:
+    """Neither by a writer that fails nor by one that does not; written again alike, it is the one that is there."""
     with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
         writer.add(np.array([1, 2, 3]), [3])
-    older = IndexedDataset(tmp_path / "shard")
     with pytest.raises(ZeroDivisionError):
         _write_and_fail(tmp_path / "shard")
+    for tokens, refusal in (([5, 6], r"shard\.bin: there already \(6 bytes\).*\(4 bytes\)"), ([1, 2, 3], None)):
+        before = {path: path.stat().st_ino for path in tmp_path.iterdir()}
+        writer = IndexedDatasetWriter(tmp_path / "shard", 10)
+        writer.add(np.array(tokens), [len(tokens)])
+        with pytest.raises(DataError, match=refusal) if refusal else nullcontext():
+            writer.finish()
+        assert {path: path.stat().st_ino for path in tmp_path.iterdir()} == before
     assert IndexedDataset(tmp_path / "shard").read(0, 3).tolist() == [1, 2, 3]
-    with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
-        writer.add(np.array([5, 6]), [2])
-    assert IndexedDataset(tmp_path / "shard").read(0, 2).tolist() == [5, 6]
-    # a training run that has the older one mapped goes on reading it
-    assert older.read(0, 3).tolist() == [1, 2, 3]
     assert _names(tmp_path) == ["shard.bin", "shard.idx"]
 
 
-def test_second_writer_of_a_shard_is_refused_and_does_no_harm(tmp_path: Path) -> None:
-    """Two jobs given the same shard by mistake would interleave their blocks."""
+def test_two_writers_of_a_shard_never_mix(tmp_path: Path) -> None:
+    """Two jobs given the same shard by mistake, with locks or without: the first to finish wins, the other is told."""
+    late = IndexedDatasetWriter(tmp_path / "shard", 10)
+    late.add(np.array([3, 4, 5]), [3])
     with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
         writer.add(np.array([1, 2]), [2])
-        with pytest.raises(DataError, match=r"shard\.bin\.tmp: another process is writing"):
-            IndexedDatasetWriter(tmp_path / "shard", 10)
+    with pytest.raises(DataError, match=r"shard\.bin: there already"):
+        late.finish()
+    dataset = IndexedDataset(tmp_path / "shard")
+    dataset.verify(10)
+    assert dataset.read(0, 2).tolist() == [1, 2]
+    assert _names(tmp_path) == ["shard.bin", "shard.idx"]
+
+
+def test_a_shard_that_is_not_as_long_as_what_was_written_is_not_published(tmp_path: Path) -> None:
+    """Another process has written to the file, or the file system has lost a write: fsync says nothing of either."""
+    writer = IndexedDatasetWriter(tmp_path / "shard", 10)
+    writer.add(np.array([1, 2, 3]), [3])
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, 1000)
+    with pytest.raises(DataError, match=r"\.tmp: has 1000 bytes on the disk, expected the 6 that were written"):
+        writer.finish()
+    assert _names(tmp_path) == []
+
+
+def test_names_are_given_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT and some network file systems answer."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
+        writer.add(np.array([1, 2]), [2])
+    with pytest.raises(DataError, match="there already"), IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
+        writer.add(np.array([3]), [1])
     assert IndexedDataset(tmp_path / "shard").read(0, 2).tolist() == [1, 2]
+    assert _names(tmp_path) == ["shard.bin", "shard.idx"]
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         IndexedDatasetWriter(tmp_path / "nowhere" / "shard", 10)
-    assert error.value.filename == str(tmp_path / "nowhere" / "shard.bin.tmp")
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/nowhere/shard\.bin{TEMPORARY}", error.value.filename)
 
 
 def test_threads_can_share_a_writer(tmp_path: Path) -> None:
@@ -191,7 +227,8 @@ def test_disk_error_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     """A file size limit refuses the write as a full disk does."""
     run = [sys.executable, "-c", FULL_DISK, str(tmp_path / "shard")]
     output = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert output == f"[Errno 27] File too large: '{tmp_path / 'shard.bin.tmp'}'\n"
+    path = re.escape(str(tmp_path / "shard.bin"))
+    assert re.fullmatch(rf"\[Errno 27\] File too large: '{path}{TEMPORARY}'\n", output)
     assert _names(tmp_path) == []
 
 
@@ -207,7 +244,7 @@ with IndexedDatasetWriter(sys.argv[1], 10) as writer:
 
 
 def test_killed_writer_leaves_no_shard_and_the_next_one_succeeds(tmp_path: Path) -> None:
-    """SIGKILL in the middle: no .idx, the reader refuses, and the left-over file is in nobody's way."""
+    """SIGKILL in the middle: neither name is given, and the left-over file is in nobody's way."""
     run = [sys.executable, "-c", ENDLESS, str(tmp_path / "shard")]
     with subprocess.Popen(run, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -215,14 +252,15 @@ def test_killed_writer_leaves_no_shard_and_the_next_one_succeeds(tmp_path: Path)
             pass
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert _names(tmp_path) == ["shard.bin.tmp"]
-    assert (tmp_path / "shard.bin.tmp").stat().st_size > 0
+    (left_over,) = tmp_path.iterdir()
+    assert re.fullmatch(rf"shard\.bin{TEMPORARY}", left_over.name)
+    assert left_over.stat().st_size > 0
     with pytest.raises(DataError, match="no such file"):
         IndexedDataset(tmp_path / "shard")
     with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
         writer.add(np.array([1, 2]), [2])
     assert IndexedDataset(tmp_path / "shard").num_tokens == 2
-    assert _names(tmp_path) == ["shard.bin", "shard.idx"]
+    assert _names(tmp_path) == ["shard.bin", left_over.name, "shard.idx"]
 
 
 PUBLISH = """
@@ -242,23 +280,21 @@ def _can_trace() -> bool:
 
 
 @pytest.mark.skipif(not _can_trace(), reason="needs strace")
-def test_system_calls_come_in_the_order_that_a_power_failure_needs(write_shard, tmp_path: Path) -> None:
-    """Both files flushed; the older index gone for good before its .bin changes; .bin named before .idx; the
-    directory flushed after each step."""
-    prefix = write_shard("shard", [[1, 2, 3]])
+def test_system_calls_come_in_the_order_that_a_power_failure_needs(tmp_path: Path) -> None:
+    """Both files flushed; .bin named before .idx; the directory flushed after each; nothing renamed over, and only
+    temporary names removed."""
     trace = tmp_path / "trace"
-    calls = ["strace", "-f", "-o", str(trace), "-e", "trace=/^(fsync|rename|unlink)"]
+    calls = ["strace", "-f", "-o", str(trace), "-e", "trace=/^(fsync|rename|unlink|link)"]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([*calls, sys.executable, "-c", PUBLISH, str(prefix)], check=True, env=environment)
-    found = re.findall(r"^\d+ +(fsync|rename|unlink)(?:.*/shard(\.[a-z.]+)\")?", trace.read_text(), flags=re.MULTILINE)
-    assert found == [
-        ("fsync", ""),
-        ("fsync", ""),
-        ("unlink", ".idx"),
-        ("fsync", ""),
-        ("rename", ".bin"),
-        ("fsync", ""),
-        ("rename", ".idx"),
-        ("fsync", ""),
+    run = [*calls, sys.executable, "-c", PUBLISH, str(tmp_path / "shard")]
+    subprocess.run(run, check=True, env=environment)
+    lines = trace.read_text().splitlines()
+    found = [re.search(r"^\d+ +(fsync|rename|unlink|link)\w*\((?:.*/shard([^\"]*)\")?", line) for line in lines]
+    steps = [(call[1], re.sub(TEMPORARY, " temporary", call[2] or "")) for call in found if call]
+    assert [step for step in steps if step[0] != "unlink"] == [
+        *[("fsync", ""), ("fsync", "")],
+        *[("link", ".bin"), ("fsync", "")],
+        *[("link", ".idx"), ("fsync", "")],
     ]
-    assert IndexedDataset(prefix).num_tokens == 1000
+    assert {step[1] for step in steps if step[0] == "unlink"} == {".bin temporary", ".idx temporary"}
+    assert IndexedDataset(tmp_path / "shard").num_tokens == 1000

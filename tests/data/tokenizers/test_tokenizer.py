@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
@@ -145,3 +146,19 @@ def test_unusable_training_text_leaves_no_model(tmp_path: Path, content: str, me
     with pytest.raises(DataError, match=r"expected to end in \.model"):
         train_sentencepiece([tmp_path / "input.jsonl"], tmp_path / "out.spm", vocab_size=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["input.jsonl"]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_space_sign_in_text_with_a_dummy_prefix(model_type: str, texts: list[str], tmp_path: Path) -> None:
+    """SentencePiece's defaults, as Llama 2 has them: a space before the text, none before what follows a sign."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts[:20] for line in text.splitlines() if line]),
+        model_prefix=str(tmp_path / "default"),
+        model_type=model_type,
+        vocab_size=600,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "default.model")
+    for text in ("fox▁jumps", "fox ▁ jumps", "▁", "▁▁x", "x▁", "a▁b▁▁c \ue000▁\ue000", "no sign"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
