@@ -147,6 +147,7 @@ void BindReading(py::module_& module) {
            py::arg("bin_paths"), py::arg("dtypes"), py::arg("num_tokens"))
       .def_property_readonly("num_tokens", &TokenReader::num_tokens)
       .def_property_readonly("num_shards", &TokenReader::num_shards)
+      .def_property_readonly("mapped", &TokenReader::mapped)
       .def("read", &Read, py::arg("starts"), py::arg("out").noconvert(), py::arg("vocab_size"));
   module.def("check_token_ids", &CheckTokenIds, py::arg("tokens"), py::arg("vocab_size"), py::arg("bin_path"),
              py::arg("offset"));
