@@ -12,6 +12,7 @@
 #include "open_file.h"
 
 namespace illada {
+
 MappedFile::MappedFile(const std::string& path) {
   const OpenFile file(path);
   const uint64_t size = file.size_bytes();
