@@ -10,7 +10,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -49,7 +48,8 @@ class _Array:
 
 
 class DocumentIndex:
-    """The `.idx` of a shard (its layout: csrc/indexed_dataset/builder.h), of `size` bytes, through `read`.
+    """The `.idx` of a shard (its layout: csrc/indexed_dataset/builder.h), of `size` bytes, through `read`. It remembers
+    what it has read: one is made for a window or two.
 
     What is read is checked: no content leads outside of the file or to an endless search. What is not read is not.
 
@@ -72,6 +72,7 @@ class DocumentIndex:
                 f"{_HEADER.size + 12 * sequences + 8 * bounds} bytes for the {sequences} sequences and {bounds} "
                 "document bounds it announces, at least one of each",
             )
+        self._pieces: dict[tuple[str, int], NDArray[np.int64]] = {}
         pointers_at = _HEADER.size + 4 * sequences
         self._pointers = _Array("pointer", pointers_at, sequences, shard.tokens * self._token_bytes)
         self._bounds = _Array("bound", pointers_at + 8 * sequences, bounds, sequences)
@@ -119,7 +120,7 @@ class DocumentIndex:
             number = min(low + (high - low) * share[0] // share[1], high - 1) // _PIECE_ENTRIES
             entries = self._piece(array, number)
             begin = number * _PIECE_ENTRIES
-            place = begin + int(np.searchsorted(entries, value))
+            place = begin + int(entries.searchsorted(value))
             if begin < place < begin + len(entries):
                 return place
             if place == begin:
@@ -130,26 +131,34 @@ class DocumentIndex:
 
     def _entries(self, array: _Array, begin: int, end: int) -> NDArray[np.int64]:
         """Entries [begin, end)."""
-        first = begin // _PIECE_ENTRIES
-        pieces = [self._piece(array, number) for number in range(first, -(-end // _PIECE_ENTRIES))]
-        entries = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-        if (np.diff(entries) < 0).any():
-            raise self._error(f"has {array.name}s that descend behind number {begin}", "ascending ones")
+        first, last = begin // _PIECE_ENTRIES, max(begin, end - 1) // _PIECE_ENTRIES
+        entries = self._piece(array, first)
+        if last > first:
+            entries = np.concatenate([entries, *(self._piece(array, number) for number in range(first + 1, last + 1))])
+            if _descends(entries):
+                raise self._error(f"has {array.name}s that descend behind number {begin}", "ascending ones")
         return entries[begin - first * _PIECE_ENTRIES : end - first * _PIECE_ENTRIES]
 
     def _piece(self, array: _Array, number: int) -> NDArray[np.int64]:
+        if (known := self._pieces.get((array.name, number))) is not None:
+            return known
         begin = number * _PIECE_ENTRIES
         count = min(_PIECE_ENTRIES, array.count - begin)
         entries = np.frombuffer(self._read(array.offset + 8 * begin, 8 * count), dtype="<i8")
-        if (np.diff(entries) < 0).any() or entries[0] < 0 or entries[-1] > array.last:
+        if entries[0] < 0 or entries[-1] > array.last or _descends(entries):
             wrong = np.flatnonzero((np.diff(entries, prepend=0) < 0) | (entries < 0) | (entries > array.last))
             raise self._error(
                 f"has {array.name} {begin + wrong[0]} at {entries[wrong[0]]}", f"0 to {array.last}, ascending"
             )
+        self._pieces[array.name, number] = entries
         return entries
 
     def _error(self, found: str, expected: str) -> DataError:
         return DataError(f"{self._path}: {found}, expected {expected}: {_REWRITE}")
+
+
+def _descends(entries: NDArray[np.int64]) -> bool:
+    return bool((entries[1:] < entries[:-1]).any())
 
 
 @contextmanager
@@ -166,7 +175,6 @@ def open_document_index(shard: SizedShard) -> Iterator[DocumentIndex]:
             "(illada preprocess), or correct the path"
         ) from error
 
-    @lru_cache(maxsize=4)
     def read(offset: int, length: int) -> bytes:
         content = b""
         while len(content) < length:
