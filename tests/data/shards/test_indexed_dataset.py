@@ -259,8 +259,11 @@ def test_verify_names_the_first_id_outside_of_the_vocabulary(tmp_path: Path, dty
     builder.finalize(str(tmp_path / "shard.idx"))
     dataset = IndexedDataset(tmp_path / "shard")
     dataset.verify()
-    with pytest.raises(DataError, match=rf"shard\.bin: token id {tokens[700]} at token offset 700 .* size 1000: "):
-        dataset.verify(vocab_size=1000)
+    # -1, read as an unsigned number, is in a vocabulary of more ids than the type has
+    for vocab_size in (1000, *((65_536, 1 << 33) if dtype is not np.uint16 else ())):
+        message = rf"shard\.bin: token id {tokens[700]} at token offset 700 .* size {vocab_size}: "
+        with pytest.raises(DataError, match=message):
+            dataset.verify(vocab_size=vocab_size)
 
 
 def test_verify_notices_a_truncation_while_it_is_open(write_shard) -> None:
