@@ -74,15 +74,6 @@ void CheckTokenIds(const py::array& tokens, int64_t vocab_size, const std::strin
     ThrowAtInvalidToken(type, bytes, count, vocab_size, bin_path, offset);
 }
 
-py::array_t<int64_t> DocumentStarts(const IndexFile& index, int64_t start, int64_t stop) {
-  std::vector<int64_t> starts;
-  {
-    py::gil_scoped_release release;
-    starts = index.view().DocumentStarts(start, stop);
-  }
-  return py::array_t<int64_t>(static_cast<py::ssize_t>(starts.size()), starts.data());
-}
-
 py::tuple Document(const IndexFile& index, int64_t document) {
   if (document < 0 || document >= index.view().num_documents())
     throw py::index_error("document " + std::to_string(document) + " was asked for, it has " +
@@ -137,7 +128,6 @@ void BindReading(py::module_& module) {
       .def_property_readonly("num_tokens", [](const IndexFile& index) { return index.view().num_tokens(); })
       .def("document", &Document, py::arg("index"))
       .def("document_lengths", &DocumentLengths, py::arg("begin"), py::arg("end"))
-      .def("document_starts", &DocumentStarts, py::arg("start"), py::arg("stop"))
       .def("check", &IndexFile::Check, py::arg("begin"), py::arg("end"), py::call_guard<py::gil_scoped_release>());
   py::class_<TokenReader>(module, "TokenReader")
       .def(py::init([](const std::vector<std::string>& bin_paths, const std::vector<std::string>& dtypes,
@@ -147,6 +137,7 @@ void BindReading(py::module_& module) {
            py::arg("bin_paths"), py::arg("dtypes"), py::arg("num_tokens"))
       .def_property_readonly("num_tokens", &TokenReader::num_tokens)
       .def_property_readonly("num_shards", &TokenReader::num_shards)
+      .def_property_readonly("mapped", &TokenReader::mapped)
       .def("read", &Read, py::arg("starts"), py::arg("out").noconvert(), py::arg("vocab_size"));
   module.def("check_token_ids", &CheckTokenIds, py::arg("tokens"), py::arg("vocab_size"), py::arg("bin_path"),
              py::arg("offset"));

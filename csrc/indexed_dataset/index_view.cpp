@@ -171,36 +171,6 @@ TokenRange IndexView::Document(int64_t document) const {
               "an end that is not before the beginning");
 }
 
-// The first document in [document, num_documents] that begins behind `offset`: the documents begin in ascending
-// order. Steps that double find the neighbourhood (mostly the next document), then it is halved.
-int64_t IndexView::FirstDocumentAfter(int64_t offset, int64_t document) const {
-  if (document >= num_documents_ || DocumentStart(document) > offset) return document;
-  int64_t before = document, step = 1;
-  while (step < num_documents_ - before && DocumentStart(before + step) <= offset) {
-    before += step;
-    step *= 2;
-  }
-  int64_t after = step < num_documents_ - before ? before + step : num_documents_;
-  while (after - before > 1) {
-    const int64_t middle = before + (after - before) / 2;
-    (DocumentStart(middle) <= offset ? before : after) = middle;
-  }
-  return after;
-}
-
-std::vector<int64_t> IndexView::DocumentStarts(int64_t start, int64_t stop) const {
-  std::vector<int64_t> starts;
-  int64_t document = FirstDocumentAfter(start, 0);
-  while (document < num_documents_) {
-    const int64_t offset = DocumentStart(document);
-    if (offset >= stop) break;
-    starts.push_back(offset);
-    // behind it and not merely the next document: an empty document begins where its successor does
-    document = FirstDocumentAfter(offset, document + 1);
-  }
-  return starts;
-}
-
 void IndexView::CheckSequences(int64_t begin, int64_t end) const {
   // where the sequence before ends; of sequence 0 opening has made sure. Unsigned: what was not checked may wrap.
   const auto end_of = [this](int64_t sequence) {

@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "errors.h"
 #include "token_type.h"
@@ -53,11 +52,6 @@ class IndexView {
   // Tokens of document `document` in [0, num_documents). Throws DataError when its entries make no sense.
   TokenRange Document(int64_t document) const;
 
-  // Stream offsets, ascending and each once, at which a document begins strictly inside (start, stop): what cuts the
-  // window [start, stop) into documents. O(log documents + result). Throws DataError when an entry that it meets makes
-  // no sense.
-  std::vector<int64_t> DocumentStarts(int64_t start, int64_t stop) const;
-
   // Throw DataError at the first of sequences (documents) [begin, end) whose entries contradict their neighbours'.
   // Lengths, byte offsets and document bounds tell one story when all of them pass. Linear time.
   void CheckSequences(int64_t begin, int64_t end) const;
@@ -68,7 +62,6 @@ class IndexView {
   void CheckEnds(uint64_t bin_bytes);
   int64_t SequenceStart(int64_t sequence) const;
   int64_t DocumentStart(int64_t document) const;
-  int64_t FirstDocumentAfter(int64_t offset, int64_t document) const;
 
   const std::byte* bytes_;
   std::string idx_path_;

@@ -1,6 +1,5 @@
 #include "mapped_file.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,36 +9,19 @@
 #include <utility>
 
 #include "errors.h"
+#include "open_file.h"
 
 namespace illada {
-namespace {
-
-uint64_t SizeOf(int descriptor, const std::string& path) {
-  struct stat status;
-  if (fstat(descriptor, &status) != 0) throw DiskError(errno, path);
-  if (!S_ISREG(status.st_mode)) throw DataError(path + ": is no regular file, expected one of a shard");
-  return static_cast<uint64_t>(status.st_size);
-}
-
-struct Descriptor {
-  explicit Descriptor(const std::string& path) : value(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (value < 0) throw DiskError(errno, path);
-  }
-  ~Descriptor() { close(value); }
-  const int value;
-};
-
-}  // namespace
 
 MappedFile::MappedFile(const std::string& path) {
-  const Descriptor descriptor(path);
-  const uint64_t size = SizeOf(descriptor.value, path);
+  const OpenFile file(path);
+  const uint64_t size = file.size_bytes();
   if (size == 0) return;
-  void* data = mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor.value, 0);
+  void* data = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.descriptor(), 0);
   if (data == MAP_FAILED) throw DiskError(errno, path);
   data_ = static_cast<const std::byte*>(data);
   size_bytes_ = size;
-  const uint64_t again = SizeOf(descriptor.value, path);
+  const uint64_t again = file.SizeNow();
   if (again == size) return;
   munmap(data, size);
   throw DataError(path + ": went from " + std::to_string(size) + " to " + std::to_string(again) +
@@ -65,11 +47,6 @@ void MappedFile::Forget(uint64_t begin, uint64_t end) const noexcept {
   const uint64_t first = begin / page * page;
   const uint64_t last = std::min(end, size_bytes_) / page * page;
   if (first < last) madvise(const_cast<std::byte*>(data_) + first, last - first, MADV_DONTNEED);
-}
-
-const std::byte* MappedFile::Release() noexcept {
-  size_bytes_ = 0;
-  return std::exchange(data_, nullptr);
 }
 
 uint64_t FileBytes(const std::string& path) {

@@ -30,9 +30,6 @@ class MappedFile {
   // A later touch maps them again. For passes over more bytes than there is memory.
   void Forget(uint64_t begin, uint64_t end) const noexcept;
 
-  // The caller owns the map from now on and unmaps it.
-  const std::byte* Release() noexcept;
-
  private:
   const std::byte* data_ = nullptr;
   uint64_t size_bytes_ = 0;

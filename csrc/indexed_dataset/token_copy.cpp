@@ -1,6 +1,7 @@
 #include "token_copy.h"
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "errors.h"
@@ -70,13 +71,21 @@ ILLADA_KERNELS(int32_t)
 ILLADA_KERNELS(int64_t)
 ILLADA_KERNELS(uint16_t)
 
+// Whether ids of type `Stored` whose largest, read as an unsigned number, is `largest` all lie in [0, vocab_size). A
+// negative one is at least 2^(bits - 1), which a large vocabulary reaches and the type does not.
+template <typename Stored>
+bool InVocabulary(std::make_unsigned_t<Stored> largest, int64_t vocab_size) {
+  return vocab_size > 0 && largest < static_cast<uint64_t>(vocab_size) &&
+         largest <= static_cast<std::make_unsigned_t<Stored>>(std::numeric_limits<Stored>::max());
+}
+
 }  // namespace
 
 template <typename Out>
 bool CopyTokens(TokenType type, const std::byte* tokens, int64_t count, int64_t vocab_size, Out* out) {
   return WithTokenType(type, [&](auto token) {
     const auto* in = reinterpret_cast<const decltype(token)*>(tokens);
-    return static_cast<uint64_t>(Copy(in, count, out)) < static_cast<uint64_t>(vocab_size);
+    return InVocabulary<decltype(token)>(Copy(in, count, out), vocab_size);
   });
 }
 
@@ -87,7 +96,7 @@ template bool CopyTokens(TokenType, const std::byte*, int64_t, int64_t, int64_t*
 bool TokensAreValid(TokenType type, const std::byte* tokens, int64_t count, int64_t vocab_size) {
   return WithTokenType(type, [&](auto token) {
     const auto* in = reinterpret_cast<const decltype(token)*>(tokens);
-    return vocab_size > 0 && static_cast<uint64_t>(Largest(in, count)) < static_cast<uint64_t>(vocab_size);
+    return InVocabulary<decltype(token)>(Largest(in, count), vocab_size);
   });
 }
 

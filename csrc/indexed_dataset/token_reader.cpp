@@ -5,63 +5,150 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
+#include "bus_error.h"
 #include "errors.h"
-#include "mapped_file.h"
 #include "token_copy.h"
 
 namespace illada {
+namespace {
 
-TokenReader::TokenReader(std::vector<ShardTokens> shards)
-    : shards_(std::move(shards)), maps_(std::make_unique<std::atomic<const std::byte*>[]>(shards_.size())) {
+// Read at a time; stays in a core's second-level cache until it is converted.
+constexpr int64_t kPieceBytes = 1 << 16;
+
+uint64_t NextNumber() {
+  static std::atomic<uint64_t> next{0};
+  return next++;
+}
+
+// What the readers of the process have of the maps that it may make.
+class MapBudget {
+ public:
+  bool Take(int64_t maps, int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    if (maps > TokenReader::kMostMaps - maps_ || bytes > TokenReader::kMostMappedBytes - bytes_) return false;
+    maps_ += maps;
+    bytes_ += bytes;
+    return true;
+  }
+  void Return(int64_t maps, int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    maps_ -= maps;
+    bytes_ -= bytes;
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t maps_ = 0;
+  int64_t bytes_ = 0;
+};
+
+MapBudget map_budget;
+
+int64_t Bytes(const ShardTokens& shard) { return shard.num_tokens * TokenBytes(shard.token_type); }
+
+}  // namespace
+
+TokenReader::TokenReader(std::vector<ShardTokens> shards) : number_(NextNumber()), shards_(std::move(shards)) {
   if (shards_.empty()) throw DataError("no shards were given, expected at least one");
   // bytes have to be countable too, and a token has up to 8
   constexpr int64_t kMostTokens = std::numeric_limits<int64_t>::max() / 8;
   starts_.reserve(shards_.size() + 1);
   starts_.push_back(0);
-  for (size_t i = 0; i < shards_.size(); ++i) {
-    maps_[i].store(nullptr, std::memory_order_relaxed);
-    if (shards_[i].num_tokens < 1 || shards_[i].num_tokens > kMostTokens - starts_.back())
-      throw DataError(shards_[i].bin_path + ": holds " + std::to_string(shards_[i].num_tokens) +
+  for (const ShardTokens& shard : shards_) {
+    if (shard.num_tokens < 1 || shard.num_tokens > kMostTokens - starts_.back())
+      throw DataError(shard.bin_path + ": holds " + std::to_string(shard.num_tokens) +
                       " tokens, expected 1 or more, and at most " + std::to_string(kMostTokens) + " in all shards");
-    starts_.push_back(starts_.back() + shards_[i].num_tokens);
+    starts_.push_back(starts_.back() + shard.num_tokens);
+    bytes_ += Bytes(shard);
   }
+  if (!map_budget.Take(num_shards(), bytes_)) return;
+  maps_ = std::make_unique<std::atomic<const std::byte*>[]>(shards_.size());
+  for (size_t i = 0; i < shards_.size(); ++i) maps_[i].store(nullptr, std::memory_order_relaxed);
+  InstallBusErrorHandler();
 }
 
 TokenReader::~TokenReader() {
-  for (size_t i = 0; i < shards_.size(); ++i) {
-    const std::byte* map = maps_[i].load();
-    if (map != nullptr)
-      munmap(const_cast<std::byte*>(map),
-             static_cast<size_t>(shards_[i].num_tokens * TokenBytes(shards_[i].token_type)));
-  }
+  OpenFiles::OfProcess().DropAll(number_);
+  if (maps_ == nullptr) return;
+  for (size_t i = 0; i < shards_.size(); ++i)
+    if (const std::byte* map = maps_[i].load(); map != nullptr)
+      munmap(const_cast<std::byte*>(map), static_cast<size_t>(Bytes(shards_[i])));
+  map_budget.Return(num_shards(), bytes_);
 }
 
-// First byte of shard `shard`. Threads that come first together each map the file; one of the maps is kept.
+// The .bin of shard `shard`, as long as the corpus says.
+std::shared_ptr<const OpenFile> TokenReader::Open(size_t shard) const {
+  const ShardTokens& expected = shards_[shard];
+  std::shared_ptr<const OpenFile> file;
+  try {
+    file = std::make_shared<const OpenFile>(expected.bin_path);
+  } catch (const DiskError& error) {
+    if (error.code().value() != ENOENT) throw;
+    throw DataError(expected.bin_path +
+                    ": no such file; the corpus lists it as a shard: correct the path, or copy the file");
+  }
+  if (file->size_bytes() != static_cast<uint64_t>(Bytes(expected)))
+    throw DataError(expected.bin_path + ": is " + std::to_string(file->size_bytes()) + " bytes long, expected " +
+                    std::to_string(Bytes(expected)) + " bytes for the " + std::to_string(expected.num_tokens) + " " +
+                    TokenTypeName(expected.token_type) + " tokens that the corpus lists: " + kRewrite);
+  return file;
+}
+
+// First byte of shard `shard`, or nullptr where the system refuses the map. Threads that come first together each map
+// the file; one of the maps is kept.
 const std::byte* TokenReader::Map(size_t shard) {
   const std::byte* map = maps_[shard].load(std::memory_order_acquire);
   if (map != nullptr) return map;
-  const auto& [path, type, num_tokens] = shards_[shard];
-  MappedFile file;
-  try {
-    file = MappedFile(path);
-  } catch (const DiskError& error) {
-    if (error.code().value() == ENOMEM)
-      throw DataError(path +
-                      ": cannot be mapped beside the shards that are: raise the system's vm.max_map_count, or "
-                      "merge shards (tools/merge_datasets.py)");
-    if (error.code().value() != ENOENT) throw;
-    throw DataError(path + ": no such file; the corpus lists it as a shard: correct the path, or copy the file");
-  }
-  const int64_t expected = num_tokens * TokenBytes(type);
-  if (file.size_bytes() != static_cast<uint64_t>(expected))
-    throw DataError(path + ": is " + std::to_string(file.size_bytes()) + " bytes long, expected " +
-                    std::to_string(expected) + " bytes for the " + std::to_string(num_tokens) + " " +
-                    TokenTypeName(type) + " tokens that the corpus lists: " + kRewrite);
-  if (maps_[shard].compare_exchange_strong(map, file.data(), std::memory_order_acq_rel)) return file.Release();
+  const auto bytes = static_cast<size_t>(Bytes(shards_[shard]));
+  void* made = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, Open(shard)->descriptor(), 0);
+  if (made == MAP_FAILED) return nullptr;
+  if (maps_[shard].compare_exchange_strong(map, static_cast<const std::byte*>(made), std::memory_order_acq_rel))
+    return static_cast<const std::byte*>(made);
+  munmap(made, bytes);
   return map;
+}
+
+// Copies tokens [offset, offset + count) of a shard from its map; false where that cannot be, or an id is not in the
+// vocabulary.
+template <typename Out>
+bool TokenReader::ReadMap(size_t shard, int64_t offset, int64_t count, int64_t vocab_size, Out* out) {
+  const TokenType type = shards_[shard].token_type;
+  const std::byte* map = Map(shard);
+  if (map == nullptr) return false;
+  bool valid = false;
+  return CopyWithoutBusError(
+             [&] { valid = CopyTokens(type, map + offset * TokenBytes(type), count, vocab_size, out); }) &&
+         valid;
+}
+
+// The same by pread. Whatever is wrong is an exception.
+template <typename Out>
+void TokenReader::ReadFile(size_t shard, int64_t offset, int64_t count, int64_t vocab_size, Out* out) {
+  const TokenType type = shards_[shard].token_type;
+  const OpenFiles::Key key(number_, shard);
+  std::shared_ptr<const OpenFile> file = OpenFiles::OfProcess().Find(key);
+  if (file == nullptr) {
+    file = Open(shard);
+    OpenFiles::OfProcess().Keep(key, file);
+  }
+  const int64_t piece = std::min(count, kPieceBytes / TokenBytes(type));
+  const std::unique_ptr<std::byte[]> buffer(new std::byte[static_cast<size_t>(piece * TokenBytes(type))]);
+  for (int64_t done = 0; done < count; done += piece) {
+    const int64_t now = std::min(piece, count - done);
+    try {
+      file->Read(static_cast<uint64_t>((offset + done) * TokenBytes(type)), static_cast<size_t>(now * TokenBytes(type)),
+                 buffer.get());
+    } catch (...) {
+      OpenFiles::OfProcess().Drop(key);  // a file server may have forgotten it (ESTALE): whoever tries again opens it
+      throw;
+    }
+    if (!CopyTokens(type, buffer.get(), now, vocab_size, out + done))
+      ThrowAtInvalidToken(type, buffer.get(), now, vocab_size, shards_[shard].bin_path, offset + done);
+  }
 }
 
 template <typename Out>
@@ -83,10 +170,7 @@ void TokenReader::Read(const int64_t* starts, int64_t rows, int64_t length, int6
     for (; position < end; ++shard) {
       const int64_t offset = position - starts_[shard];
       const int64_t count = std::min(end, starts_[shard + 1]) - position;
-      const TokenType type = shards_[shard].token_type;
-      const std::byte* tokens = Map(shard) + offset * TokenBytes(type);
-      if (!CopyTokens(type, tokens, count, vocab_size, out))
-        ThrowAtInvalidToken(type, tokens, count, vocab_size, shards_[shard].bin_path, offset);
+      if (!mapped() || !ReadMap(shard, offset, count, vocab_size, out)) ReadFile(shard, offset, count, vocab_size, out);
       out += count;
       position += count;
     }

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
+Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
+"""A word of the keys that noise is drawn with (`diffusion/noise.py`)."""
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -277,7 +279,7 @@ class TrainingConfig(Section):
     exit_steps: PositiveInt | None = None
     """Save and stop at this step although the schedule is made for train_steps."""
     precision: Dtype = "bf16"
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     recompute: Recompute = "none"
     """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers make again
     what is cheap in any case, docs/cpu_kernels.md) or whole layers (full)."""
@@ -289,7 +291,7 @@ class ValidationConfig(Section):
     interval_steps: PositiveInt | None = None
     """None: no validation while training."""
     num_samples: PositiveInt = 64
-    seed: NonNegativeInt = 4321
+    seed: Seed = 4321
     """Noise of the validation masks; apart from training.seed, so that runs of several seeds compare."""
 
 

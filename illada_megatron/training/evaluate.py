@@ -7,7 +7,7 @@ from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoi
 from illada_megatron.checkpoint.sharded import load_weights
 from illada_megatron.config import ParallelConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
-from illada_megatron.training.setup import validation_source
+from illada_megatron.training.setup import checked_tokenizer, validation_source
 from illada_megatron.training.validation import HeldOut, evaluate
 
 
@@ -40,7 +40,7 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
             info, [*layout_of_this_world(saved_config(info, overrides).parallel, overrides), *overrides]
         )
     with runtime(resolved) as run:
-        source = validation_source(resolved, run)
+        source = validation_source(resolved, run, checked_tokenizer(resolved))
         models = build_model_chunks(resolved, run.device)
         if info is None:
             fill_initial_weights(models, resolved.model, resolved.training.seed)

@@ -75,7 +75,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
 
     Raises ConfigError, CheckpointError or the data package's error, naming what does not fit.
     """
-    tokenizer = _checked_tokenizer(config)
+    tokenizer = checked_tokenizer(config)
     corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer)
     source = BatchSource(corpus, config, runtime, config.training.seed)
     models = build_model_chunks(config, runtime.device)
@@ -90,7 +90,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         optimizer=build_optimizer(config, chunks),
         schedule=LearningRate(config.schedule, config.training),
         source=source,
-        validation=validation_source(config, runtime) if config.validation.interval_steps else None,
+        validation=validation_source(config, runtime, tokenizer) if config.validation.interval_steps else None,
         fingerprints=fingerprints(corpus, tokenizer),
         bad_steps=BadSteps(config.faults),
         spikes=SpikeDetector(config.faults),
@@ -106,9 +106,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     return state
 
 
-def validation_source(config: RunConfig, runtime: Runtime) -> BatchSource:
+def validation_source(config: RunConfig, runtime: Runtime, tokenizer: Tokenizer | None) -> BatchSource:
     """Held-out samples in their order, with noise of their own seed."""
-    corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size)
+    corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size, tokenizer)
     return BatchSource(corpus, config, runtime, config.validation.seed)
 
 
@@ -177,7 +177,7 @@ def _kind(difference: str) -> str:
     return difference.split(".")[0].split()[0]
 
 
-def _checked_tokenizer(config: RunConfig) -> Tokenizer | None:
+def checked_tokenizer(config: RunConfig) -> Tokenizer | None:
     """A model that masks with a word, or lacks ids, would train without complaint."""
     if config.data.tokenizer_path is None:
         return None

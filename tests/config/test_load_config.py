@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from illada_megatron.config import ConfigError, RunConfig, load_config, preset_names, save_config
 from illada_megatron.config.load import to_yaml
+from illada_megatron.diffusion.noise import uniforms
 
 # override -> parts of the message
 MISTAKES = {
@@ -19,6 +20,12 @@ MISTAKES = {
     "fraction of a step": ("training.train_steps=1.5", ["training.train_steps", "found 1.5"]),
     "zero": ("training.micro_batch_size=0", ["training.micro_batch_size", "greater than 0", "found 0"]),
     "negative": ("optimizer.weight_decay=-0.1", ["optimizer.weight_decay", "found -0.1"]),
+    "seed of 65 bits": (
+        f"training.seed={2**64}",
+        ["training.seed", "less than 18446744073709551616", f"found {2**64}"],
+    ),
+    "validation's": (f"validation.seed={2**64}", ["validation.seed", "less than 18446744073709551616"]),
+    "negative seed": ("training.seed=-1", ["training.seed", "greater than or equal to 0", "found -1"]),
     "probability": ("diffusion.split_probability=1.1", ["diffusion.split_probability", "found 1.1"]),
     "choice": ("training.precision=fp16", ["training.precision", "'fp32' or 'bf16'", "found 'fp16'"]),
     "path for a list": ("data.train_paths=corpus", ["data.train_paths", "list", "found 'corpus'"]),
@@ -30,6 +37,12 @@ MISTAKES = {
     "section as value": ("training=5", ["training", "found 5"]),
     "no equals sign": ("training.lr", ["override 'training.lr': expected section.field=value"]),
 }
+
+
+def test_the_largest_seed_is_one_of_the_noise_too() -> None:
+    """What the configuration lets pass must not raise in the first step."""
+    config = load_config("tiny", [f"training.seed={2**64 - 1}"])
+    assert uniforms(config.training.seed, "test", 0, 3).shape == (3,)
 
 
 @pytest.mark.parametrize("case", MISTAKES)

@@ -8,30 +8,33 @@ from illada_megatron.data.corpus.blend import BlendSchedule
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.data.corpus.corpus import Corpus
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.shards.shard_list import ShardList, list_shards, require_disjoint
+from illada_megatron.data.shards.shard_list import KnownShards, ShardList, list_shards
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
 
 def training_corpus(data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None) -> BlendedCorpus:
     """What `data.train_paths` or `data.blend` names, without what is held out.
 
-    Raises DataError: no shards, shards that cannot be used, that are validation shards as well, or that a manifest
-    says were made by another tokenizer."""
+    Raises DataError: no shards, shards that cannot be used, that are validation shards as well, that two corpora have
+    where tokens are held out of each, or that a manifest says were made by another tokenizer."""
     entries = _entries(data)
     listed = [list_shards(entry.paths) for entry in entries]
-    training = [shard for one in listed for shard in one.shards]
-    if data.validation_paths:
-        require_disjoint(training, list_shards(data.validation_paths).shards)
-    for one in listed:
-        _check_manifests(one, vocab_size, tokenizer)
+    validation = list_shards(data.validation_paths) if data.validation_paths else None
+    _check_tokenizers([*listed, *([validation] if validation else [])], vocab_size, tokenizer)
+    if validation:
+        _require_unseen(validation, listed)
+    if data.holdout_tokens:
+        _require_once(listed)
     return _blend(data, entries, listed, seed, vocab_size, "training")
 
 
-def validation_corpus(data: DataConfig, seed: int, vocab_size: int) -> BlendedCorpus:
+def validation_corpus(data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None) -> BlendedCorpus:
     """Held-out windows in stream order: `data.validation_paths`, or the last `data.holdout_tokens` of each training
     corpus in the first phase's proportions. Raises DataError when neither is set, and as `training_corpus`."""
     if data.validation_paths:
-        corpus = Corpus(data.validation_paths, data.sequence_length, seed, shuffle=False, vocab_size=vocab_size)
+        listed = list_shards(data.validation_paths)
+        _check_tokenizers([listed], vocab_size, tokenizer)
+        corpus = Corpus(listed, data.sequence_length, seed, shuffle=False, vocab_size=vocab_size)
         return BlendedCorpus([corpus], BlendSchedule([(0, [1.0])]))
     if not data.holdout_tokens:
         raise DataError(
@@ -39,7 +42,9 @@ def validation_corpus(data: DataConfig, seed: int, vocab_size: int) -> BlendedCo
             "shards, or hold out the last tokens of each training corpus"
         )
     entries = _entries(data)
-    return _blend(data, entries, [list_shards(entry.paths) for entry in entries], seed, vocab_size, "validation")
+    each = [list_shards(entry.paths) for entry in entries]
+    _check_tokenizers(each, vocab_size, tokenizer)
+    return _blend(data, entries, each, seed, vocab_size, "validation")
 
 
 def epoch_problems(corpus: BlendedCorpus, data: DataConfig, num_samples: int) -> list[str]:
@@ -93,16 +98,48 @@ def _blend(
     return BlendedCorpus(corpora, BlendSchedule(phases))
 
 
-def _check_manifests(listed: ShardList, vocab_size: int, tokenizer: Tokenizer | None) -> None:
-    for path, manifest in listed.manifests.items():
-        if manifest.vocab_size > vocab_size:
+def _check_tokenizers(listed: Sequence[ShardList], vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """Ids of different tokenizers mean different text: trained on together, or validated on, they would be noise that
+    nothing notices. Known is what manifests say."""
+    expected = (
+        None if tokenizer is None else (f"data.tokenizer_path is {tokenizer.fingerprint[:16]}…", tokenizer.fingerprint)
+    )
+    for path, facts in ((path, facts) for one in listed for path, facts in one.tokenizers.items()):
+        if facts.vocab_size > vocab_size:
             raise DataError(
-                f"{path}: was written with a vocabulary of {manifest.vocab_size}, model.vocab_size is {vocab_size}: "
+                f"{path}: was written with a vocabulary of {facts.vocab_size}, model.vocab_size is {vocab_size}: "
                 "raise model.vocab_size, or preprocess the text with the model's tokenizer"
             )
-        known = manifest.tokenizer_sha256
-        if tokenizer is not None and known is not None and known != tokenizer.fingerprint:
+        if facts.sha256 is None:
+            continue
+        if expected is None:
+            expected = f"{path} with that of {facts.sha256[:16]}…", facts.sha256
+        if facts.sha256 != expected[1]:
             raise DataError(
-                f"{path}: was written with the tokenizer of SHA-256 {known[:16]}…, data.tokenizer_path is "
-                f"{tokenizer.fingerprint[:16]}…: name the tokenizer that made the shards"
+                f"{path}: was written with the tokenizer of SHA-256 {facts.sha256[:16]}…, {expected[0]}: give shards "
+                "of one tokenizer only, and name that in data.tokenizer_path"
             )
+
+
+def _require_unseen(validation: ShardList, training: Sequence[ShardList]) -> None:
+    """Held-out figures of trained text would look splendid."""
+    known = KnownShards(shard for one in training for shard in one.shards)
+    for shard in validation.shards:
+        if (same := known.find(shard)) is not None:
+            raise DataError(
+                f"{shard.prefix}: this validation shard is the training shard {same.prefix}, or has the same tokens: "
+                "give other shards in data.validation_paths, or leave it empty and set data.holdout_tokens"
+            )
+
+
+def _require_once(training: Sequence[ShardList]) -> None:
+    """What is held out of one corpus must not be trained on as part of another."""
+    known = KnownShards()
+    for shard in (shard for one in training for shard in one.shards):
+        if (same := known.find(shard)) is not None:
+            raise DataError(
+                f"{shard.prefix}: this shard is given twice, also as {same.prefix} (or with the same tokens), and "
+                "data.holdout_tokens would hold tokens out of one and train on them in the other: name it once, or "
+                "set data.holdout_tokens=0 and give other shards in data.validation_paths"
+            )
+        known.add(shard)

@@ -1,8 +1,8 @@
 """The tokens of all shards of a corpus as one stream, wherever the shards are."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards._indexed_dataset import TokenReader
-from illada_megatron.data.shards.indexed_dataset import IndexedDataset
-from illada_megatron.data.shards.remote import RemoteIndex, RemoteReader, is_remote
+from illada_megatron.data.shards.document_index import DocumentIndex, open_document_index
+from illada_megatron.data.shards.remote import RemoteReader, is_remote, open_remote_index
 from illada_megatron.data.shards.shard_list import Shard
-
-_OPEN_INDEXES = 256
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Piece:
 class TokenStream:
     """Concatenation of shards. Nothing is opened here: a shard's files are when they are first read.
 
-    Local shards are memory-mapped by the C++ TokenReader, those in object storage are read by byte ranges. Any number
-    of threads may read at once.
+    Local shards are read by the C++ TokenReader (through maps where the corpus is small), those in object storage by
+    byte ranges. Any number of threads may read at once.
 
     Raises DataError when local and remote shards are mixed."""
 
@@ -48,9 +46,8 @@ class TokenStream:
                 f"{self.shards[0].prefix} and others: local shards and shards in object storage are mixed in one "
                 "corpus, expected one kind: make two corpora of it (data.blend)"
             )
-        self._reader: Any = RemoteReader(self.shards) if True in remote else _local_reader(self.shards)
-        self._open_index = RemoteIndex if True in remote else _open_local_index
-        self._index = lru_cache(maxsize=_OPEN_INDEXES)(self._open)
+        self._is_remote = True in remote
+        self._reader: Any = RemoteReader(self.shards) if self._is_remote else _local_reader(self.shards)
 
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[Shard, ...]]]:
         # another process opens the files itself
@@ -74,7 +71,8 @@ class TokenStream:
             offset = int(self._starts[shard])
             if offset > start:
                 found.append(offset)
-            inside = self._index(shard).document_starts(max(start - offset, 0), min(stop - offset, self._length(shard)))
+            with self._index(shard) as index:
+                inside = index.document_starts(max(start - offset, 0), min(stop - offset, self._length(shard)))
             found += (inside + offset).tolist()
             shard += 1
         return np.array(found, dtype=np.int64)
@@ -87,8 +85,8 @@ class TokenStream:
             inside = start - int(self._starts[shard])
             end = min(stop - int(self._starts[shard]), self._length(shard))
             if end > inside:
-                index = self._index(shard)
-                documents = index.document_at(inside), index.document_at(end - 1)
+                with self._index(shard) as index:
+                    documents = index.document_at(inside), index.document_at(end - 1)
                 found.append(Piece(self.shards[shard].prefix, inside, end, *documents))
             start, shard = int(self._starts[shard]) + max(inside, end), shard + 1
         return found
@@ -96,8 +94,9 @@ class TokenStream:
     def _length(self, shard: int) -> int:
         return self.shards[shard].tokens
 
-    def _open(self, shard: int) -> Any:
-        return self._open_index(self.shards[shard])
+    def _index(self, shard: int) -> AbstractContextManager[DocumentIndex]:
+        one = self.shards[shard]
+        return nullcontext(open_remote_index(one)) if self._is_remote else open_document_index(one)
 
 
 def _local_reader(shards: Sequence[Shard]) -> TokenReader:
@@ -106,13 +105,3 @@ def _local_reader(shards: Sequence[Shard]) -> TokenReader:
         [shard.dtype for shard in shards],
         [shard.tokens for shard in shards],
     )
-
-
-def _open_local_index(shard: Shard) -> IndexedDataset:
-    dataset = IndexedDataset(shard.prefix)
-    if dataset.num_tokens != shard.tokens:
-        raise DataError(
-            f"{dataset.idx_path}: lists {dataset.num_tokens} tokens, expected {shard.tokens} as the manifest says: "
-            "copy the shard again, or write the manifest anew"
-        )
-    return dataset

@@ -4,7 +4,6 @@
 spelled out in csrc/indexed_dataset/builder.h. Reading, checking and writing are done in C++ (csrc/indexed_dataset/)."""
 
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,8 +118,8 @@ class IndexedDataset:
     """A shard, memory-mapped and read-only: the flat stream of its tokens, and its documents.
 
     Opening takes the same time whatever the size. It finds a truncated file and an index of another shard; it does
-    not read the tokens nor the index between its ends: `verify` does. What `document` and `document_starts` meet there
-    is checked when they meet it.
+    not read the tokens nor the index between its ends: `verify` does. What `document` meets there is checked when it
+    meets it.
 
     A file that is truncated in place while it is open ends the process (SIGBUS); replacing it by renaming is safe.
 
@@ -177,15 +176,6 @@ class IndexedDataset:
     def document_lengths(self, begin: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens of each of documents [begin, end): int64 [end - begin], the caller's own."""
         return self._index.document_lengths(begin, end)
-
-    def document_starts(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Stream offsets, ascending and each once, at which documents begin strictly inside (start, stop): what cuts
-        the window [start, stop) into documents. int64; O(log documents + result)."""
-        return self._index.document_starts(start, stop)
-
-    def document_at(self, token: int) -> int:
-        """The document that the token at this offset belongs to; O(log documents)."""
-        return bisect_right(range(self.num_documents), token, key=lambda one: self._index.document(one)[0]) - 1
 
     def verify(self, vocab_size: int | None = None, progress: Progress | None = None) -> ShardChecksums:
         """Check every entry of the index and, given vocab_size, every token; in one pass over each file, with

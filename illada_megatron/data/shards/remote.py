@@ -7,30 +7,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards.document_index import DocumentIndex, SizedShard
 from illada_megatron.data.shards.indexed_dataset import check_token_ids
 
 _SCHEMES = ("s3://",)
 _HEADER_BYTES = 34
-# Pieces of an index: a binary search over 10^9 documents touches about ten, and the first few are always the same.
-_PIECE_BYTES = 1 << 17
-_KEPT_PIECES = 256
-
-
-class StoredShard(Protocol):
-    """What is known of a shard before it is opened."""
-
-    @property
-    def prefix(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def tokens(self) -> int: ...
+# What the process keeps of indexes: pieces of 32 KB, 64 MB in all, in which a corpus of few shards is soon looked up
+# alone, and of more shards the headers, some hundred bytes each.
+_KEPT_PIECES = 1 << 11
+_KEPT_HEADERS = 1 << 17
 
 
 def is_remote(path: str) -> bool:
@@ -49,7 +40,7 @@ def read_object(url: str) -> bytes:
 class RemoteReader:
     """Tokens of shards in object storage; the counterpart of the C++ TokenReader for local files. Thread-safe."""
 
-    def __init__(self, shards: Sequence[StoredShard]) -> None:
+    def __init__(self, shards: Sequence[SizedShard]) -> None:
         self._shards = shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
 
@@ -71,104 +62,59 @@ class RemoteReader:
                 filled += count
                 shard += 1
 
-    def _read_tokens(self, shard: StoredShard, offset: int, count: int) -> NDArray[Any]:
+    def _read_tokens(self, shard: SizedShard, offset: int, count: int) -> NDArray[Any]:
         dtype = np.dtype(shard.dtype)
-        url = shard.prefix + ".bin"
-        _require_size(url, shard.tokens * dtype.itemsize)
-        return np.frombuffer(read_range(url, offset * dtype.itemsize, count * dtype.itemsize), dtype=dtype)
+        expected = shard.tokens * dtype.itemsize
+        content, _ = _read_range(
+            shard.prefix + ".bin", offset * dtype.itemsize, count * dtype.itemsize, expected_size=expected
+        )
+        return np.frombuffer(content, dtype=dtype)
 
 
-class RemoteIndex:
-    """The document starts of one shard's `.idx` in object storage, by binary search in pieces of it."""
+def open_remote_index(shard: SizedShard) -> DocumentIndex:
+    """The index of a shard in object storage: one request when it is first opened. Raises DataError."""
+    url = shard.prefix + ".idx"
+    header, size = _header(url)
 
-    def __init__(self, shard: StoredShard) -> None:
-        self._url = shard.prefix + ".idx"
-        self._itemsize = np.dtype(shard.dtype).itemsize
-        self._tokens = shard.tokens
-        header = read_range(self._url, 0, _HEADER_BYTES)
-        self._sequences, bounds = (int(value) for value in np.frombuffer(header[18:34], dtype="<u8"))
-        if header[:9] != b"MMIDIDX\0\0" or bounds < 1:
-            raise DataError(f"{self._url}: starts with {header[:9]!r}, expected Megatron's MMIDIDX index")
-        self._documents = bounds - 1
-        self._pointers_at = _HEADER_BYTES + 4 * self._sequences
-        self._bounds_at = self._pointers_at + 8 * self._sequences
-        _require_size(self._url, self._bounds_at + 8 * bounds)
-        self._piece = lru_cache(maxsize=_KEPT_PIECES)(self._read_piece)
-        self._size = self._bounds_at + 8 * bounds
+    def read(offset: int, length: int) -> bytes:
+        return header if offset == 0 else _piece(url, offset, length)
 
-    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Token offsets in (start, stop) of this shard at which documents begin, ascending."""
-        first = self._first_document_after(start)
-        found: list[int] = []
-        for document in range(first, self._documents):
-            offset = self._start(document)
-            if offset >= stop:
-                break
-            if offset > start and (not found or offset > found[-1]):
-                found.append(offset)
-        return np.array(found, dtype=np.int64)
-
-    def document_at(self, token: int) -> int:
-        """The document that the token at this offset belongs to."""
-        return self._first_document_after(token) - 1
-
-    def _first_document_after(self, token: int) -> int:
-        low, high = 0, self._documents
-        while low < high:
-            middle = (low + high) // 2
-            if self._start(middle) > token:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-    def _start(self, document: int) -> int:
-        """Token offset of a document; the shard's end for an empty one behind the last sequence."""
-        sequence = self._value(self._bounds_at + 8 * document)
-        if sequence == self._sequences:
-            return self._tokens
-        if not 0 <= sequence < self._sequences:
-            raise DataError(f"{self._url}: document {document} begins at sequence {sequence} of {self._sequences}")
-        pointer = self._value(self._pointers_at + 8 * sequence)
-        if not 0 <= pointer <= self._tokens * self._itemsize:
-            raise DataError(f"{self._url}: sequence {sequence} is placed at byte {pointer}, beyond the .bin")
-        return pointer // self._itemsize
-
-    def _value(self, offset: int) -> int:
-        piece, inside = divmod(offset, _PIECE_BYTES)
-        raw = self._piece(piece)[inside : inside + 8]
-        if len(raw) < 8:  # the header is not a multiple of 8 bytes: a value may lie across two pieces
-            raw += self._piece(piece + 1)[: 8 - len(raw)]
-        return int.from_bytes(raw, "little", signed=True)
-
-    def _read_piece(self, piece: int) -> bytes:
-        start = piece * _PIECE_BYTES
-        return read_range(self._url, start, min(_PIECE_BYTES, self._size - start))
+    return DocumentIndex(shard, size, read)
 
 
-def read_range(url: str, start: int, length: int) -> bytes:
-    """`length` bytes of an object from `start` on. Raises DataError when they cannot be read."""
+@lru_cache(maxsize=_KEPT_HEADERS)
+def _header(url: str) -> tuple[bytes, int]:
+    return _read_range(url, 0, _HEADER_BYTES)
+
+
+@lru_cache(maxsize=_KEPT_PIECES)
+def _piece(url: str, offset: int, length: int) -> bytes:
+    return _read_range(url, offset, length)[0]
+
+
+def _read_range(url: str, start: int, length: int, expected_size: int | None = None) -> tuple[bytes, int]:
+    """`length` bytes of an object from `start` on, and the size of the whole: one request.
+
+    Raises DataError when they cannot be read, or the object is not of the expected size."""
     store, key = _store_and_key(url)
     import obstore
 
     with _errors(url, obstore):
-        content = bytes(obstore.get_range(store, key, start=start, length=length))
+        try:
+            result = obstore.get(store, key, options={"range": (start, start + length)})
+        except obstore.exceptions.BaseError:
+            # beyond the end of an object that is too short: its size says more than "range not satisfiable"
+            _require_size(url, int(obstore.head(store, key)["size"]), expected_size)
+            raise
+        size, content = int(result.meta["size"]), bytes(result.bytes())
+    _require_size(url, size, expected_size)
     if len(content) != length:
         raise DataError(f"{url}: {len(content)} bytes were sent from byte {start} on, expected {length}")
-    return content
+    return content, size
 
 
-@lru_cache(maxsize=1 << 16)
-def _size(url: str) -> int:
-    store, key = _store_and_key(url)
-    import obstore
-
-    with _errors(url, obstore):
-        return int(obstore.head(store, key)["size"])
-
-
-def _require_size(url: str, expected: int) -> None:
-    if (size := _size(url)) != expected:
+def _require_size(url: str, size: int, expected: int | None) -> None:
+    if expected is not None and size != expected:
         raise DataError(
             f"{url}: is {size} bytes long, expected {expected} as the manifest says: copy the shard again, or write "
             "the manifest anew"

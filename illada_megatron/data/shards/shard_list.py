@@ -1,9 +1,12 @@
 """From what a configuration names (prefixes, globs, manifests) to the list of shards that make up a corpus."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
@@ -15,7 +18,14 @@ _GLOB_CHARACTERS = frozenset("*?[")
 _MANIFEST_SUFFIX = ".json"
 
 
-@dataclass(frozen=True)
+class TokenizerFacts(NamedTuple):
+    """What a manifest says of the tokenizer that made its shards."""
+
+    vocab_size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class FoundShard:
     """A shard by its prefix and, where a manifest lists it, what that says. The files may not be there."""
 
@@ -25,13 +35,15 @@ class FoundShard:
     manifest_path: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """`prefix`.bin and `prefix`.idx: `tokens` ids of `dtype`."""
 
     prefix: str
     dtype: str
     tokens: int
+    checksum: str | None = None
+    """XXH3-128 of its .bin where a manifest says it."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,8 @@ class ShardList:
     """The shards of a corpus in order, and what its manifests say of the tokenizer."""
 
     shards: tuple[Shard, ...]
-    manifests: dict[str, Manifest]
-    """By path."""
+    tokenizers: dict[str, TokenizerFacts]
+    """By the path of the manifest."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,8 +72,9 @@ def find_shards(paths: Sequence[str | Path]) -> list[FoundShard]:
             "data.train_paths (data.validation_paths for validation)"
         )
     seen: dict[str, str] = {}
+    resolved = _Resolver()
     for shard in found:
-        other = seen.setdefault(_resolved(shard.prefix), shard.prefix)
+        other = seen.setdefault(resolved(shard.prefix), shard.prefix)
         if other is not shard.prefix:
             also = f" (also as {other})" if other != shard.prefix else ""
             raise DataError(
@@ -73,42 +86,70 @@ def find_shards(paths: Sequence[str | Path]) -> list[FoundShard]:
 def list_shards(paths: Sequence[str | Path]) -> ShardList:
     """The shards that `paths` name (see `find_shards`), with their sizes.
 
-    A manifest is believed: no shard of it is opened here, so that thousands cost one small file. Of other shards the
-    sizes and the ends of the index are read.
+    A manifest is believed: no shard of it is looked for here, so that a hundred thousand cost one file. Of other shards
+    the sizes and the ends of the index are read.
 
     Raises DataError: as `find_shards`, and for a shard that cannot be used."""
     found = find_shards(paths)
-    manifests = {one.manifest_path: one.manifest for one in found if one.manifest_path and one.manifest}
-    return ShardList(tuple(map(_sized, found)), manifests)
+    tokenizers = {
+        one.manifest_path: TokenizerFacts(one.manifest.vocab_size, one.manifest.tokenizer_sha256)
+        for one in found
+        if one.manifest_path and one.manifest
+    }
+    return ShardList(tuple(map(_sized, found)), tokenizers)
 
 
-def require_disjoint(training: Sequence[Shard], validation: Sequence[Shard]) -> None:
-    """Raise DataError when a shard is in both: held-out figures of trained text would look splendid."""
-    places = {_identity(shard.prefix): shard.prefix for shard in training}
-    for shard in validation:
-        if (prefix := places.get(_identity(shard.prefix))) is not None:
-            raise DataError(
-                f"{shard.prefix}: this validation shard is the training shard {prefix}: give other shards in "
-                "data.validation_paths, or leave it empty and set data.holdout_tokens"
-            )
+class KnownShards:
+    """Finds shards again, whatever they are called: the same file, or the same tokens.
+
+    Files are looked for only where the lists do not tell: the same type and number of tokens, and no checksum of one of
+    the two."""
+
+    def __init__(self, shards: Iterable[Shard] = ()) -> None:
+        self._alike: dict[tuple[str, int], list[Shard]] = defaultdict(list)
+        self._identity = lru_cache(maxsize=None)(_identity)
+        for shard in shards:
+            self.add(shard)
+
+    def add(self, shard: Shard) -> None:
+        self._alike[shard.dtype, shard.tokens].append(shard)
+
+    def find(self, shard: Shard) -> Shard | None:
+        """The known shard that is the same as this one."""
+        return next((one for one in self._alike.get((shard.dtype, shard.tokens), ()) if self._same(one, shard)), None)
+
+    def _same(self, one: Shard, other: Shard) -> bool:
+        if one.checksum is not None and other.checksum is not None:
+            return one.checksum == other.checksum
+        return one.prefix == other.prefix or self._identity(one.prefix) == self._identity(other.prefix)
 
 
-def _resolved(prefix: str) -> str:
-    return prefix if is_remote(prefix) else os.path.realpath(prefix)
+class _Resolver:
+    """Prefixes without links and relative parts. A prefix is no file, and what leads to it is resolved once a folder:
+    no call of the file system for each shard."""
+
+    def __init__(self) -> None:
+        self._folder = lru_cache(maxsize=None)(os.path.realpath)
+
+    def __call__(self, prefix: str) -> str:
+        if is_remote(prefix):
+            return prefix
+        folder, name = os.path.split(prefix)
+        return f"{self._folder(folder)}/{name}" if name not in ("", ".", "..") else self._folder(prefix)
 
 
 def _identity(prefix: str) -> str | tuple[int, int]:
     """The file itself, whatever it is called: links and relative paths do not hide it."""
     bin_path = Path(prefix + ".bin")
     if is_remote(prefix) or not bin_path.exists():
-        return _resolved(prefix)
+        return _Resolver()(prefix)
     status = bin_path.stat()
     return status.st_dev, status.st_ino
 
 
 def _sized(found: FoundShard) -> Shard:
     if found.entry is not None:
-        return Shard(found.prefix, found.entry.dtype, found.entry.tokens)
+        return Shard(found.prefix, found.entry.dtype, found.entry.tokens, found.entry.bin_xxh3_128)
     dataset = IndexedDataset(found.prefix)
     return Shard(found.prefix, dataset.dtype.name, dataset.num_tokens)
 

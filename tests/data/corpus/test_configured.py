@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from illada_megatron.config.schema import DataConfig
 from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset
+from illada_megatron.data.shards.manifest import Manifest, ShardEntry, file_checksum, write_manifest
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
 LENGTH = 16
@@ -85,7 +86,7 @@ def test_epochs_beyond_the_cap_are_named(shards) -> None:
 def test_held_out_range_and_training_share_no_token(shards) -> None:
     """Over several epochs, whose windows begin at different phases."""
     data = _blend(shards, holdout_tokens=200)
-    corpus, held_out = _training(data), validation_corpus(data, seed=3, vocab_size=30_000)
+    corpus, held_out = _training(data), validation_corpus(data, seed=3, vocab_size=30_000, tokenizer=None)
     trained = set(np.concatenate([corpus[i] for i in range(3000)]).tolist())
     validated = np.concatenate([held_out[i] for i in range(60)])
     assert not trained & set(validated.tolist())
@@ -101,7 +102,7 @@ def test_held_out_range_and_training_share_no_token(shards) -> None:
 def test_held_out_shards_are_not_training_shards(shards, tmp_path: Path) -> None:
     """Under whatever name: another spelling of the path, a link, a manifest."""
     data = DataConfig(train_paths=[shards["web"]], validation_paths=[shards["code"]], sequence_length=LENGTH)
-    assert int(validation_corpus(data, 1, 30_000)[1][0]) == 10_000 + LENGTH
+    assert int(validation_corpus(data, 1, 30_000, None)[1][0]) == 10_000 + LENGTH
     _training(data)
     for suffix in (".bin", ".idx"):
         (tmp_path / f"link{suffix}").symlink_to(f"{shards['web']}{suffix}")
@@ -127,8 +128,73 @@ def test_tokenizer_of_the_manifest_is_compared(shards, tmp_path: Path, sentencep
     with pytest.raises(DataError, match=r"a vocabulary of 30000, model\.vocab_size is 8000"):
         training_corpus(data, 1, 8000, tokenizer)
     write_manifest(Manifest(vocab_size=30_000, tokenizer_sha256="0" * 64, shards=(entry,)), path)
+    training_corpus(data, 1, 30_000, None)
     with pytest.raises(DataError, match=r"tokenizer of SHA-256 0000000000000000…, data\.tokenizer_path is"):
         training_corpus(data, 1, 30_000, tokenizer)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+@pytest.mark.parametrize("wrong", ["code", "held_out"])
+def test_shards_of_two_tokenizers_are_refused(
+    shards, tmp_path: Path, sentencepiece_path: Path, with_tokenizer: bool, wrong: str
+) -> None:
+    """Two training corpora, or validation shards: ids that mean other words would be read without a word. Also where
+    the run itself knows no tokenizer."""
+    tokenizer = load_tokenizer(sentencepiece_path)
+    paths = {}
+    for name, shard in (("web", "web"), ("code", "code"), ("held_out", "math")):
+        fingerprint = "0" * 64 if name == wrong else tokenizer.fingerprint
+        entry = ShardEntry(path=shard, dtype="uint16", tokens=IndexedDataset(shards[shard]).num_tokens, documents=1)
+        paths[name] = str(tmp_path / f"{name}.manifest.json")
+        write_manifest(Manifest(vocab_size=30_000, tokenizer_sha256=fingerprint, shards=(entry,)), paths[name])
+    blend = [{"name": name, "paths": [paths[name]], "weight": 1} for name in ("web", "code")]
+    fields = {"blend": blend, "validation_paths": [paths["held_out"]], "sequence_length": LENGTH}
+    data = DataConfig.model_validate(fields)
+    known = tokenizer if with_tokenizer else None
+    other = "data.tokenizer_path is" if with_tokenizer else "web.manifest.json with that of"
+    with pytest.raises(DataError, match=rf"{wrong}\.manifest\.json: was written with the tokenizer of .*{other}"):
+        training_corpus(data, 1, 30_000, known)
+    if with_tokenizer and wrong == "held_out":  # as `illada evaluate` opens it
+        with pytest.raises(DataError, match=rf"{wrong}\.manifest\.json: was written with the tokenizer of .*{other}"):
+            validation_corpus(data, 1, 30_000, known)
+    else:
+        validation_corpus(data, 1, 30_000, known)
+    with pytest.raises(DataError, match=r"held_out\.manifest\.json: was written with a vocabulary of 30000"):
+        validation_corpus(data, 1, 29_999, None)
+
+
+def test_a_shard_in_two_corpora_would_defeat_the_holdout(shards, tmp_path: Path) -> None:
+    """What is held out at the end of one is in the middle of the other: 200 of 400 held-out tokens were trained on."""
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(f"{shards['code']}{suffix}")
+        (tmp_path / f"copy{suffix}").write_bytes(Path(f"{shards['code']}{suffix}").read_bytes())
+    for name in ("code", "copy"):
+        checksum = file_checksum(f"{tmp_path / name}.bin")
+        entry = ShardEntry(path=name, dtype="uint16", tokens=1000, documents=1, bin_xxh3_128=checksum)
+        write_manifest(Manifest(vocab_size=30_000, shards=(entry,)), tmp_path / f"{name}.json")
+    listed = str(tmp_path / "code.json")
+    for first, again in (
+        (shards["code"], shards["code"]),
+        (shards["code"], f"{tmp_path}/../{tmp_path.name}/code"),
+        (shards["code"], str(tmp_path / "link")),
+        (shards["code"], listed),
+        (listed, str(tmp_path / "link")),
+        (listed, str(tmp_path / "copy.json")),
+    ):
+        entries = [
+            {"name": "one", "paths": [shards["web"], first], "weight": 1},
+            {"name": "two", "paths": [again, shards["math"]], "weight": 1},
+        ]
+        data = DataConfig.model_validate({"blend": entries, "sequence_length": LENGTH, "holdout_tokens": 200})
+        with pytest.raises(DataError, match=r"this shard is given twice, also as .*data\.holdout_tokens would hold"):
+            _training(data)
+        # upsampling a part is fine where nothing is held out of it
+        _training(data.model_copy(update={"holdout_tokens": 0}))
+    within = DataConfig(
+        train_paths=[shards["code"], shards["web"], str(tmp_path / "link")], sequence_length=LENGTH, holdout_tokens=200
+    )
+    with pytest.raises(DataError, match=r"link: this shard is given twice, also as .*code"):
+        _training(within)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +216,4 @@ def test_nothing_to_read_is_an_error() -> None:
     with pytest.raises(DataError, match=r"data\.train_paths and data\.blend are empty"):
         _training(DataConfig())
     with pytest.raises(DataError, match=r"data\.validation_paths is empty and data\.holdout_tokens is 0"):
-        validation_corpus(DataConfig(train_paths=["x"]), 1, 10)
+        validation_corpus(DataConfig(train_paths=["x"]), 1, 10, None)

@@ -1,5 +1,6 @@
 """Indexes that nobody wrote: mutated ones, and ones larger than any this machine could hold."""
 
+import contextlib
 import struct
 import time
 from collections.abc import Iterator
@@ -10,10 +11,17 @@ import pytest
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards._indexed_dataset import IndexFile, TokenReader
+from illada_megatron.data.shards.document_index import open_document_index
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
+from illada_megatron.data.shards.shard_list import Shard
 
 SEEDS = sorted((Path(__file__).parents[2] / "fuzz" / "seeds").glob("*.idx"))
 HEADER_BYTES = 34
+
+
+def document_starts(shard: Shard, start: int, stop: int) -> np.ndarray:
+    with open_document_index(shard) as index:
+        return index.document_starts(start, stop)
 
 
 def _end_bytes(content: bytes) -> int:
@@ -71,16 +79,18 @@ def test_mutated_indexes_are_opened_or_refused(seed: Path, tmp_path: Path) -> No
             continue
         opened += 1
         tokens = dataset.num_tokens
-        for call in (dataset.document_starts, dataset.read, dataset.document_lengths, dataset._index.check):
-            count = dataset.num_documents if call == dataset.document_lengths else min(tokens, 1000)
-            try:
-                answer = call(0, count)
-            except DataError:
-                continue
-            if call == dataset.document_starts:
+        shard = Shard(dataset.prefix, dataset.dtype.name, tokens)
+        for call in (dataset.read, dataset.document_lengths, dataset._index.check):
+            with contextlib.suppress(DataError):
+                call(0, dataset.num_documents if call == dataset.document_lengths else min(tokens, 1000))
+        for start, stop in ((0, tokens), (tokens // 3, tokens // 2), (tokens - 5, tokens)):
+            with contextlib.suppress(DataError):
+                answer = document_starts(shard, start, stop)
                 assert (np.diff(answer) > 0).all()
-                assert (answer > 0).all()
-                assert (answer < count).all()
+                assert (answer > start).all()
+                assert (answer < stop).all()
+            with contextlib.suppress(DataError), open_document_index(shard) as index:
+                assert 0 <= index.document_at(max(start, 0)) < max(dataset.num_documents, 1)
     assert opened >= (1 if seed.stem.startswith(("ours", "one", "megatron")) else 0)
 
 
@@ -126,8 +136,9 @@ def test_an_index_beyond_2_to_the_31_documents_and_2_to_the_40_tokens(sparse: tu
     assert time.perf_counter() - begin < 0.5
     assert (dataset.num_documents, dataset.num_tokens) == (documents, tokens)
     assert len(dataset.sequence_lengths) == documents
-    assert dataset.document_starts(boundary - 8192, boundary + 8192).tolist() == [boundary]
-    assert dataset.document_starts(0, tokens).tolist() == [length * i for i in range(1, lengthy)]
+    shard = Shard(dataset.prefix, "uint16", tokens)
+    assert document_starts(shard, boundary - 8192, boundary + 8192).tolist() == [boundary]
+    assert document_starts(shard, 0, tokens).tolist() == [length * i for i in range(1, lengthy)]
     assert dataset.document(documents - 1)[:5].tolist() == [4, 5, 6, 7, 0]
     assert len(dataset.document(documents - 1)) == length
     assert dataset.document_lengths(first - 2, first + 2).tolist() == [0, 0, length, length]
@@ -140,8 +151,8 @@ def test_an_index_beyond_2_to_the_31_documents_and_2_to_the_40_tokens(sparse: tu
     with idx.open("r+b") as stream:
         stream.seek(bounds + 8 * (first + 598))
         stream.write(struct.pack("<q", documents + 1))
-    with pytest.raises(DataError, match=rf"begins document {first + 598} at sequence {documents + 1}, expected 0 to"):
-        IndexedDataset(idx.with_suffix("")).document_starts(boundary - 2 * length, tokens)
+    with pytest.raises(DataError, match=rf"has bound {first + 598} at {documents + 1}, expected 0 to {documents}"):
+        document_starts(shard, boundary - 2 * length, tokens)
 
 
 def test_opening_reads_only_the_ends(sparse: tuple[Path, Path]) -> None:

@@ -238,38 +238,6 @@ def test_checks_hold_beyond_one_piece(tmp_path: Path) -> None:
         IndexedDataset(tmp_path / "shard").verify()
 
 
-def test_document_starts_cut_a_window(write_shard) -> None:
-    """Strictly inside, ascending, once each: an empty document begins where the next one does."""
-    dataset = IndexedDataset(write_shard("shard", [[], [1, 2], [3], [], [], [4, 5, 6], [7], []]))
-    assert dataset.document_starts(-1, 100).tolist() == [0, 2, 3, 6, 7]
-    for start in range(8):
-        for stop in range(start, 8):
-            expected = [offset for offset in (0, 2, 3, 6, 7) if start < offset < stop]
-            assert dataset.document_starts(start, stop).tolist() == expected, (start, stop)
-
-
-def test_document_starts_of_many_documents(tmp_path: Path) -> None:
-    """The search by doubling steps and halving against a plain one, with runs of empty documents."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(0, 4, 5000) * (generator.random(5000) < 0.3)
-    with IndexedDatasetWriter(tmp_path / "shard", 10) as writer:
-        writer.add(np.ones(lengths.sum(), dtype=np.int32), lengths)
-    dataset = IndexedDataset(tmp_path / "shard")
-    starts = np.unique(np.cumsum(lengths) - lengths)
-    for start, length in generator.integers(0, [dataset.num_tokens, 300], (2000, 2)):
-        expected = starts[(starts > start) & (starts < start + length)]
-        assert np.array_equal(dataset.document_starts(start, start + length), expected)
-
-
-def test_document_starts_of_documents_of_several_sequences(tmp_path: Path) -> None:
-    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "shard.bin"), dtype=np.int32)
-    builder.add_document(torch.tensor([1, 2, 3, 4, 5]), [2, 3])
-    builder.end_document()
-    builder.add_document(torch.tensor([6, 7, 8]), [1, 2])
-    builder.finalize(str(tmp_path / "shard.idx"))
-    assert IndexedDataset(tmp_path / "shard").document_starts(0, 8).tolist() == [5]
-
-
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 6])
 def test_verify_returns_the_checksums_of_the_files(write_shard, monkeypatch, piece_bytes: int) -> None:
     """Whatever the pieces; what is reported adds up to what was announced."""
@@ -291,8 +259,11 @@ def test_verify_names_the_first_id_outside_of_the_vocabulary(tmp_path: Path, dty
     builder.finalize(str(tmp_path / "shard.idx"))
     dataset = IndexedDataset(tmp_path / "shard")
     dataset.verify()
-    with pytest.raises(DataError, match=rf"shard\.bin: token id {tokens[700]} at token offset 700 .* size 1000: "):
-        dataset.verify(vocab_size=1000)
+    # -1, read as an unsigned number, is in a vocabulary of more ids than the type has
+    for vocab_size in (1000, *((65_536, 1 << 33) if dtype is not np.uint16 else ())):
+        message = rf"shard\.bin: token id {tokens[700]} at token offset 700 .* size {vocab_size}: "
+        with pytest.raises(DataError, match=message):
+            dataset.verify(vocab_size=vocab_size)
 
 
 def test_verify_notices_a_truncation_while_it_is_open(write_shard) -> None:
@@ -315,6 +286,6 @@ def test_a_damaged_entry_is_noticed_by_whoever_meets_it(write_shard) -> None:
             content[offset : offset + 8] = np.array(value, dtype="<i8").tobytes()
             path.write_bytes(content)
             dataset = IndexedDataset(prefix)
-            for method, arguments in (("document", (50,)), ("document_starts", (90, 110)), ("verify", ())):
+            for method, arguments in (("document", (50,)), ("verify", ())):
                 with pytest.raises(DataError, match=re.escape(f"{path}: ")):
                     getattr(dataset, method)(*arguments)

@@ -1,16 +1,24 @@
 """Shards in object storage, on a real S3 server of this machine: the same samples as from the disk."""
 
 import json
+import re
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from illada_megatron.data.corpus.corpus import Corpus
+from illada_megatron.data.corpus.stream import TokenStream
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.shards.indexed_dataset import IndexedDataset
+from illada_megatron.data.shards import document_index, remote
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.shards.shard_list import Shard
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto.server")
@@ -35,8 +43,6 @@ def _documents(seed: int) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def both(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Manifests of the same three shards: on the disk and in the bucket (under an own prefix)."""
-    from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
-
     folder, entries = tmp_path_factory.mktemp("shards"), []
     for number in range(3):
         documents = _documents(number)
@@ -103,6 +109,91 @@ def test_token_outside_the_vocabulary_is_named(both: tuple[str, str]) -> None:
         DataError, match=r"s3://illada-test/web/part_0\.bin: token id \d+ at token offset \d+ is not in"
     ):
         [corpus[i] for i in range(50)]
+
+
+class _Counting(BaseHTTPRequestHandler):
+    """Object storage over a folder: ranges of its files, and a list of what was asked for."""
+
+    folder: Path
+    asked: ClassVar[list[tuple[str, str, int]]] = []
+
+    def do_GET(self) -> None:
+        self._answer(True)
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def _answer(self, with_content: bool) -> None:
+        path = self.folder / self.path.split("/")[-1]
+        size = path.stat().st_size
+        first, last = 0, size - 1
+        if named := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(named[1]), min(int(named[2]), size - 1)
+        with path.open("rb") as stream:
+            stream.seek(first)
+            content = stream.read(last + 1 - first) if with_content else b""
+        self.asked.append((self.command, path.name, len(content)))
+        self.send_response(206 if named else 200)
+        self.send_header("Content-Length", str(last + 1 - first))
+        if named:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Last-Modified", "Sun, 29 Nov 2026 00:00:00 GMT")
+        self.send_header("ETag", '"0"')
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, int]]]:
+    """What is asked of s3://counted/NAME, which serves `tmp_path`: (method, NAME, bytes) each."""
+    handler = type("Handler", (_Counting,), {"folder": tmp_path, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_SKIP_SIGNATURE": "true",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(remote, "_stores", {})
+        yield handler.asked
+        server.shutdown()
+
+
+def test_requests_of_a_window_are_few(tmp_path: Path, counted: list[tuple[str, str, int]]) -> None:
+    """Of a shard of two million documents: one request for a window's tokens, one when its index is first asked, and
+    for the documents in it some pieces of 32 KB; for places looked at before, none. What is kept is bounded for the
+    process, not for each shard."""
+    generator = np.random.default_rng(0)
+    lengths = np.exp(generator.normal(np.log(50), 1.2, 2_000_000)).astype(np.int64) + 1
+    with IndexedDatasetWriter(tmp_path / "web", 1000) as writer:
+        for some in np.array_split(lengths, 20):
+            writer.add(np.ones(some.sum(), np.uint16), some)
+    total, starts = int(lengths.sum()), np.cumsum(lengths) - lengths
+    stream = TokenStream([Shard("s3://counted/web", "uint16", total)])
+    spent = []
+    places = generator.integers(0, total - 8192, 30).tolist()
+    for start in places:
+        counted.clear()
+        found = stream.document_starts(start, start + 8192)
+        assert np.array_equal(found, starts[(starts > start) & (starts < start + 8192)])
+        spent.append((len(counted), sum(size for _, _, size in counted)))
+        counted.clear()
+        stream.read(np.array([start]), np.empty((1, 8192), np.int64), 1000)
+        assert counted == [("GET", "web.bin", 2 * 8192)]
+    assert spent[0][0] <= 6  # 3 and then 2 to 4 with this seed
+    assert np.mean([requests for requests, _ in spent[1:]]) <= 4
+    assert np.mean([size for _, size in spent]) <= 1.5e5
+    counted.clear()
+    for start in places:
+        stream.document_starts(start, start + 8192)
+    assert counted == []
+    kept = remote._piece.cache_info()
+    assert kept.maxsize * 8 * document_index._PIECE_ENTRIES <= 64 << 20
 
 
 def test_training_reads_from_the_bucket(both: tuple[str, str], illada, tiny_run, tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 """Windows of the concatenated shards, read by C++ into the caller's buffer."""
 
+import gc
+import os
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,10 +14,30 @@ import numpy as np
 import pytest
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.shards._indexed_dataset import TokenReader
+from illada_megatron.data.shards._indexed_dataset import TokenReader, check_token_ids
 
 DTYPES = ["uint16", "int16", "int32", "int64"]
 LENGTHS = [700, 1, 3, 1500]
+MOST_MAPS = 1024
+
+
+@pytest.fixture(autouse=True, params=["mapped", "by pread"])
+def mapped(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Every test twice: as a corpus that fits what a process may map is read, and as a larger one is."""
+    if request.param == "mapped":
+        yield True
+        return
+    if not (holder := _holder_of_maps()).mapped:
+        gc.collect()  # readers of earlier tests, in the tracebacks of their errors
+        holder = _holder_of_maps()
+    assert holder.mapped
+    yield False
+    del holder
+
+
+def _holder_of_maps() -> TokenReader:
+    """Nothing of it is opened; while it lives, no other reader of the process gets maps."""
+    return TokenReader(["/nowhere"] * MOST_MAPS, ["uint16"] * MOST_MAPS, [1] * MOST_MAPS)
 
 
 def write_bins(directory: Path, dtypes: Sequence[str] = DTYPES) -> tuple[TokenReader, np.ndarray, list[Path]]:
@@ -27,10 +52,10 @@ def write_bins(directory: Path, dtypes: Sequence[str] = DTYPES) -> tuple[TokenRe
 
 @pytest.mark.parametrize("out_dtype", [np.int64, np.int32, np.uint16])
 @pytest.mark.parametrize("length", [1, 5, 64, 1000, 2204])
-def test_windows_cross_shards_of_all_types(tmp_path: Path, out_dtype: type, length: int) -> None:
+def test_windows_cross_shards_of_all_types(tmp_path: Path, mapped: bool, out_dtype: type, length: int) -> None:
     """Each place a window can begin at; sizes around the vector loops' widths are among them."""
     reader, stream, _ = write_bins(tmp_path)
-    assert (reader.num_tokens, reader.num_shards) == (2204, 4)
+    assert (reader.num_tokens, reader.num_shards, reader.mapped) == (2204, 4, mapped)
     starts = np.arange(len(stream) - length + 1)
     out = np.full((len(starts), length), 7, dtype=out_dtype)
     reader.read(starts, out, 30_000)
@@ -82,6 +107,38 @@ def test_bad_id_is_named_with_its_place(tmp_path: Path, shard: int, at: int, out
             "shard was written with another tokenizer; set model.vocab_size to that tokenizer's size or preprocess "
             "the text again"
         )
+
+
+@pytest.mark.parametrize(
+    ("stored", "out_dtype", "vocab_size"),
+    [
+        *(("int16", out, vocab_size) for out in (np.int32, np.int64) for vocab_size in (65_536, 65_537, 155_136)),
+        ("int16", np.uint16, 65_536),
+        ("int32", np.int64, 2**32),
+        ("int32", np.int64, 2**40),
+    ],
+)
+def test_no_negative_id_passes_for_a_large_vocabulary(
+    tmp_path: Path, stored: str, out_dtype: type, vocab_size: int
+) -> None:
+    """Read as an unsigned number, -1 is below a vocabulary of more ids than the type has."""
+    limits = np.iinfo(stored)
+    tokens = np.array([0, 1, limits.max], dtype=stored).repeat(50)
+    for bad in (None, -1, -2, limits.min):
+        if bad is not None:
+            tokens[120] = bad
+        tokens.tofile(tmp_path / "0.bin")
+        reader = TokenReader([str(tmp_path / "0.bin")], [stored], [150])
+        out = np.empty((1, 150), dtype=out_dtype)
+        if bad is None:
+            reader.read(np.array([0]), out, vocab_size)
+            check_token_ids(tokens, vocab_size, "0.bin", 0)
+            assert np.array_equal(out[0], tokens)
+            continue
+        with pytest.raises(DataError, match=f"token id {bad} at token offset 120 is not in the vocabulary"):
+            reader.read(np.array([0]), out, vocab_size)
+        with pytest.raises(DataError, match=f"token id {bad} at token offset 120 is not in the vocabulary"):
+            check_token_ids(tokens, vocab_size, "0.bin", 0)
 
 
 @pytest.mark.parametrize("bad", [2**16, 2**31 - 1, 2**32, 2**40 + 5, 2**63 - 1, -(2**63), -(2**32)])
@@ -140,7 +197,7 @@ def test_impossible_shards_are_refused() -> None:
             TokenReader(*arguments)
 
 
-def test_threads_share_a_reader(tmp_path: Path) -> None:
+def test_threads_share_a_reader(tmp_path: Path, mapped: bool) -> None:
     """All touch the shards for the first time together, again and again, without the GIL."""
     _, stream, paths = write_bins(tmp_path)
     expected = np.lib.stride_tricks.sliding_window_view(stream, 900)
@@ -157,6 +214,115 @@ def test_threads_share_a_reader(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(read, range(4 * round_, 4 * round_ + 4)))
-        # maps that lost the race are gone
-        maps = Path("/proc/self/maps").read_text()
-        assert maps.count(str(tmp_path)) == 4
+        # maps and files that lost the race are gone
+        assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == (4 if mapped else 0)
+        assert open_files(tmp_path) == (0 if mapped else 4)
+    del read, reader
+    assert open_files(tmp_path) == 0
+
+
+def open_files(folder: Path) -> int:
+    """Descriptors of this process that lead into `folder`."""
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
+    return sum(os.readlink(link).startswith(f"{folder}/") for link in links if os.path.lexists(link))  # noqa: PTH115
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """In a map its lost pages are a SIGBUS, which would end the process (hence one of its own) without a word; an I/O
+    error and a stale file handle are one too. What is still there can be read on."""
+    script = f"""
+import faulthandler, os, sys, threading
+import numpy as np
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+faulthandler.enable()
+path, tokens = sys.argv[1], 1 << 20
+np.arange(tokens, dtype=np.int32).tofile(path)
+reader = TokenReader([path], ["int32"], [tokens])
+holders = [TokenReader(["/nowhere"] * {MOST_MAPS - 1}, ["uint16"] * {MOST_MAPS - 1}, [1] * {MOST_MAPS - 1})]
+others = TokenReader([path], ["int32"], [tokens])
+assert reader.mapped and not others.mapped
+def read(one, start):
+    out = np.empty((1, 5000), dtype=np.int64)
+    one.read(np.array([start]), out, tokens)
+    return out[0].tolist()
+assert read(reader, 0) == read(others, 0) == list(range(5000))
+os.truncate(path, 1 << 20)
+def lost(one):
+    for _ in range(50):
+        if one is reader:
+            assert read(one, 100_000) == list(range(100_000, 105_000))
+        for start in (tokens - 5000, 260_000):
+            try:
+                read(one, start)
+            except DataError as error:
+                sys.stdout.write(str(error) + chr(10))
+            else:
+                sys.exit("no error")
+threads = [threading.Thread(target=lost, args=(one,)) for one in (reader, others) * 2]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    path = tmp_path / "0.bin"
+    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 400
+    # a reader that opens it anew finds the size wrong, one that has it open the end
+    assert any(f"{path}: ends at byte 1048576, expected 4194304 bytes" in line for line in lines)
+    assert all("ends at byte 1048576" in line or "is 1048576 bytes long, expected 4194304" in line for line in lines)
+
+
+@pytest.mark.parametrize("how", ["touch", "kill"])
+@pytest.mark.parametrize("handler", ["faulthandler.enable()", "pass"])
+def test_other_bus_errors_end_the_process_as_before(tmp_path: Path, how: str, handler: str) -> None:
+    """Swallowing a SIGBUS that is not of a shard's map would repeat it forever, or hide it."""
+    script = f"""
+import faulthandler, mmap, os, signal, sys
+import numpy as np
+{handler}
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+shard, other = sys.argv[1:]
+np.arange(10, dtype=np.int32).tofile(shard)
+reader = TokenReader([shard], ["int32"], [10])
+reader.read(np.array([0]), np.empty((1, 10), dtype=np.int64), 10)
+with open(other, "wb+") as stream:
+    stream.truncate(8192)
+    view = mmap.mmap(stream.fileno(), 8192)
+    stream.truncate(0)
+view[5000] if {how == "touch"} else os.kill(os.getpid(), signal.SIGBUS)
+"""
+    paths = [str(tmp_path / name) for name in ("shard", "other")]
+    result = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGBUS
+    assert ("Fatal Python error: Bus error" in result.stderr) == (handler != "pass")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_forked_processes_read_on(tmp_path: Path) -> None:
+    """A fork while threads read (checkpoint writers are forked): no lock stays locked in the child, and neither
+    moves the other's place in a file."""
+    reader, stream, _ = write_bins(tmp_path)
+    expected = np.lib.stride_tricks.sliding_window_view(stream, 900)
+    stop = threading.Event()
+
+    def read(seed: int) -> bool:
+        starts = np.random.default_rng(seed).integers(0, len(expected), 50)
+        out = np.empty((50, 900), dtype=np.int64)
+        reader.read(starts, out, 30_000)
+        return np.array_equal(out, expected[starts])
+
+    def read_on(seed: int) -> bool:
+        fine = True
+        while not stop.is_set():
+            fine &= read(seed)
+        return fine
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(read_on, seed) for seed in range(3)]
+        for seed in range(20):
+            if (child := os.fork()) == 0:
+                os._exit(0 if read(100 + seed) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        stop.set()
+        assert all(answer.result() for answer in answers)

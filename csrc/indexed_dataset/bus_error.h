@@ -1,0 +1,31 @@
+// Reading a mapped file whose pages may fail to come: the disk or the file server gives an error, or the file was
+// truncated. The kernel then sends SIGBUS, which would end the process without a word of what it was.
+#pragma once
+
+#include <csetjmp>
+
+namespace illada {
+
+// The handler of SIGBUS, once for the process. Signals that are not of a guarded copy go to whoever had it before.
+void InstallBusErrorHandler();
+
+// Where the calling thread goes on from a SIGBUS; nullptr: it does not.
+extern thread_local sigjmp_buf* bus_error_return __attribute__((tls_model("initial-exec")));
+
+// Calls copy(), which reads mapped files, holds nothing that would have to be destroyed and does not throw. Returns
+// false when a page could not be had; what was copied until then is of no use.
+template <typename Copy>
+bool CopyWithoutBusError(const Copy& copy) {
+  sigjmp_buf here;
+  // the mask is not saved (a system call); the handler leaves it alone
+  if (sigsetjmp(here, 0) != 0) {
+    bus_error_return = nullptr;
+    return false;
+  }
+  bus_error_return = &here;
+  copy();
+  bus_error_return = nullptr;
+  return true;
+}
+
+}  // namespace illada
