@@ -10,6 +10,7 @@ A folder without a checkpoint.json was interrupted, one whose files differ from 
 """
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,9 +19,10 @@ from typing import Any
 
 import xxhash
 
-from illada_megatron.checkpoint.files.agreement import gathered
+from illada_megatron.checkpoint.files.agreement import gathered, of_first, rank_and_size
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, damage
+from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder, folder
 from illada_megatron.config import CheckpointConfig
 
@@ -32,7 +34,7 @@ _PACKAGES = ("illada-megatron", "torch", "megatron-core", "numpy")
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """Why a folder is not loaded."""
 
     reason: str
@@ -72,6 +74,11 @@ def check_name(save_dir: Folder) -> None:
         )
 
 
+def in_bad_steps(progress: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint with this progress was saved in a row of bad steps, when its weights may be what is bad."""
+    return bool((progress or {}).get("bad_steps", {}).get("streak"))
+
+
 def step_of(name: str) -> int:
     """Of a `step_directory`'s name."""
     return int(name.removeprefix(_PREFIX))
@@ -106,10 +113,10 @@ def move_pointer(path: Folder) -> None:
 
 def checkpoint_to_continue(settings: CheckpointConfig) -> tuple[CheckpointInfo | None, list[str]]:
     """The checkpoint that a run continues from (save_dir's if it has one, else load_dir's, which has to have one), and
-    why others were refused. Every rank calls it; raises CheckpointError as `newest_complete` does."""
+    why others were refused. Every rank calls it; raises CheckpointError and OSError as `newest_complete` does."""
     save_dir, load_dir = settings.save_dir, settings.load_dir
     refused: list[str] = []
-    if save_dir and gathered(folder(save_dir).exists())[0]:
+    if save_dir and of_first(lambda: patiently(folder(save_dir).exists)):
         info, refused = newest_complete(save_dir, settings.verify)
         if info is not None:
             return info, refused
@@ -127,32 +134,69 @@ def newest_complete(
     """The newest complete and intact checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer
     ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, nothing is lost.
 
-    Every rank of a run calls it: they share the reading (checksums=False: only sizes are compared), and agree.
+    Every rank of a run calls it: rank 0 reads the names and the records, all share the files (checksums=False: only
+    sizes are compared), and they agree.
 
     Raises CheckpointError where the directory does not exist, or where checkpoints that were complete are damaged
-    and no good one is left.
+    and no good one is left; OSError where some rank cannot read, which says nothing about the checkpoint.
     """
     place = folder(load_dir)
-    if not all(gathered(place.exists())):
-        raise CheckpointError(f"{place}: no such directory; give checkpoint.load_dir of an earlier run")
-    candidates = [place] if place.name.startswith(_PREFIX) else checkpoints_newest_first(place)
     refused: list[str] = []
     damaged = False
-    for name in gathered([path.name for path in candidates])[0]:
-        path = place if place.name.startswith(_PREFIX) else place / name
-        found = read_record(path, checksums)
-        refusal = next((other for other in gathered(found) if isinstance(other, _Refusal)), None)
-        if refusal is None:
-            assert isinstance(found, CheckpointInfo)
+    for name in of_first(lambda: patiently(lambda: _candidates(place))):
+        path = place if place.name == name else place / name
+        found = of_first(lambda path=path: read_record(path))  # type: ignore[misc]
+        if isinstance(found, CheckpointInfo):
+            found = _refused_by_any(found, checksums) or found
+        if isinstance(found, CheckpointInfo):
             return found, refused
-        refused.append(refusal.reason)
-        damaged |= not refusal.interrupted
+        refused.append(found.reason)
+        damaged |= not found.interrupted
     if damaged:
         raise CheckpointError(
             f"{place}: no intact checkpoint; repair one, or give an empty checkpoint.save_dir to start anew:\n  "
             + "\n  ".join(refused)
         )
     return None, refused
+
+
+def _candidates(place: Folder) -> list[str]:
+    if not place.exists():
+        raise CheckpointError(f"{place}: no such directory; give checkpoint.load_dir of an earlier run")
+    if place.name.startswith(_PREFIX):
+        return [place.name]
+    return [path.name for path in checkpoints_newest_first(place)]
+
+
+def _refused_by_any(info: CheckpointInfo, checksums: bool) -> Refusal | None:
+    """Whether some rank finds the files of its share other than they were written. Raises OSError on all ranks where
+    one of them cannot read its share."""
+    rank, size = rank_and_size()
+    share = {name: info.files[name] for name in sorted(info.files)[rank::size]}
+    found: str | None = None
+    unread: str | None = None
+    try:
+        patiently(lambda: _require_visible(info.path))
+        found = damage(info.path, share, checksums)
+    except OSError as error:
+        unread = f"rank {rank} on {socket.gethostname()}: {error}"
+    answers = gathered((found, unread))
+    if problems := [unread for _, unread in answers if unread is not None]:
+        raise OSError(
+            f"{info.path}: cannot be read now, which says nothing about the checkpoint ({len(problems)} of {size} "
+            f"ranks): {problems[0]}: start the run again when the storage answers; where it stays so, move the folder "
+            "away, and the run continues from the one before"
+        )
+    return next((Refusal(found, False) for found, _ in answers if found is not None), None)
+
+
+def _require_visible(path: Folder) -> None:
+    """A machine without the file system, or with an old view of it, would call every file missing."""
+    if path.size(RECORD) is None:
+        raise OSError(
+            f"{path}/{RECORD}: is not seen here, but by rank 0: is this file system mounted, and the same, on every "
+            "machine?"
+        )
 
 
 def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
@@ -162,29 +206,30 @@ def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
     return [save_dir / name for name in sorted(steps, key=step_of, reverse=True)]
 
 
-def read_record(path: Folder, checksums: bool) -> CheckpointInfo | _Refusal:
-    """What the record of `path` says, if the files are as it says."""
+def read_record(path: Folder) -> CheckpointInfo | Refusal:
+    """What the record of `path` says, if it says what it did when it was written; the files are `damage`'s to compare.
+    Raises OSError where it cannot be read, after some tries."""
     file = f"{path}/{RECORD}"
     try:
-        record = json.loads(path.read(RECORD))
+        record = json.loads(patiently(lambda: path.read(RECORD)))
         if record.get("version") != _VERSION:
-            return _Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
+            return Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
         if record.pop("checksum") != _own_checksum(record):
-            return _Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
-        if (found := damage(path, record["files"], checksums)) is not None:
-            return _Refusal(found, False)
+            return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
         del record["version"]
+        record["files"] = {
+            str(name): FileRecord(bytes=int(one["bytes"]), xxh3_128=str(one["xxh3_128"]))
+            for name, one in record["files"].items()
+        }
         return CheckpointInfo(path=path, **record)
     except FileNotFoundError:
-        return _Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
+        return Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
     except json.JSONDecodeError as error:
-        return _Refusal(f"{file}: not JSON: {error}", False)
+        return Refusal(f"{file}: not JSON: {error}", False)
     except UnicodeDecodeError as error:
-        return _Refusal(f"{file}: not text: {error}", False)
-    except (AttributeError, KeyError, TypeError) as error:
-        return _Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
-    except OSError as error:
-        return _Refusal(f"{path}: cannot be read: {error}", False)
+        return Refusal(f"{file}: not text: {error}", False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
 
 
 def _own_checksum(record: Mapping[str, Any]) -> str:
