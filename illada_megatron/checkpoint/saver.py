@@ -128,7 +128,7 @@ class Saver:
                 self._hooks = [one.register_step_pre_hook(self._before_step) for one in inner]
             self._handover = Handover(parts)
         self._count += 1
-        self._forget_what_lies_behind()
+        self._forget_what_was_left_behind()
         job = Job(
             number=self._count,
             path=store.step_directory(self.place, step),
@@ -146,11 +146,12 @@ class Saver:
         self._stall = time.monotonic() - begin
         return earlier if asynchronous else [*earlier, *self.wait()]
 
-    def _forget_what_lies_behind(self) -> None:
+    def _forget_what_was_left_behind(self) -> None:
         """Steps that the run has gone back behind are not of its past any more."""
-        if self.last_saved is not None:
+        known = [step for step in (self._base, *self._saved) if step is not None]
+        if self.last_saved is not None and known and max(known) > self.last_saved:
             self._saved = [step for step in self._saved if step <= self.last_saved]
-            self._base = None if self._base is None else min(self._base, self.last_saved)
+            self._base = self.last_saved if self._base is None else min(self._base, self.last_saved)
 
     def news(self) -> list[SaveOutcome]:
         """What has ended since the last call, on this rank, or should have; does not wait."""
@@ -191,8 +192,7 @@ class Saver:
         elif most is not None and self._failures >= most:
             self.end = OSError(
                 f"{self._failures} saves in a row have failed (checkpoint.max_failed_saves), the last with: {error}; "
-                f"the last good checkpoint in {self.place} is of step {self.last_saved}: mend the cause and start the "
-                "run again, it goes on from there"
+                f"{self.last_good()}: mend the cause and start the run again, it goes on from there"
             )
 
     def wait(self) -> list[SaveOutcome]:
@@ -214,14 +214,19 @@ class Saver:
                 mine = f"this rank: {_stuck_text(writing)}" if stuck and writing is not None else "this rank has ended"
                 raise OSError(
                     f"a save does not end; {f'rank {culprit - 1} is stuck' if culprit else 'no rank says why'} ({mine})"
-                    f"; the last good checkpoint in {self.place} is of step {self.last_saved}: the run ends, to be "
-                    "started again from there"
+                    f"; {self.last_good()}: the run ends, to be started again from there"
                 )
             if not any_unended:
                 return self.news()
             if writing is not None:
                 writing.join(seconds)
             seconds = min(2 * seconds, _LONGEST_SLICE_SECONDS)
+
+    def last_good(self) -> str:
+        """What a run that is started again has, as a part of a sentence."""
+        if self.last_saved is None:
+            return f"there is no checkpoint of this run in {self.place} yet"
+        return f"the last good checkpoint in {self.place} is of step {self.last_saved}"
 
     def _before_step(self, *_: Any) -> None:
         """The optimizer is about to change what is being written."""

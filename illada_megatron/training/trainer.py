@@ -208,7 +208,6 @@ def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
         reporter.saves(saver.wait())
     if saver.last_saved != state.step:
         raise saver.end or OSError(
-            f"step {state.step}: the run's last state could not be saved in {saver.place}: {saver.last_error}; the "
-            f"last good checkpoint there is of step {saver.last_saved}: mend the cause and start the run again, it "
-            "goes on from there"
+            f"step {state.step}: the run's last state could not be saved in {saver.place}: {saver.last_error}; "
+            f"{saver.last_good()}: mend the cause and start the run again, it goes on from there"
         )

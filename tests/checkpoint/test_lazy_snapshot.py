@@ -85,7 +85,7 @@ def test_a_save_that_ends_before_it_writes_costs_no_copy() -> None:
 
 
 def test_a_write_that_hangs_does_not_hold_the_run() -> None:
-    """A file system that does not answer has one part in its hands. The run goes on, and what is written is no state."""
+    """A file system that does not answer has one part in its hands. The run goes on; what is written is no state."""
     handover, answered = Handover(_parts(3)), threading.Event()
     found: list[object] = []
 

@@ -115,7 +115,7 @@ def test_what_was_just_saved_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep_last", [1, None])
 def test_steps_that_are_done_again_are_no_checkpoints(keep_last: int | None, tmp_path: Path) -> None:
-    """Went on from 10, another interval than that of the refused ones: a restart would return to what was left behind."""
+    """Went on from 10, at another interval than the refused ones: a restart would return to what was left behind."""
     for step in (10, 20, 30, 25, 40):
         _checkpoint(tmp_path, step)
     assert prune(folder(tmp_path), [25], 10, keep_last, None) == []
