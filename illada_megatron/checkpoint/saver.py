@@ -168,21 +168,29 @@ class Saver:
             self.last_error = word.error
             self._failures += 1
             self._consider_the_end(word.error, word.taken_over)
+            if self._said_overdue:
+                return []
         stall = self._stall if self._config.checkpoint.asynchronous else writing.seconds
-        return [self._outcome(writing, stall, word.error, word.nbytes, word.warnings)]
+        return [self._outcome(writing, stall, word.error, self._failures, word.nbytes, word.warnings)]
 
     def _overdue(self, writing: Writing) -> list[SaveOutcome]:
         """Once."""
-        if self._said_overdue or time.monotonic() < writing.job.deadline + _GRACE_SECONDS:
+        if self._said_overdue or not _is_stuck(writing):
             return []
         self._said_overdue = True
-        return [self._outcome(writing, self._stall, f"rank {rank_and_size()[0]}: {_stuck_text(writing)}")]
+        return [self._outcome(writing, self._stall, _stuck_text(writing), self._failures + 1)]
 
     def _outcome(
-        self, writing: Writing, stall: float, error: str | None, nbytes: int = 0, warnings: Sequence[str] = ()
+        self,
+        writing: Writing,
+        stall: float,
+        error: str | None,
+        failures: int,
+        nbytes: int = 0,
+        warnings: Sequence[str] = (),
     ) -> SaveOutcome:
         job, seconds = writing.job, writing.seconds or time.monotonic() - writing.job.begin
-        return SaveOutcome(job.step, str(job.path), stall, seconds, nbytes, error, tuple(warnings), self._failures)
+        return SaveOutcome(job.step, str(job.path), stall, seconds, nbytes, error, tuple(warnings), failures)
 
     def _consider_the_end(self, error: str, taken_over: str | None) -> None:
         most = self._config.checkpoint.max_failed_saves
@@ -211,7 +219,7 @@ class Saver:
             at_fault = stuck and writing is not None and (writing.doing or writing.problem) is not None
             any_unended, any_stuck, culprit = largest([unended, stuck, rank + 1 if at_fault else 0])
             if any_stuck:
-                mine = f"this rank: {_stuck_text(writing)}" if stuck and writing is not None else "this rank has ended"
+                mine = _stuck_text(writing) if stuck and writing is not None else f"rank {rank}: has ended"
                 raise OSError(
                     f"a save does not end; {f'rank {culprit - 1} is stuck' if culprit else 'no rank says why'} ({mine})"
                     f"; {self.last_good()}: the run ends, to be started again from there"
@@ -263,7 +271,7 @@ def _is_stuck(writing: Writing) -> bool:
 
 def _stuck_text(writing: Writing) -> str:
     if writing.problem is not None:
-        return f"the ranks' store does not answer: {writing.problem}"
+        return f"rank {rank_and_size()[0]}: the ranks' store does not answer: {writing.problem}"
     seconds = time.monotonic() - writing.job.begin
     doing = writing.doing or "waiting for the other ranks"
-    return f"{doing} has not ended after {seconds:.0f} s (checkpoint.save_timeout_minutes)"
+    return f"rank {rank_and_size()[0]}: {doing} has not ended after {seconds:.0f} s (checkpoint.save_timeout_minutes)"

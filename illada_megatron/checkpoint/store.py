@@ -10,7 +10,6 @@ A folder without a checkpoint.json was interrupted, one whose files differ from 
 """
 
 import json
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from illada_megatron.checkpoint.files.agreement import gathered, of_first, rank_and_size
+from illada_megatron.checkpoint.files.agreement import of_all, of_first, rank_and_size
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, damage
 from illada_megatron.checkpoint.files.patience import patiently
@@ -116,7 +115,7 @@ def checkpoint_to_continue(settings: CheckpointConfig) -> tuple[CheckpointInfo |
     why others were refused. Every rank calls it; raises CheckpointError and OSError as `newest_complete` does."""
     save_dir, load_dir = settings.save_dir, settings.load_dir
     refused: list[str] = []
-    if save_dir and of_first(lambda: patiently(folder(save_dir).exists)):
+    if save_dir and _seen_by_any(folder(save_dir)):
         info, refused = newest_complete(save_dir, settings.verify)
         if info is not None:
             return info, refused
@@ -168,26 +167,36 @@ def _candidates(place: Folder) -> list[str]:
     return [path.name for path in checkpoints_newest_first(place)]
 
 
+def _seen_by_any(save_dir: Folder) -> bool:
+    """Raises OSError where others see it, but rank 0 does not: the run would begin anew."""
+    seen = of_all(lambda: patiently(save_dir.exists))
+    if any(seen) and not seen[0]:
+        raise OSError(
+            f"{save_dir}: is not seen by rank 0, but by rank {seen.index(True)}: is this file system mounted, and the "
+            "same, on every machine? Start the run again when it is"
+        )
+    return seen[0]
+
+
 def _refused_by_any(info: CheckpointInfo, checksums: bool) -> Refusal | None:
     """Whether some rank finds the files of its share other than they were written. Raises OSError on all ranks where
     one of them cannot read its share."""
     rank, size = rank_and_size()
     share = {name: info.files[name] for name in sorted(info.files)[rank::size]}
-    found: str | None = None
-    unread: str | None = None
-    try:
+
+    def look() -> str | None:
         patiently(lambda: _require_visible(info.path))
-        found = damage(info.path, share, checksums)
+        return damage(info.path, share, checksums)
+
+    try:
+        found = of_all(look)
     except OSError as error:
-        unread = f"rank {rank} on {socket.gethostname()}: {error}"
-    answers = gathered((found, unread))
-    if problems := [unread for _, unread in answers if unread is not None]:
         raise OSError(
-            f"{info.path}: cannot be read now, which says nothing about the checkpoint ({len(problems)} of {size} "
-            f"ranks): {problems[0]}: start the run again when the storage answers; where it stays so, move the folder "
-            "away, and the run continues from the one before"
-        )
-    return next((Refusal(found, False) for found, _ in answers if found is not None), None)
+            f"{info.path}: cannot be read now, which says nothing about the checkpoint: {error}: start the run again "
+            "when the storage answers; where it stays so, move the folder away, and the run continues from the one "
+            "before"
+        ) from error
+    return next((Refusal(reason, False) for reason in found if reason is not None), None)
 
 
 def _require_visible(path: Folder) -> None:

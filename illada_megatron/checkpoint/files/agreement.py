@@ -3,6 +3,7 @@
 torch is imported when it is asked: the command line knows checkpoints' errors without waiting for it.
 """
 
+import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -51,6 +52,22 @@ def of_first(action: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
+
+
+def of_all(action: Callable[[], Value]) -> list[Value]:
+    """What `action` returns on every rank, in the order of the ranks, as `gathered`. All ranks call it; where it raises
+    OSError on any, all raise one that names the first."""
+    rank, size = rank_and_size()
+    value: Value | None = None
+    problem: str | None = None
+    try:
+        value = action()
+    except OSError as error:
+        problem = f"rank {rank} on {socket.gethostname()}: {error}"
+    answers = gathered((value, problem))
+    if problems := [problem for _, problem in answers if problem is not None]:
+        raise OSError(f"{problems[0]} ({len(problems)} of {size} ranks)")
+    return [value for value, _ in answers]  # type: ignore[misc]
 
 
 def largest(numbers: Sequence[int]) -> list[int]:
