@@ -110,28 +110,33 @@ def move_pointer(path: Folder) -> None:
     path.parent.replace(_POINTER, f"{path.name}\n".encode())
 
 
-def checkpoint_to_continue(settings: CheckpointConfig) -> tuple[CheckpointInfo | None, list[str]]:
+def checkpoint_to_continue(settings: CheckpointConfig, good: bool = False) -> tuple[CheckpointInfo | None, list[str]]:
     """The checkpoint that a run continues from (save_dir's if it has one, else load_dir's, which has to have one), and
-    why others were refused. Every rank calls it; raises CheckpointError and OSError as `newest_complete` does."""
+    why others were refused. Every rank calls it; raises CheckpointError and OSError as `newest_complete` does.
+
+    good: none that was saved in a row of bad steps.
+    """
     save_dir, load_dir = settings.save_dir, settings.load_dir
     refused: list[str] = []
     if save_dir and _seen_by_any(folder(save_dir)):
-        info, refused = newest_complete(save_dir, settings.verify)
+        info, refused = newest_complete(save_dir, settings.verify, good)
         if info is not None:
             return info, refused
     if load_dir is None:
         return None, refused
-    info, more = newest_complete(load_dir, settings.verify)
-    if info is None:
+    info, more = newest_complete(load_dir, settings.verify, good)
+    if info is None and not good:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
     return info, refused + more
 
 
 def newest_complete(
-    load_dir: str | PathLike[str] | Folder, checksums: bool = True
+    load_dir: str | PathLike[str] | Folder, checksums: bool = True, good: bool = False
 ) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest complete and intact checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer
     ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, nothing is lost.
+
+    good: one that was saved in a row of bad steps is refused too.
 
     Every rank of a run calls it: rank 0 reads the names and the records, all share the files (checksums=False: only
     sizes are compared), and they agree.
@@ -145,6 +150,8 @@ def newest_complete(
     for name in of_first(lambda: patiently(lambda: _candidates(place))):
         path = place if place.name == name else place / name
         found = of_first(lambda path=path: read_record(path))  # type: ignore[misc]
+        if good and isinstance(found, CheckpointInfo) and in_bad_steps(found.progress):
+            found = Refusal(f"{path}: was saved in a row of bad steps", True)
         if isinstance(found, CheckpointInfo):
             found = _refused_by_any(found, checksums) or found
         if isinstance(found, CheckpointInfo):
