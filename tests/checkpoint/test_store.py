@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.store import finish, move_pointer, newest_complete, step_directory
 
 
-def _checkpoint(save_dir: Path, step: int) -> Path:
+def _checkpoint(save_dir: Path, step: int, **progress: Any) -> Path:
     path = step_directory(folder(save_dir), step)
     path.make()
     files = {}
@@ -24,7 +25,7 @@ def _checkpoint(save_dir: Path, step: int) -> Path:
         sink.write(content)
         sink.close()
         files[name] = FileRecord(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
-    finish(path, step, {"model": {"num_layers": step}}, {"step": step}, files, {"tokenizer": "mine"})
+    finish(path, step, {"model": {"num_layers": step}}, {"step": step, **progress}, files, {"tokenizer": "mine"})
     move_pointer(path)
     return save_dir / path.name
 
@@ -242,3 +243,15 @@ def test_named_checkpoint_that_was_interrupted(tmp_path: Path) -> None:
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such directory; give checkpoint\.load_dir"):
         newest_complete(tmp_path / "nowhere")
+
+
+def test_none_of_a_row_of_bad_steps(tmp_path: Path) -> None:
+    """Where a run goes back, such a checkpoint is none to go back to, and no damaged one either; a restart takes it."""
+    _checkpoint(tmp_path, 20, bad_steps={"streak": [{"step": 20}]})
+    assert newest_complete(tmp_path)[0].step == 20  # type: ignore[union-attr]
+    assert newest_complete(tmp_path, good=True) == (
+        None,
+        [f"{tmp_path}/step_00000020: was saved in a row of bad steps"],
+    )
+    _checkpoint(tmp_path, 10, bad_steps={"streak": []})
+    assert newest_complete(tmp_path, good=True)[0].step == 10  # type: ignore[union-attr]
