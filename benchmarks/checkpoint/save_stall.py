@@ -88,7 +88,8 @@ def _variants(state: Any, place: Path) -> dict[str, Callable[[int], Save]]:
 
     def ours(asynchronous: bool) -> Callable[[int], Save]:
         settings = state.config.checkpoint.model_copy(
-            update={"save_dir": str(place / "now"), "asynchronous": asynchronous}
+            # of its own: the saver that comes last owns a directory
+            update={"save_dir": str(place / "now" / f"asynchronous_{asynchronous}"), "asynchronous": asynchronous}
         )
         saver = Saver(state.config.model_copy(update={"checkpoint": settings}), {}, None)
 

@@ -21,28 +21,39 @@ class Handover:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._live = deque(parts)
         self._copied: deque[Part] = deque()
-        self._reading_live = self._copying = False
+        self._reading_live = self._copying = self._torn = False
         self._changed = threading.Condition()
 
     def __iter__(self) -> Iterator[Part]:
-        """Every part once; a part that is live stays unchanged until the next one is asked for."""
+        """Every part once; a part that is live stays unchanged until the next one is asked for. Raises OSError where
+        it could not (`secure`)."""
         try:
             while (part := self._take()) is not None:
                 yield part
-        finally:  # also where the writer gives up: nobody has to wait for it
-            with self._changed:
-                self._live.clear()
-                self._reading_live = False
-                self._changed.notify_all()
+        finally:  # also where the writer gives up
+            self.close()
 
-    def secure(self, copy: Callable[[Part], Tensor]) -> None:
-        """Return when nothing live is left to be written; the live parts may change from then on."""
+    def close(self) -> None:
+        """Nobody writes any more: nothing has to be copied, nobody has to wait, and no memory is kept."""
+        with self._changed:
+            self._live.clear()
+            self._copied.clear()
+            self._reading_live = False
+            self._changed.notify_all()
+
+    def secure(self, copy: Callable[[Part], Tensor], patience_seconds: float) -> None:
+        """Return when nothing live is left to be written; the live parts may change from then on.
+
+        Where the writer, last of all, does not come back from one part for so long, as on a file system that does not
+        answer, the run goes on and what is written counts for nothing: the writer meets an OSError.
+        """
         while True:
             with self._changed:
                 if not self._live:
                     self._copying = False
                     self._changed.notify_all()
-                    self._changed.wait_for(lambda: not self._reading_live)
+                    if not self._changed.wait_for(lambda: not self._reading_live, patience_seconds):
+                        self._torn = True
                     return
                 self._copying = True
                 part = self._live.pop()
@@ -53,6 +64,8 @@ class Handover:
 
     def _take(self) -> Part | None:
         with self._changed:
+            if self._torn:
+                raise OSError("a write did not end before the run had to go on: the files do not hold one state")
             self._reading_live = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._live or self._copied or not self._copying)

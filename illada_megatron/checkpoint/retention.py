@@ -1,33 +1,42 @@
-"""Which older checkpoints go when a newer one is complete."""
+"""Which checkpoints go when another is complete."""
+
+from collections.abc import Sequence
 
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.store import RECORD, checkpoints_newest_first, step_of
 
 
-def prune(save_dir: Folder, keep_last: int | None, keep_every: int | None) -> list[str]:
-    """Delete what the configuration does not keep: all complete checkpoints but the newest `keep_last` (None: all are
-    kept) and those whose step is a multiple of `keep_every`, and what interrupted saves left behind the newest.
+def prune(
+    save_dir: Folder, saved: Sequence[int], base: int | None, keep_last: int | None, keep_every: int | None
+) -> list[str]:
+    """Delete what is not kept, after the checkpoint of step saved[-1] is complete, which stays. One rank calls it.
 
-    One rank calls it, after a checkpoint is complete. Its record goes first: a half-deleted directory is no checkpoint.
-    Returns what could not be deleted, and why; that is no reason to end a run.
+    saved: steps that this run has saved since it went on from the checkpoint of step `base` (None: from none here),
+    ascending, without those it has gone back behind. All others after `base` were refused, or are steps that are being
+    done again: they go, as do those without a record, which were interrupted. Of the rest, the complete ones up to
+    `base` and those of `saved`, the newest `keep_last` (None: all) stay and those whose step is a multiple of
+    `keep_every`. A run that went on from none here leaves alone what is complete and newer than its first.
+
+    A record goes first: a half-deleted directory is no checkpoint. Returns what could not be deleted, and why; that is
+    no reason to end a run.
     """
-    if keep_last is None:
-        return []
     try:
         paths = checkpoints_newest_first(save_dir)
     except OSError as error:
-        return [f"{save_dir} could not be listed: {error}"]
-    complete = [path for path in paths if path.size(RECORD) is not None]
-    if not complete:
-        return []
-    newest = step_of(complete[0].name)
-    kept = {path.name for path in complete[:keep_last]}
-    kept |= {path.name for path in complete if keep_every and step_of(path.name) % keep_every == 0}
-    failures = []
+        return [f"{save_dir} could not be listed, nothing is deleted: {error}"]
+    failures: list[str] = []
+    kept = 0
     for path in paths:
-        if path.name in kept or step_of(path.name) > newest:
-            continue
+        step = step_of(path.name)
         try:
+            if step in saved or path.size(RECORD) is not None:
+                if step in saved or step <= (saved[0] if base is None else base):
+                    kept += 1
+                    stays = keep_last is None or kept <= keep_last or bool(keep_every and step % keep_every == 0)
+                else:
+                    stays = base is None
+                if stays:
+                    continue
             path.remove(RECORD)
             path.clear()
         except OSError as error:

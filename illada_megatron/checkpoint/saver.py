@@ -1,43 +1,48 @@
 """Saving while the run goes on: a thread writes the state from where it lives until the optimizer is to change it.
 
     save()   hands this rank's part of the state to its thread, and returns
-    thread   writes, makes durable, and tells the other ranks' threads through a process group of their own; when all
-             have written, rank 0 makes it a checkpoint (`store.finish`) and deletes what is not kept any more
+    thread   writes, makes durable, and tells the other ranks' threads (`exchange.py`); when all have written, rank 0
+             makes it a checkpoint (`store.finish`) and deletes what is not kept any more: `writing.py`
     optimizer.step()   first waits until what is not written yet is copied (`lazy_snapshot.py`): the whole stall
     news()   between steps: what has become of it
+    wait()   all ranks together: until nothing is written any more
 
 A save that fails on any rank (disk full, permission lost) is given up by all; the last good checkpoint stays, the run
-goes on, and the next save tries again.
+goes on, and the next save tries again. One that does not end, where storage does not answer, holds the run up for a
+minute at most; where it has not ended at the next save and beyond its time limit, that ends the run, on all ranks.
 """
 
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.files.agreement import collected, rank_and_size, told
+from illada_megatron.checkpoint.exchange import Exchange
+from illada_megatron.checkpoint.files.agreement import largest, of_first, rank_and_size
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.files.storage import Folder, folder
-from illada_megatron.checkpoint.files.tensors import TensorWriter, WrittenPart, write_metadata
+from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.lazy_snapshot import Handover
-from illada_megatron.checkpoint.retention import prune
+from illada_megatron.checkpoint.owner import take_over
 from illada_megatron.checkpoint.sharded import Part, parts_to_save, saved_progress
 from illada_megatron.checkpoint.state import optimizers
+from illada_megatron.checkpoint.writing import Attempt, Job, Writing
 from illada_megatron.config import RunConfig
 
-# A slow disk is no reason to end a run: ranks that died are noticed by the run's own collectives.
-_GROUP_TIMEOUT = timedelta(days=1)
-# How long an error that ends the run waits for a checkpoint that is almost there.
-_LAST_WAIT_SECONDS = 60.0
+# How long the optimizer's step waits for a single write, and of the time in which the others wait for this rank.
+_PATIENCE_SECONDS, _PATIENCE_SHARE = 60.0, 0.5
+# Beyond the time limit: what rank 0 finds out at the limit takes a moment to be heard.
+_GRACE_SECONDS = 10.0
+# Between two looks of all ranks whether all have ended.
+_SHORTEST_SLICE_SECONDS, _LONGEST_SLICE_SECONDS = 0.02, 1.0
+# How long an error that ends the run waits for a checkpoint that is almost there. Where a rank is lost it cannot come,
+# unless that one had written its part.
+_LAST_WAIT_SECONDS, _LOST_WAIT_SECONDS = 60.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -54,35 +59,36 @@ class SaveOutcome:
     error: str | None
     """Why there is no checkpoint; None: there is."""
     warnings: tuple[str, ...] = ()
-    """Older checkpoints that could not be deleted."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    path: Folder
-    step: int
-    parts: Iterable[Part]
-    stream: torch.cuda.Stream | None
-    """On a GPU: for the thread's copies, beside the run's work and behind what it had queued when it saved."""
-    progress: dict[str, Any]
-    begin: float
+    """What could not be done after it was complete: older checkpoints deleted, `latest` moved."""
+    failures: int = 0
+    """Saves that have failed one after the other, with this one."""
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one, and calls it in the same order."""
 
     def __init__(self, config: RunConfig, fingerprints: Mapping[str, Any], last_saved: int | None) -> None:
-        """last_saved: the step of the checkpoint of checkpoint.save_dir that the run continues from; None: none."""
+        """last_saved: the step of the checkpoint of checkpoint.save_dir that the run continues from; None: none. From
+        now on save_dir is this attempt's (`owner.py`). Raises OSError."""
         self.place = folder(config.checkpoint.save_dir) if config.checkpoint.save_dir else None
         """None: the configuration saves nothing."""
         self.last_saved = last_saved
-        """Step of the newest good checkpoint in `place`."""
-        self._config, self._fingerprints = config, dict(fingerprints)
-        several = self.place is not None and rank_and_size()[1] > 1
-        self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT) if several else None
-        self._thread: threading.Thread | None = None
-        self._outcome: SaveOutcome | None = None
+        """Step of the newest good checkpoint in `place`; who goes back to an older one sets it."""
+        self.last_error: str | None = None
+        """Of the last save that has failed."""
+        self.end: OSError | CheckpointError | None = None
+        """Why the run cannot go on: another has taken save_dir over, or too many saves in a row have failed. A rank may
+        know it before others; after `wait` all do."""
+        self._config = config
+        self._base, self._saved = last_saved, list[int]()
+        self._attempt: Attempt | None = None
+        if (place := self.place) is not None:
+            owner = of_first(lambda: take_over(place))
+            self._attempt = Attempt(config, dict(fingerprints), owner, Exchange(owner.attempt))
+        self._writing: Writing | None = None
+        self._count = self._failures = 0
         self._stall = 0.0
+        self._said_overdue = False
         self._handover: Handover | None = None
         self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._hooks: list[Any] = []
@@ -93,8 +99,10 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None:
-            self._thread.join(_LAST_WAIT_SECONDS if error is not None else None)
+        if self._writing is not None and not self._writing.overdue:
+            lost = isinstance(error, RuntimeError) and not isinstance(error, CheckpointError)  # by a collective
+            patience = _LOST_WAIT_SECONDS if lost else _LAST_WAIT_SECONDS
+            self._writing.join(patience if error is not None else self._writing.job.deadline - time.monotonic())
         for hook in self._hooks:
             hook.remove()
 
@@ -105,52 +113,137 @@ class Saver:
         Returns at once with checkpoint.asynchronous, else when it is durable; with the outcomes known by then.
 
         progress: plain values, the same on every rank. What goes wrong with the files is in the outcome. Nothing but
-        this optimizer's step may change the state while it is written (`wait` first where something else does).
+        this optimizer's step may change the state while it is written (`wait` first where something else does). Raises
+        as `wait`.
         """
-        if self.place is None:
+        if self._attempt is None or self.place is None:
             return []
-        begin = time.perf_counter()
+        begin = time.monotonic()
         earlier = self.wait()
         parts = list(parts_to_save(chunks, optimizer, self._config.model))
-        path = store.step_directory(self.place, step)
-        job = _Job(path, step, parts, _side_stream(parts), saved_progress(dict(progress), optimizer), begin)
-        self._outcome = None
-        if not self._config.checkpoint.asynchronous:
-            self._run(job)
-            return [*earlier, *self.news()]
-        if not self._hooks:
-            inner = [one.optimizer for one in optimizers(optimizer) if one.optimizer is not None]
-            self._hooks = [one.register_step_pre_hook(self._before_step) for one in inner]
-        self._handover = Handover(parts)
-        job = replace(job, parts=self._handover)
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
-        self._thread.start()
-        self._stall = time.perf_counter() - begin
-        return earlier
+        asynchronous = self._config.checkpoint.asynchronous
+        if asynchronous:
+            if not self._hooks:
+                inner = [one.optimizer for one in optimizers(optimizer) if one.optimizer is not None]
+                self._hooks = [one.register_step_pre_hook(self._before_step) for one in inner]
+            self._handover = Handover(parts)
+        self._count += 1
+        self._forget_what_was_left_behind()
+        job = Job(
+            number=self._count,
+            path=store.step_directory(self.place, step),
+            step=step,
+            parts=self._handover if self._handover is not None else parts,
+            stream=_side_stream(parts),
+            progress=saved_progress(dict(progress), optimizer),
+            saved=(*self._saved, step),
+            base=self._base,
+            begin=begin,
+            deadline=begin + 60 * self._config.checkpoint.save_timeout_minutes,
+        )
+        self._said_overdue = False
+        self._writing = Writing(job, self._attempt)
+        self._stall = time.monotonic() - begin
+        return earlier if asynchronous else [*earlier, *self.wait()]
+
+    def _forget_what_was_left_behind(self) -> None:
+        """Steps that the run has gone back behind are not of its past any more."""
+        known = [step for step in (self._base, *self._saved) if step is not None]
+        if self.last_saved is not None and known and max(known) > self.last_saved:
+            self._saved = [step for step in self._saved if step <= self.last_saved]
+            self._base = self.last_saved if self._base is None else min(self._base, self.last_saved)
 
     def news(self) -> list[SaveOutcome]:
-        """What has ended since the last call, on this rank; does not wait."""
-        if self._outcome is None or (self._thread is not None and self._thread.is_alive()):
+        """What has ended since the last call, on this rank, or should have; does not wait."""
+        writing = self._writing
+        if writing is None:
             return []
-        outcome, self._outcome, self._thread = self._outcome, None, None
-        if outcome.error is None:
-            self.last_saved = outcome.step
-        stall = self._stall if self._config.checkpoint.asynchronous else outcome.seconds
-        return [replace(outcome, stall_seconds=stall)]
+        if not writing.ended or writing.word is None:
+            return self._overdue(writing)
+        self._writing, word = None, writing.word
+        if word.error is None:
+            self.last_saved, self._failures = writing.job.step, 0
+            self._saved.append(writing.job.step)
+        else:
+            self.last_error = word.error
+            self._failures += 1
+            self._consider_the_end(word.error, word.taken_over)
+            if self._said_overdue:
+                return []
+        stall = self._stall if self._config.checkpoint.asynchronous else writing.seconds
+        return [self._outcome(writing, stall, word.error, self._failures, word.nbytes, word.warnings)]
+
+    def _overdue(self, writing: Writing) -> list[SaveOutcome]:
+        """Once."""
+        if self._said_overdue or not _is_stuck(writing):
+            return []
+        self._said_overdue = True
+        return [self._outcome(writing, self._stall, _stuck_text(writing), self._failures + 1)]
+
+    def _outcome(
+        self,
+        writing: Writing,
+        stall: float,
+        error: str | None,
+        failures: int,
+        nbytes: int = 0,
+        warnings: Sequence[str] = (),
+    ) -> SaveOutcome:
+        job, seconds = writing.job, writing.seconds or time.monotonic() - writing.job.begin
+        return SaveOutcome(job.step, str(job.path), stall, seconds, nbytes, error, tuple(warnings), failures)
+
+    def _consider_the_end(self, error: str, taken_over: str | None) -> None:
+        most = self._config.checkpoint.max_failed_saves
+        if taken_over is not None:
+            # of this run, the launcher may start it again: it joins the newer attempt. Another's would only come again.
+            self.end = OSError(error) if taken_over == "run" else CheckpointError(error)
+        elif most is not None and self._failures >= most:
+            self.end = OSError(
+                f"{self._failures} saves in a row have failed (checkpoint.max_failed_saves), the last with: {error}; "
+                f"{self.last_good()}: mend the cause and start the run again, it goes on from there"
+            )
 
     def wait(self) -> list[SaveOutcome]:
-        """Until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-        return self.news()
+        """Until nothing is being written, on any rank: all call it, and look together again and again.
+
+        Raises OSError, on all ranks, where a save has not ended within its time limit on some rank, or the ranks'
+        store is lost. A rank that does not answer is noticed after runtime.distributed_timeout_minutes.
+        """
+        if self._attempt is None:
+            return []
+        rank, seconds = self._attempt.exchange.rank, _SHORTEST_SLICE_SECONDS
+        while True:
+            writing = self._writing
+            unended = writing is not None and not writing.ended
+            stuck = writing is not None and _is_stuck(writing)
+            at_fault = stuck and writing is not None and (writing.doing or writing.problem) is not None
+            any_unended, any_stuck, culprit = largest([unended, stuck, rank + 1 if at_fault else 0])
+            if any_stuck:
+                mine = _stuck_text(writing) if stuck and writing is not None else f"rank {rank}: has ended"
+                raise OSError(
+                    f"a save does not end; {f'rank {culprit - 1} is stuck' if culprit else 'no rank says why'} ({mine})"
+                    f"; {self.last_good()}: the run ends, to be started again from there"
+                )
+            if not any_unended:
+                return self.news()
+            if writing is not None:
+                writing.join(seconds)
+            seconds = min(2 * seconds, _LONGEST_SLICE_SECONDS)
+
+    def last_good(self) -> str:
+        """What a run that is started again has, as a part of a sentence."""
+        if self.last_saved is None:
+            return f"there is no checkpoint of this run in {self.place} yet"
+        return f"the last good checkpoint in {self.place} is of step {self.last_saved}"
 
     def _before_step(self, *_: Any) -> None:
         """The optimizer is about to change what is being written."""
         if self._handover is not None:
-            begin = time.perf_counter()
-            self._handover.secure(self._copy)
+            begin = time.monotonic()
+            answer_seconds = 60 * self._config.runtime.distributed_timeout_minutes
+            self._handover.secure(self._copy, min(_PATIENCE_SECONDS, _PATIENCE_SHARE * answer_seconds))
             self._handover = None
-            self._stall += time.perf_counter() - begin
+            self._stall += time.monotonic() - begin
 
     def _copy(self, part: Part) -> Tensor:
         """Into memory that is kept from save to save: new pages would cost more than the copy."""
@@ -160,65 +253,6 @@ class Saver:
             pinned = part.tensor.is_cuda
             kept = self._copies[key] = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=pinned)
         return kept.copy_(part.tensor)
-
-    def _run(self, job: _Job) -> None:
-        error: str | None
-        nbytes = 0
-        warnings: tuple[str, ...] = ()
-        try:
-            nbytes, warnings, error = self._write_together(job)
-        except Exception as failure:  # of the group; a thread has nobody to raise to, the run says it between steps
-            error = _text(failure)
-        seconds = time.perf_counter() - job.begin
-        self._outcome = SaveOutcome(job.step, str(job.path), 0.0, seconds, nbytes, error, warnings)
-
-    def _write_together(self, job: _Job) -> tuple[int, tuple[str, ...], str | None]:
-        """(bytes, warnings, error) of a save, the same on every rank."""
-        rank, _ = rank_and_size()
-        if (problem := told(_problem(self._prepare, job) if rank == 0 else None, self._group)) is not None:
-            return 0, (), problem
-        written = collected(self._write_own(job, rank), self._group)
-        nbytes = 0
-        warnings: tuple[str, ...] = ()
-        if rank == 0:
-            errors = [f"rank {number}: {part}" for number, part in enumerate(written) if isinstance(part, str)]
-            parts = [part for part in written if isinstance(part, WrittenPart)]
-            if not errors:
-                try:
-                    nbytes, warnings = self._finish(job, parts)
-                except Exception as error:  # the other ranks wait for this one's word
-                    errors = [f"rank 0: {_text(error)}"]
-            if errors:
-                problem = "; ".join(errors[:3]) + (f" and {len(errors) - 3} more" if len(errors) > 3 else "")
-                _problem(_clear, job)  # gives the disk's space back
-        return told((nbytes, warnings, problem), self._group)
-
-    def _prepare(self, job: _Job) -> None:
-        """An empty folder: what lies there was interrupted, damaged, or belongs to steps that are being done again."""
-        _clear(job)
-        job.path.make()
-
-    def _write_own(self, job: _Job, rank: int) -> WrittenPart | str:
-        writer = None
-        try:
-            writer = TensorWriter(job.path, rank)
-            with torch.cuda.stream(job.stream):  # None: no GPU, and nothing happens
-                for part in job.parts:
-                    writer.write(part.name, part.tensor, part.offset, part.whole_shape)
-            return writer.close()
-        except Exception as error:  # rank 0 waits for this one's word
-            if writer is not None:
-                writer.abandon()
-            return _text(error)
-
-    def _finish(self, job: _Job, parts: Sequence[WrittenPart]) -> tuple[int, tuple[str, ...]]:
-        files = write_metadata(job.path, parts)
-        config = self._config.model_dump(mode="json")
-        store.finish(job.path, job.step, config, job.progress, files, self._fingerprints)
-        store.move_pointer(job.path)
-        settings = self._config.checkpoint
-        warnings = prune(job.path.parent, settings.keep_last, settings.keep_every)
-        return sum(record["bytes"] for record in files.values()), tuple(warnings)
 
 
 def _side_stream(parts: Sequence[Part]) -> torch.cuda.Stream | None:
@@ -230,19 +264,14 @@ def _side_stream(parts: Sequence[Part]) -> torch.cuda.Stream | None:
     return stream
 
 
-def _clear(job: _Job) -> None:
-    # the record first: a half-deleted folder is no checkpoint
-    job.path.remove(store.RECORD)
-    job.path.clear()
+def _is_stuck(writing: Writing) -> bool:
+    late = not writing.ended and time.monotonic() > writing.job.deadline + _GRACE_SECONDS
+    return late or writing.problem is not None
 
 
-def _problem(action: Any, job: _Job) -> str | None:
-    try:
-        action(job)
-    except Exception as error:  # the other ranks wait for this one's word
-        return f"rank 0: {_text(error)}"
-    return None
-
-
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, OSError | CheckpointError) else repr(error)
+def _stuck_text(writing: Writing) -> str:
+    if writing.problem is not None:
+        return f"rank {rank_and_size()[0]}: the ranks' store does not answer: {writing.problem}"
+    seconds = time.monotonic() - writing.job.begin
+    doing = writing.doing or "waiting for the other ranks"
+    return f"rank {rank_and_size()[0]}: {doing} has not ended after {seconds:.0f} s (checkpoint.save_timeout_minutes)"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.names import tensor_name
+from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.tensors import PIECE_BYTES, TensorReader, row_pieces
 from illada_megatron.checkpoint.state import (
     MOMENTS,
@@ -153,9 +154,9 @@ def _read_all(reader: TensorReader, parts: Sequence[Part]) -> None:
             )
         shape = tuple(target.shape)
         if target.device.type == "cpu":
-            reader.read(part.name, part.offset, shape, out=target)
+            patiently(lambda: reader.read(part.name, part.offset, shape, out=target))
         else:
-            target.copy_(reader.read(part.name, part.offset, shape))
+            target.copy_(patiently(lambda: reader.read(part.name, part.offset, shape)))
 
     with ThreadPoolExecutor(_READERS) as pool:
         for _ in pool.map(read, parts):

@@ -18,9 +18,10 @@ from typing import Any
 
 import xxhash
 
-from illada_megatron.checkpoint.files.agreement import gathered
+from illada_megatron.checkpoint.files.agreement import of_all, of_first, rank_and_size
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, damage
+from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder, folder
 from illada_megatron.config import CheckpointConfig
 
@@ -32,7 +33,7 @@ _PACKAGES = ("illada-megatron", "torch", "megatron-core", "numpy")
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """Why a folder is not loaded."""
 
     reason: str
@@ -72,6 +73,11 @@ def check_name(save_dir: Folder) -> None:
         )
 
 
+def in_bad_steps(progress: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint with this progress was saved in a row of bad steps, when its weights may be what is bad."""
+    return bool((progress or {}).get("bad_steps", {}).get("streak"))
+
+
 def step_of(name: str) -> int:
     """Of a `step_directory`'s name."""
     return int(name.removeprefix(_PREFIX))
@@ -104,55 +110,109 @@ def move_pointer(path: Folder) -> None:
     path.parent.replace(_POINTER, f"{path.name}\n".encode())
 
 
-def checkpoint_to_continue(settings: CheckpointConfig) -> tuple[CheckpointInfo | None, list[str]]:
+def checkpoint_to_continue(settings: CheckpointConfig, good: bool = False) -> tuple[CheckpointInfo | None, list[str]]:
     """The checkpoint that a run continues from (save_dir's if it has one, else load_dir's, which has to have one), and
-    why others were refused. Every rank calls it; raises CheckpointError as `newest_complete` does."""
+    why others were refused. Every rank calls it; raises CheckpointError and OSError as `newest_complete` does.
+
+    good: none that was saved in a row of bad steps.
+    """
     save_dir, load_dir = settings.save_dir, settings.load_dir
     refused: list[str] = []
-    if save_dir and gathered(folder(save_dir).exists())[0]:
-        info, refused = newest_complete(save_dir, settings.verify)
+    if save_dir and _seen_by_any(folder(save_dir)):
+        info, refused = newest_complete(save_dir, settings.verify, good)
         if info is not None:
             return info, refused
     if load_dir is None:
         return None, refused
-    info, more = newest_complete(load_dir, settings.verify)
-    if info is None:
+    info, more = newest_complete(load_dir, settings.verify, good)
+    if info is None and not good:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
     return info, refused + more
 
 
 def newest_complete(
-    load_dir: str | PathLike[str] | Folder, checksums: bool = True
+    load_dir: str | PathLike[str] | Folder, checksums: bool = True, good: bool = False
 ) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest complete and intact checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer
     ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, nothing is lost.
 
-    Every rank of a run calls it: they share the reading (checksums=False: only sizes are compared), and agree.
+    good: one that was saved in a row of bad steps is refused too.
+
+    Every rank of a run calls it: rank 0 reads the names and the records, all share the files (checksums=False: only
+    sizes are compared), and they agree.
 
     Raises CheckpointError where the directory does not exist, or where checkpoints that were complete are damaged
-    and no good one is left.
+    and no good one is left; OSError where some rank cannot read, which says nothing about the checkpoint.
     """
     place = folder(load_dir)
-    if not all(gathered(place.exists())):
-        raise CheckpointError(f"{place}: no such directory; give checkpoint.load_dir of an earlier run")
-    candidates = [place] if place.name.startswith(_PREFIX) else checkpoints_newest_first(place)
     refused: list[str] = []
     damaged = False
-    for name in gathered([path.name for path in candidates])[0]:
-        path = place if place.name.startswith(_PREFIX) else place / name
-        found = read_record(path, checksums)
-        refusal = next((other for other in gathered(found) if isinstance(other, _Refusal)), None)
-        if refusal is None:
-            assert isinstance(found, CheckpointInfo)
+    for name in of_first(lambda: patiently(lambda: _candidates(place))):
+        path = place if place.name == name else place / name
+        found = of_first(lambda path=path: read_record(path))  # type: ignore[misc]
+        if good and isinstance(found, CheckpointInfo) and in_bad_steps(found.progress):
+            found = Refusal(f"{path}: was saved in a row of bad steps", True)
+        if isinstance(found, CheckpointInfo):
+            found = _refused_by_any(found, checksums) or found
+        if isinstance(found, CheckpointInfo):
             return found, refused
-        refused.append(refusal.reason)
-        damaged |= not refusal.interrupted
+        refused.append(found.reason)
+        damaged |= not found.interrupted
     if damaged:
         raise CheckpointError(
             f"{place}: no intact checkpoint; repair one, or give an empty checkpoint.save_dir to start anew:\n  "
             + "\n  ".join(refused)
         )
     return None, refused
+
+
+def _candidates(place: Folder) -> list[str]:
+    if not place.exists():
+        raise CheckpointError(f"{place}: no such directory; give checkpoint.load_dir of an earlier run")
+    if place.name.startswith(_PREFIX):
+        return [place.name]
+    return [path.name for path in checkpoints_newest_first(place)]
+
+
+def _seen_by_any(save_dir: Folder) -> bool:
+    """Raises OSError where others see it, but rank 0 does not: the run would begin anew."""
+    seen = of_all(lambda: patiently(save_dir.exists))
+    if any(seen) and not seen[0]:
+        raise OSError(
+            f"{save_dir}: is not seen by rank 0, but by rank {seen.index(True)}: is this file system mounted, and the "
+            "same, on every machine? Start the run again when it is"
+        )
+    return seen[0]
+
+
+def _refused_by_any(info: CheckpointInfo, checksums: bool) -> Refusal | None:
+    """Whether some rank finds the files of its share other than they were written. Raises OSError on all ranks where
+    one of them cannot read its share."""
+    rank, size = rank_and_size()
+    share = {name: info.files[name] for name in sorted(info.files)[rank::size]}
+
+    def look() -> str | None:
+        patiently(lambda: _require_visible(info.path))
+        return damage(info.path, share, checksums)
+
+    try:
+        found = of_all(look)
+    except OSError as error:
+        raise OSError(
+            f"{info.path}: cannot be read now, which says nothing about the checkpoint: {error}: start the run again "
+            "when the storage answers; where it stays so, move the folder away, and the run continues from the one "
+            "before"
+        ) from error
+    return next((Refusal(reason, False) for reason in found if reason is not None), None)
+
+
+def _require_visible(path: Folder) -> None:
+    """A machine without the file system, or with an old view of it, would call every file missing."""
+    if path.size(RECORD) is None:
+        raise OSError(
+            f"{path}/{RECORD}: is not seen here, but by rank 0: is this file system mounted, and the same, on every "
+            "machine?"
+        )
 
 
 def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
@@ -162,29 +222,30 @@ def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
     return [save_dir / name for name in sorted(steps, key=step_of, reverse=True)]
 
 
-def read_record(path: Folder, checksums: bool) -> CheckpointInfo | _Refusal:
-    """What the record of `path` says, if the files are as it says."""
+def read_record(path: Folder) -> CheckpointInfo | Refusal:
+    """What the record of `path` says, if it says what it did when it was written; the files are `damage`'s to compare.
+    Raises OSError where it cannot be read, after some tries."""
     file = f"{path}/{RECORD}"
     try:
-        record = json.loads(path.read(RECORD))
+        record = json.loads(patiently(lambda: path.read(RECORD)))
         if record.get("version") != _VERSION:
-            return _Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
+            return Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
         if record.pop("checksum") != _own_checksum(record):
-            return _Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
-        if (found := damage(path, record["files"], checksums)) is not None:
-            return _Refusal(found, False)
+            return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
         del record["version"]
+        record["files"] = {
+            str(name): FileRecord(bytes=int(one["bytes"]), xxh3_128=str(one["xxh3_128"]))
+            for name, one in record["files"].items()
+        }
         return CheckpointInfo(path=path, **record)
     except FileNotFoundError:
-        return _Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
+        return Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
     except json.JSONDecodeError as error:
-        return _Refusal(f"{file}: not JSON: {error}", False)
+        return Refusal(f"{file}: not JSON: {error}", False)
     except UnicodeDecodeError as error:
-        return _Refusal(f"{file}: not text: {error}", False)
-    except (AttributeError, KeyError, TypeError) as error:
-        return _Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
-    except OSError as error:
-        return _Refusal(f"{path}: cannot be read: {error}", False)
+        return Refusal(f"{file}: not text: {error}", False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
 
 
 def _own_checksum(record: Mapping[str, Any]) -> str:

@@ -306,6 +306,10 @@ class CheckpointConfig(Section):
     """None: only at the end and on SIGTERM/SIGINT."""
     asynchronous: bool = True
     """Write while the run goes on; it waits for a copy in memory only (as large as what a rank writes)."""
+    save_timeout_minutes: PositiveFloat = 30.0
+    """A save that takes longer has failed; one that does not end at all ends the run, at the next save."""
+    max_failed_saves: PositiveInt | None = 5
+    """So many in a row end the run, to be started again; None: it goes on."""
     keep_last: PositiveInt | None = None
     """Complete checkpoints that are kept; older ones go when a newer one is complete. None: all are kept."""
     keep_every: PositiveInt | None = None

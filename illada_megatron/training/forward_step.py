@@ -1,7 +1,7 @@
 """Micro-batches for a pipeline stage, and the forward step that megatron-core's schedules call."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,11 +35,13 @@ class Microbatch:
     """[n + 1] int32, offsets of the segments in the packed row."""
     max_seqlen: int
     batch: MaskedBatch | None
+    counted: int
+    """Its first samples, which count; those behind them fill the step up."""
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same on `device`; from pinned memory the copy overlaps with what the device is doing."""
         batch = None if self.batch is None else self.batch.to(device, non_blocking=True)
-        return Microbatch(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen, batch)
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True), batch=batch)
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,14 @@ class BatchSource:
     def _build(self, part: BatchSlice) -> Microbatch:
         slots, indices = self._slots(part), self.samples(part)
         config, pinned = self.config, self.runtime.device.is_cuda
+        counted = sum(one < part.num_samples for one in slots)
         if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
             cu_seqlens, longest = make_segments(indices, self.corpus, config.diffusion, self.noise_seed)
-            return Microbatch(cu_seqlens.pin_memory() if pinned else cu_seqlens, longest, None)
+            return Microbatch(cu_seqlens.pin_memory() if pinned else cu_seqlens, longest, None, counted)
         batch = make_masked_batch(self.corpus, indices, config.diffusion, config.model.mask_token_id, self.noise_seed)
-        counted = torch.tensor([one < part.num_samples for one in slots])
-        batch.loss_weight[~counted] = 0.0
+        batch.loss_weight[counted:] = 0.0
         batch = batch.pin_memory() if pinned else batch
-        return Microbatch(batch.cu_seqlens, batch.max_seqlen, batch)
+        return Microbatch(batch.cu_seqlens, batch.max_seqlen, batch, counted)
 
 
 def forward_step(
@@ -107,16 +109,16 @@ def forward_step(
         loss_weight=batch.loss_weight.view(-1),
         grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
     )
-    return output, partial(_loss, batch, tokens)
+    return output, partial(_loss, batch, microbatch.counted, tokens)
 
 
-def _loss(batch: MaskedBatch, tokens: float, output: MaskedLoss) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(batch: MaskedBatch, counted: int, tokens: float, output: MaskedLoss) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss of the micro-batch in nats/token, the step's sums).
 
     The schedule divides by the number of micro-batches and DDP averages over data parallel, which makes it
     sum(CE / p) / (tokens of the global batch), once.
     """
-    return output.loss_sum / tokens, {"sums": microbatch_sums(output, batch)}
+    return output.loss_sum / tokens, {"sums": microbatch_sums(output, batch, counted)}
 
 
 def _no_loss(_: Any) -> Any:

@@ -42,10 +42,14 @@ class StepSums:
         return [total / count if count else None for total, count in pairs]
 
 
-def microbatch_sums(loss: MaskedLoss, batch: MaskedBatch) -> Tensor:
-    """One micro-batch's sums as a float64 vector: the scalars of StepSums, then CE and counts by bucket of t."""
+def microbatch_sums(loss: MaskedLoss, batch: MaskedBatch, counted: int) -> Tensor:
+    """One micro-batch's sums as a float64 vector: the scalars of StepSums, then CE and counts by bucket of t.
+
+    counted: samples that count; those behind them fill the step up, without weight.
+    """
     ce = loss.cross_entropy.double()
-    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
+    ends = batch.cu_seqlens[1:]
+    lengths = (ends - batch.cu_seqlens[:-1]).double() * (ends <= counted * batch.tokens.shape[1])
     sums = torch.zeros(len(_SCALARS) + 2 * T_BUCKETS, dtype=torch.float64, device=ce.device)
     sums[0] = loss.weighted_cross_entropy  # without the z-loss: the bound that runs compare
     sums[1] = ce.sum()

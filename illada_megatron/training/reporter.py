@@ -71,7 +71,10 @@ class Reporter:
         self._seconds_per_step: float | None = None
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None
-        self._saved: dict[str, float] = {}
+        self._saved: dict[str, Any] = {}
+        self._good_step = first_step or None
+        self._good_at = time.monotonic()
+        self._logged_step = first_step
         self._first_step = first_step + 1
         self._rollbacks: list[Rollback] = []
         self._open(first_step)
@@ -93,7 +96,14 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._jsonl is not None and "failed_saves" in self._saved:  # no step comes that they could stand with
+            self._write_line({"step": self._logged_step, **self._saved})
         self._close()
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        assert self._jsonl is not None
+        self._jsonl.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
+        self._jsonl.flush()
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -124,13 +134,16 @@ class Reporter:
                 more["start_seconds"] = time.time() - psutil.Process().create_time()
             if self._rollbacks and record.step == self._rollbacks[-1].to_step + 1:
                 more["rollbacks"] = [asdict(one) for one in self._rollbacks]
-            self._jsonl.write(json.dumps(_without_nan({**asdict(record), **more}), allow_nan=False) + "\n")
-            self._jsonl.flush()
-            self._saved = {}
+            if self.config.checkpoint.save_dir:
+                more |= {"checkpoint_step": self._good_step, "checkpoint_age_seconds": self._checkpoint_age()}
+            self._write_line({**asdict(record), **more})
+        self._saved, self._logged_step = {}, record.step
         if self._writer is not None:
             for name, value in self._scalars(record).items():
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, record.step)
+            if self.config.checkpoint.save_dir:
+                self._writer.add_scalar("checkpoint/age_seconds", self._checkpoint_age(), record.step)
         if record.skipped:
             self._fault("skipped", record.step, skipped_text(record))
         if record.spike is not None:
@@ -172,12 +185,10 @@ class Reporter:
             return
         for outcome in outcomes:
             if outcome.error is not None:
-                self.console.print(
-                    f"step {outcome.step}: could not be saved: {outcome.error}\n  the run goes on; the last good "
-                    "checkpoint stays, the next save tries again"
-                )
+                self._failed_save(outcome, outcome.error)
                 continue
-            self._saved = {"save_seconds": outcome.seconds, "save_stall_seconds": outcome.stall_seconds}
+            self._good_step, self._good_at = outcome.step, time.monotonic() - outcome.seconds
+            self._saved |= {"save_seconds": outcome.seconds, "save_stall_seconds": outcome.stall_seconds}
             self.console.print(
                 f"saved {outcome.path}: {outcome.nbytes / 1e6:,.1f} MB in {outcome.seconds:.1f} s, the run waited "
                 f"{outcome.stall_seconds:.2f} s"
@@ -187,6 +198,22 @@ class Reporter:
             if self._writer is not None:
                 self._writer.add_scalar("checkpoint/save_seconds", outcome.seconds, outcome.step)
                 self._writer.add_scalar("checkpoint/stall_seconds", outcome.stall_seconds, outcome.step)
+                self._writer.add_scalar("checkpoint/failed_saves", 0, outcome.step)
+
+    def _failed_save(self, outcome: SaveOutcome, error: str) -> None:
+        age, most = timedelta(seconds=round(self._checkpoint_age())), self.config.checkpoint.max_failed_saves
+        good = f"the last good checkpoint, of step {self._good_step}, stays" if self._good_step else "there is none yet"
+        row = f"{outcome.failures} in a row" + (f", checkpoint.max_failed_saves {most}" if most else "")
+        text = f"could not be saved: {error}\n  the run goes on; {good}: {age} of work are in no checkpoint ({row})"
+        self.console.print(f"step {outcome.step}: {text}")
+        self._saved.setdefault("failed_saves", []).append({"step": outcome.step, "error": error})
+        if self._writer is not None:
+            self._writer.add_text("faults/save", text, outcome.step)
+            self._writer.add_scalar("checkpoint/failed_saves", outcome.failures, outcome.step)
+
+    def _checkpoint_age(self) -> float:
+        """Seconds of this process's work that would be lost now."""
+        return time.monotonic() - self._good_at
 
     def held_out(self, step: int, figures: HeldOut) -> None:
         """Log a validation."""

@@ -25,6 +25,9 @@ from illada_megatron.training.start_table import start_table
 from illada_megatron.training.validation import evaluate, run_schedule, speaks_for_tensor_group
 from illada_megatron.training.watchdog import Watchdog
 
+# An error that passes at once costs no restart.
+_LAST_TRIES = 2
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -56,7 +59,7 @@ def train(config: RunConfig) -> TrainResult:
             first_step, save_due, stop = state.step, False, state.step >= last_step
             while not stop:
                 watchdog.now("step" if state.step > first_step else "first step", state.step + 1)
-                record, stop = train_step(state, stop_requested=signals.received is not None)
+                record, stop = train_step(state, stop_requested=signals.received is not None or saver.end is not None)
                 reporter.step(record)
                 if _due(config.logging.interval_steps, state.step):
                     reporter.compute_times(state.step, state.clock.gather(run))
@@ -192,17 +195,19 @@ def save(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
 def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     """Before the run ends: its last state is in a checkpoint, or the run says that it is not.
 
-    Raises OSError where it cannot be saved: a launcher that starts the run again lets it try again.
+    Raises OSError where it cannot be saved: a launcher that starts the run again lets it try again; CheckpointError
+    where another run has taken save_dir over.
     """
     reporter.saves(saver.wait())
-    if saver.place is None or saver.last_saved == state.step:
-        return
-    save(state, saver, reporter)
-    outcomes = saver.wait()
-    reporter.saves(outcomes)
+    for _ in range(_LAST_TRIES):
+        if saver.end is not None:
+            raise saver.end
+        if saver.place is None or saver.last_saved == state.step:
+            return
+        save(state, saver, reporter)
+        reporter.saves(saver.wait())
     if saver.last_saved != state.step:
-        raise OSError(
-            f"step {state.step}: the run's last state could not be saved in {saver.place}: {outcomes[-1].error}; the "
-            f"last good checkpoint there is of step {saver.last_saved}: mend the cause and start the run again, it "
-            "goes on from there"
+        raise saver.end or OSError(
+            f"step {state.step}: the run's last state could not be saved in {saver.place}: {saver.last_error}; "
+            f"{saver.last_good()}: mend the cause and start the run again, it goes on from there"
         )

@@ -13,9 +13,15 @@ import pytest
 import torch
 from corpus import write_corpus
 from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.tensors import TensorReader, TensorWriter
+from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.store import newest_complete
+from illada_megatron.config import load_config
+from illada_megatron.runtime import runtime
+from illada_megatron.training.setup import setup
 
 
 def assert_same_tensors(found: Path | str, expected: Path | str) -> None:
@@ -80,6 +86,7 @@ def test_disk_full_for_a_while(tmp_path: Path) -> None:
         rank.rlimit(resource.RLIMIT_FSIZE, before)
 
     saving = [f"checkpoint.save_dir={save_dir}", "checkpoint.interval_steps=2", "checkpoint.keep_last=1"]
+    saving += ["checkpoint.max_failed_saves=10", f"logging.tensorboard_dir={tmp_path / 'board'}"]
     run = launch("train", [*arguments, *saving], 2, jsonl, limit)
     assert run.process.returncode == 0, run.output
     said = run.process.stdout
@@ -95,16 +102,135 @@ def test_disk_full_for_a_while(tmp_path: Path) -> None:
     assert [step["loss"] for step in run.steps] == [
         step["loss"] for step in launch("train", arguments, 2, tmp_path / "undisturbed.jsonl").steps
     ]
+    logged = [one for step in run.steps for one in step.get("failed_saves", [])]
+    assert [one["step"] for one in logged] == failed
+    assert all("File too large" in one["error"] for one in logged)
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert max(event.value for event in events.Scalars("checkpoint/failed_saves")) == len(failed)
+    assert [event.step for event in events.Tensors("faults/save/text_summary")] == failed
+    ages = [event.value for event in events.Scalars("checkpoint/age_seconds")]
+    assert ages == pytest.approx([step["checkpoint_age_seconds"] for step in run.steps], abs=1)
+    for step, earlier in zip(run.steps[1:], run.steps, strict=False):
+        if step["checkpoint_step"] == earlier["checkpoint_step"]:
+            assert step["checkpoint_age_seconds"] > earlier["checkpoint_age_seconds"]
+    assert {step["checkpoint_step"] for step in run.steps} <= {None, *saved}
+    assert run.steps[failed[-1] - 1]["checkpoint_step"] < failed[0]
 
 
+def test_too_many_saves_that_fail_end_the_run(tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
+    """Else it goes on for days with nothing to return to."""
+    jsonl = tmp_path / "steps.jsonl"
+    for step in range(1, 100):
+        (tmp_path / f"step_{step:08d}").write_text("in the way")
+    outcome = illada(
+        *("train", *tiny_run, "training.train_steps=90", "checkpoint.interval_steps=1", f"logging.jsonl_path={jsonl}"),
+        *(f"checkpoint.save_dir={tmp_path}", "checkpoint.max_failed_saves=3"),
+    )
+    assert outcome.code == 1  # a launcher may try again
+    assert re.search(
+        r"[34] saves in a row have failed \(checkpoint.max_failed_saves\), the last with: rank 0", outcome.err
+    )
+    assert "there is none yet" in outcome.out
+    lines = read_steps(jsonl)
+    failed = [one["step"] for line in lines for one in line.get("failed_saves", [])]
+    assert failed == list(range(1, len(failed) + 1))
+    assert 3 <= len(failed) <= 5  # asynchronous: one more may be on its way
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_last_state_that_cannot_be_saved_is_an_error(
-    two_steps: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
+    asynchronous: str, two_steps: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
 ) -> None:
     """Nobody has to read the log to know that the run's result is lost."""
     (tmp_path / "step_00000003").write_text("in the way")
-    outcome = illada("train", *tiny_run, f"checkpoint.load_dir={two_steps}", f"checkpoint.save_dir={tmp_path}")
+    jsonl = tmp_path / "steps.jsonl"
+    outcome = illada(
+        *("train", *tiny_run, f"checkpoint.load_dir={two_steps}", f"checkpoint.save_dir={tmp_path}"),
+        *(f"checkpoint.asynchronous={asynchronous}", f"logging.jsonl_path={jsonl}"),
+    )
     assert outcome.code == 1  # a launcher may try again
     assert "step 3: the run's last state could not be saved" in outcome.err
+    assert f"'{tmp_path}/step_00000003'" in outcome.err
+    assert [one["step"] for one in read_steps(jsonl)[-1]["failed_saves"]] == [3, 3]  # tried twice
+
+
+def test_a_fall_back_keeps_what_it_saves(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
+    """The newest is damaged, the run goes back, and ends before it is there again: what it has saved then used to be
+    deleted for the damaged one, which was newer and "complete"."""
+    arguments = ("train", *tiny_run, "training.train_steps=40", f"checkpoint.save_dir={tmp_path}")
+    arguments += ("checkpoint.interval_steps=10", "checkpoint.keep_last=1", "checkpoint.keep_every=20")
+    assert illada(*arguments, "training.exit_steps=30").code == 0
+    (file,) = (tmp_path / "step_00000030").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    outcome = illada(*arguments, "training.exit_steps=25")
+    assert outcome.code == 0, outcome.err
+    assert f"refused {file}: its bytes have changed" in outcome.out.replace("\n", "")
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000020", "step_00000025"]
+    assert (tmp_path / "latest").read_text() == "step_00000025\n"
+    assert newest_complete(tmp_path)[1] == []
+
+
+def test_what_fails_behind_the_record_takes_nothing_back(
+    tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """A pointer that cannot be moved used to clear the complete checkpoint, and the run had none."""
+    (tmp_path / "latest").mkdir()
+    outcome = illada("train", *tiny_run, f"checkpoint.save_dir={tmp_path}", "checkpoint.interval_steps=1")
+    assert outcome.code == 0, outcome.err
+    assert "`latest` could not be moved to step_00000003: " in outcome.out
+    info, refused = newest_complete(tmp_path)
+    assert info is not None
+    assert (info.step, refused) == (3, [])
+
+
+def test_a_record_whose_flush_fails_stays(
+    tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be durable: the save has failed, the checkpoint is not cleared."""
+    replace = LocalFolder.replace
+
+    def fail(place: LocalFolder, name: str, content: bytes) -> None:
+        replace(place, name, content)
+        if place.name == "step_00000003":
+            raise OSError(5, "Input/output error", str(place))
+
+    monkeypatch.setattr(LocalFolder, "replace", fail)
+    outcome = illada("train", *tiny_run, f"checkpoint.save_dir={tmp_path}")
+    assert outcome.code == 1
+    assert "step 3: the run's last state could not be saved" in outcome.err
+    info, refused = newest_complete(tmp_path)
+    assert info is not None
+    assert (info.step, refused) == (3, [])
+
+
+def test_what_is_kept_when_steps_were_bad_or_come_again(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
+    """In a row of bad steps an older checkpoint may be the one to return to; when the run has returned, those it has
+    left behind are not its own any more."""
+    config = load_config(None, [*tiny_run, f"checkpoint.save_dir={tmp_path}", "checkpoint.keep_last=1"])
+    bad = {"bad_steps": {"streak": [{"step": 2}]}}
+    with runtime(config) as run, Saver(config, {}, None) as saver:
+        state = setup(config, run)
+
+        def save(step: int, **progress: Any) -> list[int]:
+            saver.save(step, [chunk.module for chunk in state.chunks], state.optimizer, progress)
+            (outcome,) = saver.wait()
+            assert (outcome.error, outcome.warnings) == (None, ())
+            return sorted(int(path.name.removeprefix("step_")) for path in tmp_path.glob("step_*"))
+
+        assert save(1) == [1]
+        assert save(2, **bad) == [1, 2]
+        assert save(3, **bad) == [1, 2, 3]
+        assert save(4) == [4]
+        assert save(5, **bad) == [4, 5]
+        saver.last_saved = 4  # as after a return to it
+        assert save(6) == [6]
+        assert save(7, **bad) == [6, 7]
+        saver.last_saved = 6
+        assert save(8, **bad) == [6, 8]
+        state.close()
 
 
 def test_in_object_storage(s3: str, two_steps: Path, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ import xxhash
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord
+from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.store import finish, move_pointer, newest_complete, step_directory
 
 
-def _checkpoint(save_dir: Path, step: int) -> Path:
+def _checkpoint(save_dir: Path, step: int, **progress: Any) -> Path:
     path = step_directory(folder(save_dir), step)
     path.make()
     files = {}
@@ -23,7 +25,7 @@ def _checkpoint(save_dir: Path, step: int) -> Path:
         sink.write(content)
         sink.close()
         files[name] = FileRecord(bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
-    finish(path, step, {"model": {"num_layers": step}}, {"step": step}, files, {"tokenizer": "mine"})
+    finish(path, step, {"model": {"num_layers": step}}, {"step": step, **progress}, files, {"tokenizer": "mine"})
     move_pointer(path)
     return save_dir / path.name
 
@@ -86,18 +88,48 @@ def test_checksums_may_be_left_out(tmp_path: Path) -> None:
         newest_complete(tmp_path)
 
 
+def _left(save_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in save_dir.glob("step_*"))
+
+
 def test_what_is_not_kept_goes(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         _checkpoint(tmp_path, step)
-    for step in (35, 60):  # interrupted: behind the newest complete one, and in front of it
+    for step in (35, 60):  # interrupted: whether others are kept or not, nobody will ever complete them
         step_directory(folder(tmp_path), step).make()
-    assert prune(folder(tmp_path), None, 20) == []
-    assert len(list(tmp_path.glob("step_*"))) == 7
-    assert prune(folder(tmp_path), 2, 20) == []
-    assert sorted(path.name[-2:] for path in tmp_path.glob("step_*")) == ["20", "40", "50", "60"]
-    assert prune(folder(tmp_path), 1, None) == []
-    assert sorted(path.name[-2:] for path in tmp_path.glob("step_*")) == ["50", "60"]
+    assert prune(folder(tmp_path), [50], 40, None, 20) == []
+    assert _left(tmp_path) == [10, 20, 30, 40, 50]
+    assert prune(folder(tmp_path), [50], 40, 2, 20) == []
+    assert _left(tmp_path) == [20, 40, 50]
+    assert prune(folder(tmp_path), [50], 40, 1, None) == []
+    assert _left(tmp_path) == [50]
     assert newest_complete(tmp_path)[0].step == 50  # type: ignore[union-attr]
+
+
+def test_what_was_just_saved_stays(tmp_path: Path) -> None:
+    """After a fall-back those that were refused are newer. They are complete, and neither count nor stay."""
+    for step in (10, 20, 30, 25):
+        _checkpoint(tmp_path, step)
+    assert prune(folder(tmp_path), [25], 20, 1, 20) == []
+    assert _left(tmp_path) == [20, 25]
+
+
+@pytest.mark.parametrize("keep_last", [1, None])
+def test_steps_that_are_done_again_are_no_checkpoints(keep_last: int | None, tmp_path: Path) -> None:
+    """Went on from 10, at another interval than the refused ones: a restart would return to what was left behind."""
+    for step in (10, 20, 30, 25, 40):
+        _checkpoint(tmp_path, step)
+    assert prune(folder(tmp_path), [25], 10, keep_last, None) == []
+    assert _left(tmp_path) == ([25] if keep_last else [10, 25])
+
+
+def test_a_run_that_found_nothing_leaves_what_is_newer(tmp_path: Path) -> None:
+    """A file system that was mounted late: it is not this run's to delete."""
+    for step in (5, 10, 1000):
+        _checkpoint(tmp_path, step)
+    step_directory(folder(tmp_path), 2000).make()
+    assert prune(folder(tmp_path), [10], None, 1, None) == []
+    assert _left(tmp_path) == [10, 1000]
 
 
 def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +139,73 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     for step in (10, 20):
         _checkpoint(tmp_path, step)
     monkeypatch.setattr("shutil.rmtree", refuse)
-    (failure,) = prune(folder(tmp_path), 1, None)
+    (failure,) = prune(folder(tmp_path), [20], 10, 1, None)
     assert "step_00000010 could not be deleted" in failure
     assert newest_complete(tmp_path)[0].step == 20  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_looked_at_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends nothing: the newest is complete."""
+    size = LocalFolder.size
+
+    def fail(place: LocalFolder, name: str) -> int | None:
+        if place.name == "step_00000010":
+            raise OSError(5, "Input/output error", str(place))
+        return size(place, name)
+
+    for step in (10, 15, 20):
+        _checkpoint(tmp_path, step)
+    monkeypatch.setattr(LocalFolder, "size", fail)
+    (failure,) = prune(folder(tmp_path), [20], 15, 1, None)
+    assert "step_00000010 could not be deleted: [Errno 5]" in failure
+    assert _left(tmp_path) == [10, 20]
+
+
+def _failing(calls: int, monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """The first reads of a file fail, as a bad cable's or a busy server's do; returns what was asked for."""
+    read, asked = LocalFolder.read_into, list[str]()
+
+    def fail(place: LocalFolder, file: str, offset: int, out: memoryview) -> None:
+        if place.name == name:
+            asked.append(file)
+            if len(asked) <= calls:
+                raise OSError(5, "Input/output error", f"{place}/{file}")
+        read(place, file, offset, out)
+
+    monkeypatch.setattr(LocalFolder, "read_into", fail)
+    monkeypatch.setattr("illada_megatron.checkpoint.files.patience._PAUSES_SECONDS", (0.0, 0.0))
+    return asked
+
+
+def test_a_read_that_fails_once_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to count as damage: the run went back a checkpoint without a word, and wrote over the good one."""
+    for step in (10, 20):
+        _checkpoint(tmp_path, step)
+    asked = _failing(2, monkeypatch, "step_00000020")
+    info, refused = newest_complete(tmp_path)
+    assert info is not None
+    assert (info.step, refused) == (20, [])
+    assert asked == ["a.distcp"] * 3
+
+
+def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither older ones nor none at all are taken for it; the launcher tries again."""
+    for step in (10, 20):
+        _checkpoint(tmp_path, step)
+    _failing(1000, monkeypatch, "step_00000020")
+    with pytest.raises(OSError, match=r"step_00000020: cannot be read now, .*Input/output error.*start the run again"):
+        newest_complete(tmp_path)
+
+
+def test_a_record_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(place: LocalFolder, name: str) -> bytes:
+        raise OSError(116, "Stale file handle", f"{place}/{name}")
+
+    _checkpoint(tmp_path, 10)
+    monkeypatch.setattr(LocalFolder, "read", fail)
+    monkeypatch.setattr("illada_megatron.checkpoint.files.patience._PAUSES_SECONDS", (0.0, 0.0))
+    with pytest.raises(OSError, match="Stale file handle"):
+        newest_complete(tmp_path)
 
 
 def test_one_checkpoint_may_be_named_itself(tmp_path: Path) -> None:
@@ -147,3 +243,15 @@ def test_named_checkpoint_that_was_interrupted(tmp_path: Path) -> None:
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such directory; give checkpoint\.load_dir"):
         newest_complete(tmp_path / "nowhere")
+
+
+def test_none_of_a_row_of_bad_steps(tmp_path: Path) -> None:
+    """Where a run goes back, such a checkpoint is none to go back to, and no damaged one either; a restart takes it."""
+    _checkpoint(tmp_path, 20, bad_steps={"streak": [{"step": 20}]})
+    assert newest_complete(tmp_path)[0].step == 20  # type: ignore[union-attr]
+    assert newest_complete(tmp_path, good=True) == (
+        None,
+        [f"{tmp_path}/step_00000020: was saved in a row of bad steps"],
+    )
+    _checkpoint(tmp_path, 10, bad_steps={"streak": []})
+    assert newest_complete(tmp_path, good=True)[0].step == 10  # type: ignore[union-attr]

@@ -37,7 +37,7 @@ def _step(seed: int) -> tuple[MaskedLoss, MaskedBatch]:
 def test_sums_equal_loops_over_tokens(tiny_config: RunConfig, single_process: Runtime) -> None:
     """A token counted in another sequence's bucket, t = 1 outside the last bucket, a split counted as one segment."""
     steps = [_step(0), _step(1)]
-    local = [microbatch_sums(*step) for step in steps]
+    local = [microbatch_sums(*step, counted=len(TIMES)) for step in steps]
     sums = reduce_sums(local, counts=True, stop=False, device=torch.device("cpu"))
 
     weighted = total = masked = 0.0
@@ -61,8 +61,15 @@ def test_sums_equal_loops_over_tokens(tiny_config: RunConfig, single_process: Ru
         assert ours is None or ours == pytest.approx(theirs)
 
 
+def test_samples_that_fill_a_step_up_are_no_work(single_process: Runtime) -> None:
+    """Their segments would be in the FLOPs, and so in the MFU."""
+    loss, batch = _step(0)
+    sums = reduce_sums([microbatch_sums(loss, batch, counted=2)], counts=True, device=torch.device("cpu"))
+    assert sums.squared_lengths == 4**2 + 5**2 + 9**2
+
+
 def test_only_one_rank_of_a_tensor_group_speaks(single_process: Runtime) -> None:
-    local = [microbatch_sums(*_step(0))]
+    local = [microbatch_sums(*_step(0), counted=len(TIMES))]
     silent = reduce_sums(local, counts=False, stop=False, device=torch.device("cpu"))
     assert (silent.weighted, silent.masked, silent.stop) == (0.0, 0, False)
     assert silent.masked_cross_entropy == 0.0
@@ -72,6 +79,8 @@ def test_only_one_rank_of_a_tensor_group_speaks(single_process: Runtime) -> None
 def test_silent_rank_still_asks_to_stop(single_process: Runtime) -> None:
     """SIGTERM may reach a rank of the first stage, or the second of a tensor-parallel group."""
     assert reduce_sums([], counts=False, stop=True, device=torch.device("cpu")).stop
-    spoken = reduce_sums([microbatch_sums(*_step(0))], counts=True, stop=True, device=torch.device("cpu"))
+    spoken = reduce_sums(
+        [microbatch_sums(*_step(0), counted=len(TIMES))], counts=True, stop=True, device=torch.device("cpu")
+    )
     assert spoken.stop
     assert spoken.masked > 0

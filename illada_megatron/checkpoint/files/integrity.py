@@ -1,11 +1,12 @@
-"""Checksums of a checkpoint's files: made while they are written, compared by all ranks together, each its share."""
+"""Checksums of a checkpoint's files: made while they are written, compared before they are loaded."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypedDict
 
 import xxhash
 
-from illada_megatron.checkpoint.files.agreement import rank_and_size
+from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder
 
 
@@ -46,22 +47,23 @@ class RecordedFile:
 
 
 def damage(place: Folder, files: Mapping[str, FileRecord], checksums: bool) -> str | None:
-    """What is wrong with the files of `place`, the first thing found; None: they are as they were written.
+    """What is wrong with these files of `place`, the first thing found; None: they are as they were written.
 
-    Sizes of all are compared; checksums, where asked for, of this rank's share. The caller asks the other ranks.
+    checksums: their bytes are compared, else their sizes only. What cannot be read is no damage: raises OSError, after
+    some tries.
     """
-    for name, record in files.items():
-        found = place.size(name)
-        if found != record["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes"
-            return f"{place}/{name}: {state}, expected {record['bytes']} bytes"
-    if not checksums:
-        return None
-    rank, size = rank_and_size()
-    for name in sorted(files)[rank::size]:
-        found_checksum, expected = checksum(place, name, files[name]["bytes"]), files[name]["xxh3_128"]
-        if found_checksum != expected:
-            return f"{place}/{name}: its bytes have changed: checksum {found_checksum}, expected {expected}"
+    for name in sorted(files):
+        if (found := patiently(partial(_file_damage, place, name, files[name], checksums))) is not None:
+            return found
+    return None
+
+
+def _file_damage(place: Folder, name: str, record: FileRecord, checksums: bool) -> str | None:
+    if (size := place.size(name)) != record["bytes"]:
+        state = "is missing" if size is None else f"has {size} bytes"
+        return f"{place}/{name}: {state}, expected {record['bytes']} bytes"
+    if checksums and (found := checksum(place, name, record["bytes"])) != (expected := record["xxh3_128"]):
+        return f"{place}/{name}: its bytes have changed: checksum {found}, expected {expected}"
     return None
 
 

@@ -5,7 +5,8 @@ import fcntl
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class LocalFolder:
         return LocalFolder(self.path / name)
 
     def exists(self) -> bool:
-        return self.path.is_dir()
+        return _is(stat.S_ISDIR, self.path) is not None
 
     def folders(self) -> list[str]:
         return sorted(path.name for path in self._entries() if path.is_dir())
@@ -48,8 +49,8 @@ class LocalFolder:
         return sorted(path.name for path in self._entries() if path.is_file())
 
     def size(self, name: str) -> int | None:
-        file = self.path / name
-        return file.stat().st_size if file.is_file() else None
+        found = _is(stat.S_ISREG, self.path / name)
+        return None if found is None else found.st_size
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -94,7 +95,17 @@ class LocalFolder:
         (self.path / name).unlink(missing_ok=True)
 
     def _entries(self) -> list[Path]:
-        return list(self.path.iterdir()) if self.path.is_dir() else []
+        return list(self.path.iterdir()) if self.exists() else []
+
+
+def _is(kind: Callable[[int], bool], path: Path) -> os.stat_result | None:
+    """The status of what is there and of that kind; an error that says nothing about that is raised, where pathlib's
+    own questions may answer "no"."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found if kind(found.st_mode) else None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder
 
 _MODULES = (
@@ -112,7 +113,7 @@ def pickled_metadata(tensors: Mapping[str, TensorInfo]) -> bytes:
 
 
 def _read(place: Folder, name: str, take: Callable[[Any], Taken]) -> Taken:
-    content = place.read(name)
+    content = patiently(lambda: place.read(name))
     try:
         return take(_Unpickler(io.BytesIO(content)).load())
     except Exception as error:  # pickle raises whatever the bytes lead it to

@@ -6,6 +6,7 @@ import glob
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.local_files import sync
 
-_UNFINISHED = ".unfinished"
+_UNFINISHED, _TOKEN_BYTES = ".unfinished", 4
 # what file systems without locks answer; what a killed process left there stays, as it may be another's at work
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -21,8 +22,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 @contextmanager
 def staged(target: Path, nbytes: int, may_be_empty: bool = False) -> Iterator[Path]:
     """A new directory beside `target` to write into; it becomes `target` at the end of the block, durably, or goes when
-    the block fails, with the directories that were made above it. What killed processes left of such directories is
-    removed first.
+    the block fails, with the directories that were made above it. What killed processes of this machine left of such
+    directories is removed first.
 
     nbytes: that will be written; may_be_empty: `target` may be there as an empty directory. Raises CheckpointError, all
     before the block, where `target` exists, is no path of this machine or nothing that a directory can be renamed to,
@@ -80,12 +81,14 @@ def _check_target(target: Path, may_be_empty: bool) -> None:
 
 @contextmanager
 def _beside(target: Path, nbytes: int) -> Iterator[Path]:
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
+    # Of this machine only: on NFS a directory's lock is not seen on others, where one may be at work.
+    machine = f".{target.name}@{socket.gethostname()}."
+    for leftover in target.parent.glob(f"{glob.escape(machine)}{'?' * 2 * _TOKEN_BYTES}{_UNFINISHED}"):
         _remove_unless_used(leftover)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
         raise CheckpointError(f"{target.parent}: has room for {free:,} bytes, {nbytes:,} are to be written")
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}"
+    temporary = target.parent / f"{machine}{secrets.token_hex(_TOKEN_BYTES)}{_UNFINISHED}"
     temporary.mkdir()
     descriptor = os.open(temporary, os.O_RDONLY)
     try:

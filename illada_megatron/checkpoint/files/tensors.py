@@ -1,7 +1,7 @@
 """Tensors in torch.distributed.checkpoint's files, in boxes of any shape, written and read box by box.
 
     .metadata          a pickle of torch's own dataclasses: shape and dtype of every tensor, where each piece lies
-    __{rank}_0.distcp  pieces one behind the other, each of them what torch.save writes for it
+    __{rank}_*.distcp  pieces one behind the other, each of them what torch.save writes for it
 
 torch and megatron-core read what is written here, and the other way round. Their own writers want every rank's whole
 state in one shape of grid and plan each save with all ranks; here a rank writes the ranges it owns, whatever their
@@ -41,13 +41,38 @@ class WrittenPart:
     """With its own pieces only."""
     files: dict[str, FileRecord]
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        tensors = {
+            name: {
+                "shape": info.shape,
+                "dtype": str(info.dtype).removeprefix("torch."),
+                "pieces": [(one.offset, one.shape, one.file, one.start, one.length) for one in info.pieces],
+            }
+            for name, info in self.tensors.items()
+        }
+        return {"tensors": tensors, "files": self.files}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "WrittenPart":
+        """The other way round."""
+        tensors = {
+            name: TensorInfo(
+                tuple(info["shape"]),
+                getattr(torch, info["dtype"]),
+                [Piece(tuple(offset), tuple(shape), *rest) for offset, shape, *rest in info["pieces"]],
+            )
+            for name, info in plain["tensors"].items()
+        }
+        return cls(tensors, plain["files"])
+
 
 class TensorWriter:
     """Writes boxes of tensors into one file of a checkpoint, as they come; `rank` tells the writers of a checkpoint
-    apart. Raises OSError."""
+    apart, `attempt` those who may come to write the same one again. Raises OSError."""
 
-    def __init__(self, place: Folder, rank: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
-        self._file = RecordedFile(place, f"__{rank}_0.distcp")
+    def __init__(self, place: Folder, rank: int = 0, piece_bytes: int = PIECE_BYTES, attempt: str = "0") -> None:
+        self._file = RecordedFile(place, f"__{rank}_{attempt}.distcp")
         self._piece_bytes = piece_bytes
         self._tensors: dict[str, TensorInfo] = {}
         self._missing = 0  # bytes of the piece that was begun

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.integrity import damage
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.metadata import read_object
 from illada_megatron.checkpoint.files.restricted_unpickler import load_plain
@@ -77,9 +78,11 @@ def _of_megatron(directory: Path, overrides: Sequence[str]) -> OpenCheckpoint:
     if not ranks:
         raise CheckpointError(f"{directory}: has no mp_rank_*/{legacy_layout.MODEL_FILE}: not a checkpoint of Megatron")
     if (directory / store.RECORD).is_file():  # one that `reshard` has written
-        found = store.read_record(LocalFolder(directory), checksums=False)
+        found = store.read_record(LocalFolder(directory))
         if not isinstance(found, CheckpointInfo):
             raise CheckpointError(found.reason)
+        if (problem := damage(found.path, found.files, checksums=False)) is not None:
+            raise CheckpointError(problem)
         config = _config(found.config, directory, ())
         slots, _ = find_slots(directory, config)
         return OpenCheckpoint("legacy", found, config, LegacySource(config, slots))

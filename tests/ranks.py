@@ -1,0 +1,35 @@
+"""Ranks as plain processes, for tests that do something to one of them."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+
+def start_ranks(worker: Callable[..., None], size: int, *arguments: Any) -> list[Any]:
+    """Processes that call worker(rank, *arguments), with what a launcher puts into the environment. `worker` is at the
+    top of its module; an exception in it is the process's exit code 1, with a traceback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=_rank, args=(rank, size, port, worker, arguments), daemon=True) for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def run_ranks(worker: Callable[..., None], size: int, *arguments: Any) -> None:
+    """Start them and wait; fails where one of them does."""
+    ranks = start_ranks(worker, size, *arguments)
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * size
+
+
+def _rank(rank: int, size: int, port: int, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    worker(rank, *arguments)
