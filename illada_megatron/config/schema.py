@@ -270,9 +270,10 @@ class TrainingConfig(Section):
     rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """(start, increment, samples): Megatron's ramp-up, from start to global_batch_size in steps of increment over
     that many samples."""
-    pad_global_batch: bool = False
+    pad_global_batch: bool | None = None
     """Let data-parallel sizes that do not divide the batch fill the last places of each step with samples of weight 0,
-    which cost time and change nothing; without it they are an error. For runs that go on with fewer machines."""
+    which cost time and change nothing; without it they are an error. None: with `--nnodes MIN:MAX`, where a run goes on
+    with fewer machines, true; else false."""
     train_steps: PositiveInt = 1000
     exit_steps: PositiveInt | None = None
     """Save and stop at this step although the schedule is made for train_steps."""

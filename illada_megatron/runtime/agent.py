@@ -18,7 +18,7 @@ USER_ERROR = 2
 _NEWS_SECONDS = 1.0
 
 
-def _shutdown_seconds() -> int:
+def shutdown_seconds() -> int:
     """How long ranks that are told to leave may take, before they are killed; torchrun's variable and its default."""
     return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
@@ -36,7 +36,7 @@ class Agent(LocalElasticAgent):
     """Watches the ranks of this machine, and starts them again as `max_restarts` allows."""
 
     def __init__(self, spec: WorkerSpec, several_nodes: bool) -> None:
-        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=_shutdown_seconds())
+        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=shutdown_seconds())
         self._several_nodes = several_nodes
         self.stop_requested = False
         """A signal asked the ranks to save and leave: nothing is started again after it."""
