@@ -72,6 +72,11 @@ def check_name(save_dir: Folder) -> None:
         )
 
 
+def in_bad_steps(progress: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint with this progress was saved in a row of bad steps, when its weights may be what is bad."""
+    return bool((progress or {}).get("bad_steps", {}).get("streak"))
+
+
 def step_of(name: str) -> int:
     """Of a `step_directory`'s name."""
     return int(name.removeprefix(_PREFIX))
@@ -104,28 +109,35 @@ def move_pointer(path: Folder) -> None:
     path.parent.replace(_POINTER, f"{path.name}\n".encode())
 
 
-def checkpoint_to_continue(settings: CheckpointConfig) -> tuple[CheckpointInfo | None, list[str]]:
+def checkpoint_to_continue(
+    settings: CheckpointConfig, good: bool = False
+) -> tuple[CheckpointInfo | None, list[str]]:
     """The checkpoint that a run continues from (save_dir's if it has one, else load_dir's, which has to have one), and
-    why others were refused. Every rank calls it; raises CheckpointError as `newest_complete` does."""
+    why others were refused. Every rank calls it; raises CheckpointError as `newest_complete` does.
+
+    good: none that was saved in a row of bad steps.
+    """
     save_dir, load_dir = settings.save_dir, settings.load_dir
     refused: list[str] = []
     if save_dir and gathered(folder(save_dir).exists())[0]:
-        info, refused = newest_complete(save_dir, settings.verify)
+        info, refused = newest_complete(save_dir, settings.verify, good)
         if info is not None:
             return info, refused
     if load_dir is None:
         return None, refused
-    info, more = newest_complete(load_dir, settings.verify)
-    if info is None:
+    info, more = newest_complete(load_dir, settings.verify, good)
+    if info is None and not good:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
     return info, refused + more
 
 
 def newest_complete(
-    load_dir: str | PathLike[str] | Folder, checksums: bool = True
+    load_dir: str | PathLike[str] | Folder, checksums: bool = True, good: bool = False
 ) -> tuple[CheckpointInfo | None, list[str]]:
     """The newest complete and intact checkpoint below `load_dir` (or `load_dir` itself, if it is one), and why newer
     ones were refused. None where there is none, or only interrupted ones: nothing was ever complete, nothing is lost.
+
+    good: one that was saved in a row of bad steps is refused too.
 
     Every rank of a run calls it: they share the reading (checksums=False: only sizes are compared), and agree.
 
@@ -144,7 +156,9 @@ def newest_complete(
         refusal = next((other for other in gathered(found) if isinstance(other, _Refusal)), None)
         if refusal is None:
             assert isinstance(found, CheckpointInfo)
-            return found, refused
+            if not (good and in_bad_steps(found.progress)):
+                return found, refused
+            refusal = _Refusal(f"{path}: was saved in a row of bad steps", True)
         refused.append(refusal.reason)
         damaged |= not refusal.interrupted
     if damaged:

@@ -341,9 +341,11 @@ class FaultsConfig(Section):
     spike_threshold: PositiveFloat = 8.0
     """A spike lies above their median by more than this many standard deviations (1.4826 times the median absolute
     deviation)."""
-    watchdog_seconds: PositiveInt | None = None
-    """A rank without a finished step for so long reports and exits; the first step, validations and savings have ten
-    times as long. None: nobody watches."""
+    watchdog_seconds: PositiveInt | Literal["auto"] | None = "auto"
+    """A rank that makes no progress reports and exits, so that the run can be started again. auto: after ten times the
+    longest of its last hundred steps, or validations, and 120 s at least; an hour for the start, the first step, a
+    save and a rollback. A number: of seconds for a step; everything else has ten times as long, the start an hour at
+    least. None: nobody watches."""
     straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.2
     """A rank that computes longer than this many times the median of those that do the same is named."""
 

@@ -23,6 +23,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from illada_megatron.runtime.agent import Agent, decisive, shutdown_seconds
 from illada_megatron.runtime.spares import WithSpares
+from illada_megatron.runtime.tables import tell
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
     except SignalException as error:
         return 128 + error.sigval  # the rendezvous stays open: the other machines may go on
     except RendezvousError as error:
-        print(f"illada: error: {_explain(error, options)}", file=sys.stderr)
+        tell(f"illada: error: {_explain(error, options)}")
         return 1
     if handler is not None:
         handler.shutdown()
@@ -109,7 +110,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
         return 0
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     # The rank has said why; a traceback of the launcher would only bury it.
-    print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
+    tell(f"rank {rank} failed first, with exit code {failure.exitcode}")
     failure = decisive(result.failures) or failure
     return failure.exitcode if failure.exitcode > 0 else 1
 

@@ -21,6 +21,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
+from illada_megatron.runtime.tables import tell
+
 _NEWS_SECONDS = 1.0
 # The machine that holds the store stays so long after the run, for those that still ask it whether the run is over.
 _LAST_NEWS_SECONDS = 10.0
@@ -51,9 +53,7 @@ class WithSpares(RendezvousHandler):
             self._has_spares = working < found.world_size
             if found.rank < working:
                 return RendezvousInfo(found.store, found.rank, working, found.bootstrap_store_info)
-            print(
-                f"illada: this machine waits as a spare one: of {found.world_size} machines {working} work", flush=True
-            )
+            tell(f"illada: this machine waits as a spare one: of {found.world_size} machines {working} work")
             self.is_spare = True
             self._wait(working)
             self.is_spare = False

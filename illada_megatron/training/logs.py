@@ -45,6 +45,7 @@ class StepLog:
         self._end: int | None = None
         """Where the next line goes; None: not a regular file, it goes where it goes."""
         self._missing: list[int] = []
+        self._said = False
         try:
             self._open()
         except OSError as error:
@@ -64,6 +65,7 @@ class StepLog:
             steps = f"{self._missing[0]}" if len(self._missing) == 1 else f"{self._missing[0]} to {self._missing[-1]}"
             self._tell(f"logging.jsonl_path {self._path}: written again; the steps {steps} are not in it")
             self._missing = []
+        self._said = False
 
     def make_durable(self) -> None:
         """Return when all lines have reached the disk: a checkpoint that survives a power loss has its steps there."""
@@ -85,6 +87,8 @@ class StepLog:
     def close(self) -> None:
         if self._file is not None:
             try:
+                if self._end is not None and self._missing:  # what a full disk has left of the last line
+                    self._cut(self._end)
                 self._file.close()
             except OSError as error:
                 self._failed(error)
@@ -130,8 +134,9 @@ class StepLog:
             self._end += len(line)
 
     def _failed(self, error: OSError, step: int | None = None) -> None:
-        if not self._missing:
+        if not self._said:
             self._tell(f"warning: logging.jsonl_path {self._path}: {error}; the run goes on, each step tries again")
+        self._said = True
         if step is not None:
             self._missing.append(step)
 
@@ -168,6 +173,11 @@ class Board:
 
     def add_text(self, name: str, text: str, step: int) -> None:
         self._do(step, lambda writer: writer.add_text(name, text, step))
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after `step`: the steps behind it come again."""
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         self._do(None, SummaryWriter.close)

@@ -16,7 +16,6 @@ from launch import ROOT, launch, read_steps
 from network import wait_for, wait_until
 from test_layouts import RELATIVE, assert_same_training
 
-STEPS = 40
 
 
 @dataclass
@@ -94,33 +93,48 @@ def test_five_then_four_then_three_then_four(
     batch: int, worlds: list[int], small: tuple[str, ...], cluster: Start, tmp_path: Path
 ) -> None:
     """Every step stands once in the log, with the loss, the gradient norm and the counts of one undisturbed process."""
-    training = [*small, f"training.global_batch_size={batch}", f"training.train_steps={STEPS}", "training.lr=2e-3"]
-    training += ["checkpoint.interval_steps=3", "validation.interval_steps=1000"]
-    undisturbed = launch("train", training, jsonl=tmp_path / "undisturbed.jsonl")
-    assert undisturbed.process.returncode == 0, undisturbed.output
-
+    training = [*small, f"training.global_batch_size={batch}", "training.train_steps=100000", "training.lr=2e-3"]
+    training += ["checkpoint.interval_steps=3", "validation.interval_steps=100000"]
     jsonl = tmp_path / "steps.jsonl"
     places = [f"checkpoint.save_dir={tmp_path / 'save'}", f"logging.jsonl_path={jsonl}"]
     run = cluster(5, "2:5", *training, *places)
 
-    def wait_for_step(step: int, starts: int) -> None:
-        def reached() -> bool:
+    def steps_after_start(starts: int, steps: int) -> None:
+        def ended() -> None:
             assert run.machines[0].poll() is None, run.log(0).read_text()
-            return len(run.worlds()) >= starts and max((one["step"] for one in read_steps(jsonl)), default=0) >= step
 
-        wait_until(reached, f"step {step} after start {starts}")
+        def last() -> int:
+            ended()
+            return max((one["step"] for one in read_steps(jsonl)), default=0)
 
-    wait_for_step(5, starts=1)
-    run.lose_one()
-    wait_for_step(10, starts=2)
-    run.lose_one()
-    wait_for_step(15, starts=3)
+        def started() -> bool:
+            ended()
+            return len(run.worlds()) >= starts
+
+        wait_until(started, f"start {starts}")
+        before = last()
+        wait_until(lambda: last() >= before + steps, f"{steps} steps after start {starts}")
+
+    for starts in range(1, 4):
+        steps_after_start(starts, 4)
+        if starts < 3:
+            run.lose_one()
     run.start()
-    for number, machine in enumerate(run.machines):
-        if machine.returncode is None:
-            assert wait_for(machine, run.log(number)) == 0, run.log(number).read_text()
-    assert run.worlds() == worlds or sorted(run.worlds()) == sorted(worlds), run.worlds()
-    assert_same_training(read_steps(jsonl), undisturbed.steps, RELATIVE)
+    steps_after_start(4, 4)
+    left = [number for number, machine in enumerate(run.machines) if machine.poll() is None]
+    assert len(left) == 4
+    for number in left:
+        run.machines[number].send_signal(signal.SIGTERM)
+    for number in left:
+        assert wait_for(run.machines[number], run.log(number)) == 0, run.log(number).read_text()
+    assert sorted(run.worlds()) == sorted(worlds)
+
+    steps = read_steps(jsonl)
+    undisturbed = launch(
+        "train", [*training, f"training.exit_steps={len(steps)}"], jsonl=tmp_path / "undisturbed.jsonl"
+    )
+    assert undisturbed.process.returncode == 0, undisturbed.output
+    assert_same_training(steps, undisturbed.steps, RELATIVE)
 
 
 def test_a_spare_machine_leaves_with_the_others(tiny_run: tuple[str, ...], cluster: Start) -> None:
