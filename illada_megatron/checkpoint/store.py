@@ -109,9 +109,7 @@ def move_pointer(path: Folder) -> None:
     path.parent.replace(_POINTER, f"{path.name}\n".encode())
 
 
-def checkpoint_to_continue(
-    settings: CheckpointConfig, good: bool = False
-) -> tuple[CheckpointInfo | None, list[str]]:
+def checkpoint_to_continue(settings: CheckpointConfig, good: bool = False) -> tuple[CheckpointInfo | None, list[str]]:
     """The checkpoint that a run continues from (save_dir's if it has one, else load_dir's, which has to have one), and
     why others were refused. Every rank calls it; raises CheckpointError as `newest_complete` does.
 

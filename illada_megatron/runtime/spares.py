@@ -52,7 +52,9 @@ class WithSpares(RendezvousHandler):
                 working = found.world_size
             self._has_spares = working < found.world_size
             if found.rank < working:
-                return RendezvousInfo(found.store, found.rank, working, found.bootstrap_store_info)
+                address = found.bootstrap_store_info  # torch has it as None for other backends than c10d
+                assert address is not None
+                return RendezvousInfo(found.store, found.rank, working, address)
             tell(f"illada: this machine waits as a spare one: of {found.world_size} machines {working} work")
             self.is_spare = True
             self._wait(working)

@@ -1,5 +1,5 @@
-"""The files and the terminal that a run tells its progress to. None of them ends a run: what goes wrong with one is said
-once, in the terminal, and it is tried again; a run of a thousand GPUs is worth more than its log.
+"""The files and the terminal that a run tells its progress to. None of them ends a run: what goes wrong with one is
+said once, in the terminal, and it is tried again; a run of a thousand GPUs is worth more than its log.
 
     StepLog    one JSON object a step, in a file that belongs to one run
     Board      TensorBoard
@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 from rich.console import Console
@@ -41,7 +42,7 @@ class StepLog:
         """
         self._path, self._first_step, self._tell = path, first_step, tell
         self._save_dir = save_dir if continues else None
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._end: int | None = None
         """Where the next line goes; None: not a regular file, it goes where it goes."""
         self._missing: list[int] = []
@@ -104,7 +105,7 @@ class StepLog:
                 end = 0
         # not for appending: a line that a full disk has cut short is written over
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._file = open(descriptor, "r+b", buffering=0)
+        self._file = FileIO(descriptor, "r+")
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             self._cut(end)
 

@@ -128,9 +128,7 @@ def test_nobody_reads_the_terminal(kind: str, tiny_run: tuple[str, ...], tmp_pat
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "a file below a file", "a directory"])
-def test_a_log_that_can_never_be_written(
-    place: str, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
-) -> None:
+def test_a_log_that_can_never_be_written(place: str, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
     (tmp_path / "file").write_text("")
     path = {"/dev/full": "/dev/full", "a directory": tmp_path}.get(place, tmp_path / "file" / "steps.jsonl")
     board = tmp_path / "file" / "board"
@@ -141,7 +139,7 @@ def test_a_log_that_can_never_be_written(
 
 
 def test_a_log_goes_on_when_the_disk_has_room_again(tmp_path: Path) -> None:
-    """A line that the full disk has cut short is written over: every line can be read, and which are missing is said."""
+    """A line that the full disk has cut short is written over. Every line can be read; which are missing is said."""
     path = tmp_path / "steps.jsonl"
     code = f"""
         import resource

@@ -17,7 +17,6 @@ from network import wait_for, wait_until
 from test_layouts import RELATIVE, assert_same_training
 
 
-
 @dataclass
 class _Cluster:
     """Launchers of one rank each: to the run they are machines. The first holds the rendezvous."""
