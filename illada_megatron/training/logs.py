@@ -1,5 +1,6 @@
 """The files and the terminal that a run tells its progress to. None of them ends a run: what goes wrong with one is
-said once, in the terminal, and it is tried again; a run of a thousand GPUs is worth more than its log.
+said once, in the terminal, and it is tried again; a run of a thousand GPUs is worth more than its log. Only a path that
+can never be written is an error, where a run begins: there is nothing to lose yet, and somebody to correct it.
 
     StepLog    one JSON object a step, in a file that belongs to one run
     Board      TensorBoard
@@ -23,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 Tell = Callable[[str], None]
 _BOARD_RETRY_SECONDS = 60.0
+_WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 # No line of a log is longer; what a power loss has left may be, and is not read whole.
 _MOST_LINE_BYTES = 1 << 26
 
@@ -38,7 +40,8 @@ class StepLog:
         """Go on after `first_step`.
 
         save_dir: by which the run knows its own log again (each start writes it with its first step); None: it never
-        continues. continues: it goes on from a checkpoint of save_dir, and not from elsewhere or step 0.
+        continues. continues: it goes on from a checkpoint of save_dir, and not from elsewhere or step 0; else a path
+        that can never be written raises OSError.
         """
         self._path, self._first_step, self._tell = path, first_step, tell
         self._save_dir = save_dir if continues else None
@@ -50,6 +53,8 @@ class StepLog:
         try:
             self._open()
         except OSError as error:
+            if not continues and isinstance(error, _WRONG_PATH):
+                raise
             self._failed(error)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -162,12 +167,13 @@ def _good_lines(path: Path, last_step: int) -> tuple[int, str | None]:
 class Board:
     """TensorBoard's writer, opened again a minute after it failed: its thread does not live on."""
 
-    def __init__(self, directory: str, first_step: int, tell: Tell) -> None:
-        """What an interrupted run logged after `first_step` is hidden: those steps come again."""
+    def __init__(self, directory: str, first_step: int, continues: bool, tell: Tell) -> None:
+        """What an interrupted run logged after `first_step` is hidden: those steps come again. continues: as of
+        `StepLog`."""
         self._directory, self._tell = directory, tell
         self._writer: SummaryWriter | None = None
         self._retry_at = 0.0
-        self._open(first_step)
+        self._open(first_step, () if continues else _WRONG_PATH)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._do(step, lambda writer: writer.add_scalar(name, value, step))
@@ -184,10 +190,12 @@ class Board:
         self._do(None, SummaryWriter.close)
         self._writer = None
 
-    def _open(self, first_step: int) -> None:
+    def _open(self, first_step: int, raised: tuple[type[OSError], ...] = ()) -> None:
         try:
             self._writer = SummaryWriter(self._directory, purge_step=first_step + 1)
         except Exception as error:
+            if isinstance(error, raised):
+                raise
             self._failed(error)
 
     def _do(self, step: int | None, action: Callable[[SummaryWriter], Any]) -> None:

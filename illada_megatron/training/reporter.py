@@ -77,7 +77,7 @@ class Reporter:
         if not enabled:
             return
         if config.logging.tensorboard_dir:
-            self._writer = Board(config.logging.tensorboard_dir, first_step, self.say)
+            self._writer = Board(config.logging.tensorboard_dir, first_step, continues, self.say)
         if config.logging.jsonl_path:
             path, save_dir = Path(config.logging.jsonl_path), config.checkpoint.save_dir
             self._jsonl = StepLog(path, first_step, save_dir, continues, self.say)

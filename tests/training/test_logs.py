@@ -127,15 +127,27 @@ def test_nobody_reads_the_terminal(kind: str, tiny_run: tuple[str, ...], tmp_pat
     assert _logged(jsonl) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("place", ["/dev/full", "a file below a file", "a directory"])
-def test_a_log_that_can_never_be_written(place: str, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
-    (tmp_path / "file").write_text("")
-    path = {"/dev/full": "/dev/full", "a directory": tmp_path}.get(place, tmp_path / "file" / "steps.jsonl")
-    board = tmp_path / "file" / "board"
-    run = illada("train", *tiny_run, f"logging.jsonl_path={path}", f"logging.tensorboard_dir={board}")
+def test_a_log_on_a_full_disk(tiny_run: tuple[str, ...], illada: Illada) -> None:
+    run = illada("train", *tiny_run, "logging.jsonl_path=/dev/full")
     assert run.code == 0, run.err
-    assert run.out.count(f"warning: logging.jsonl_path {path}") == 1
-    assert run.out.count(f"warning: logging.tensorboard_dir {board}") == 1
+    assert run.out.count("warning: logging.jsonl_path /dev/full: [Errno 28] No space left on device") == 1
+
+
+@pytest.mark.parametrize("field", ["jsonl_path", "tensorboard_dir"])
+def test_a_path_that_can_never_be_written(
+    field: str, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """An error where a run begins, for the user to correct; a warning where one goes on that has something to lose."""
+    (tmp_path / "file").write_text("")
+    place = f"logging.{field}={tmp_path / 'file' / 'log'}"
+    arguments = [*tiny_run, f"checkpoint.save_dir={tmp_path / 'save'}"]
+    refused = illada("train", *arguments, place)
+    assert refused.code == 2
+    assert str(tmp_path / "file") in refused.err
+    assert illada("train", *arguments, "training.exit_steps=1").code == 0
+    run = illada("train", *arguments, place)
+    assert run.code == 0, run.err
+    assert run.out.count(f"warning: logging.{field} {tmp_path / 'file' / 'log'}: ") == 1
 
 
 def test_a_log_goes_on_when_the_disk_has_room_again(tmp_path: Path) -> None:
