@@ -18,11 +18,11 @@
 #
 # What happens when something fails; each time the run goes on from its newest complete checkpoint:
 # - a rank dies: all ranks start again where they are (--max-restarts);
-# - a node is lost: a spare one takes its place; when none is left, the others go on without it at a layout that
-#   config_1024_gpus.yaml allows for their number. Where it allows none, or the first node is the lost one, the job ends;
-#   Slurm queues it again where it knows of the failed node (--requeue);
+# - a node is lost: a spare one takes its place; when none is left, the others go on without it, as cheaply as the
+#   layouts of config_1024_gpus.yaml allow. Where the first node is the lost one, the job ends; Slurm queues it again
+#   where it knows of the failed node (--requeue);
 # - the time limit is near: 15 minutes before it Slurm sends USR1 to this script: the ranks save, the job is queued again.
-# Which numbers of nodes have a layout: `illada train --dry-run --nproc 8 --nnodes 64:128 --config FILE`.
+# What the run does on each number of nodes: `illada train --dry-run --nproc 8 --nnodes 64:128 --config FILE`.
 # Not run under Slurm or on GPUs yet: `bash -n` and that dry run are all that was checked.
 set -euo pipefail
 

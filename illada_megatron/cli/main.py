@@ -1,8 +1,10 @@
 """`illada`: train, evaluate, generate, sample, preprocess, checkpoint, convert, plan, doctor."""
 
 import os
+import socket
 import sys
 import warnings
+from contextlib import suppress
 
 import typer
 
@@ -55,8 +57,11 @@ def main() -> None:
         app()
     except _USER_ERRORS as error:
         rank = os.environ.get("RANK")
-        # a wrong configuration is wrong on every rank, and so is a loss
-        if rank in (None, "0") or not isinstance(error, ConfigError | FloatingPointError):
-            where = f" (rank {rank})" if rank is not None else ""
-            print(f"illada: error{where}: {error}", file=sys.stderr)
+        # Sums over all ranks have found that a loss is bad, so that all say the same. Of nothing else is that known: a
+        # file, a disk or a configuration may be another on one machine, and that one's word is what explains the run's
+        # end.
+        if rank in (None, "0") or not isinstance(error, FloatingPointError):
+            where = f" (rank {rank} on {socket.gethostname()})" if rank is not None else ""
+            with suppress(OSError):  # a full disk or a closed terminal changes no exit code
+                print(f"illada: error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _LASTING) else 2)

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 
 from illada_megatron.config import ConfigError, RunConfig, load_config
-from illada_megatron.config.layout import layout_rows, layouts_by_nodes, resolve_layout
+from illada_megatron.config.layout import choose_layout, layout_rows, resolve_layout
 from illada_megatron.config.load import to_yaml
+from illada_megatron.config.machines import Work, choose_work, layouts_by_nodes
 
 if TYPE_CHECKING:
     from illada_megatron.runtime.launch import LaunchOptions
@@ -22,6 +23,7 @@ ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="A YAML file, or a preset: tiny, illada-8b, llada-8b, illada-70b.")
 ]
 LAUNCH = "Launch"
+_PAD = "training.pad_global_batch=true"
 NprocOption = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Start this many ranks on this machine.", rich_help_panel=LAUNCH)
 ]
@@ -81,6 +83,10 @@ def train(
     resolved = load_config(config, overrides or ())
     launched = nproc is not None or nnodes != "1"
     launch = _launch_options(nproc, nnodes, rdzv_endpoint, rdzv_id, rdzv_conf, local_addr, max_restarts)
+    arguments = sys.argv[1:]
+    if launch.min_nodes < launch.max_nodes and resolved.training.pad_global_batch is None:
+        arguments.append(_PAD)  # what the ranks decide by is in their configuration
+        resolved = load_config(config, [*(overrides or ()), _PAD])
     if not launched and adopt_slurm_rank() and max_restarts:
         raise ConfigError(
             f"--max-restarts {max_restarts}: srun has started this rank, and only srun can start it again; let it "
@@ -94,8 +100,8 @@ def train(
     if not is_rank() and (launch.nproc > 1 or launch.max_nodes > 1 or launch.max_restarts):
         from illada_megatron.runtime.launch import launch_ranks
 
-        configured_for(resolved, launch.nproc * launch.max_nodes)
-        launch_ranks(launch, sys.argv[1:])
+        _check_launch(resolved, launch)
+        launch_ranks(launch, arguments, lambda nodes: choose_work(resolved, launch.nproc, nodes).nodes)
     end_with_launcher()
     from illada_megatron.training import train as run_training
 
@@ -181,16 +187,30 @@ def _launch_options(
     return replace(options, rdzv_endpoint=rdzv_endpoint, rdzv_id=rdzv_id or "illada", rdzv_conf=settings)
 
 
+def _check_launch(config: RunConfig, launch: "LaunchOptions") -> Work:
+    """What the run does on all its machines. Raises ConfigError where no layout fits: before anything is started."""
+    try:
+        if launch.min_nodes < launch.max_nodes:
+            return choose_work(config, launch.nproc, launch.max_nodes)
+        return Work(launch.max_nodes, choose_layout(config, launch.nproc * launch.max_nodes))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
     from illada_megatron.runtime import configured_for, select_device, world_size_from_environment
     from illada_megatron.runtime.tables import two_columns
 
-    world_size = launch.nproc * launch.max_nodes if launch else world_size_from_environment()
-    chosen = configured_for(config, world_size)
+    if launch is None:
+        world_size = world_size_from_environment()
+        chosen = configured_for(config, world_size)
+    else:
+        work = _check_launch(config, launch).chosen
+        world_size, chosen = work.layout.world_size, work.config
     print(to_yaml(chosen), end="")
     console = Console(highlight=False)
     console.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
     if launch and launch.min_nodes < launch.max_nodes:
-        nodes = range(launch.max_nodes, launch.min_nodes - 1, -1)
-        console.print(two_columns("layout by machines", layouts_by_nodes(config, launch.nproc, nodes)))
+        rows = layouts_by_nodes(config, launch.nproc, launch.min_nodes, launch.max_nodes)
+        console.print(two_columns("layout by machines", rows))
     select_device(config)

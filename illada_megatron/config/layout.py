@@ -1,5 +1,6 @@
 """The whole configuration, and which layouts can work: the checks between model, parallel, data and training."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -77,7 +78,24 @@ class ChosenLayout:
     number: int | None
     """Which of parallel.layouts, from 0; None: there was no choice."""
     refused: list[str]
-    """Why those before it were not taken."""
+    """Why those before it were not taken; with empty places: why none fits without them."""
+
+    @property
+    def empty_places(self) -> int:
+        """Places of a step's micro-batches that no sample fills."""
+        training = self.config.training
+        return self.layout.num_microbatches * training.micro_batch_size * self.layout.data - training.global_batch_size
+
+    @property
+    def cost(self) -> float:
+        """The time of a step, in passes of one sample through the whole model on one rank: the passes of a rank's
+        micro-batches, of which each rank does one part in TP * PP, and of a pipeline's start and end, (PP - 1) / chunks
+        (arXiv 2104.04473, section 2.2). What ranks send each other is not counted."""
+        layout, training = self.layout, self.config.training
+        passes = layout.num_microbatches + (layout.pipeline - 1) / layout.virtual
+        # forward and twice as much backward; recomputed, the forward pass comes again
+        again = 4 / 3 if training.recompute == "full" else 1.0
+        return again * passes * training.micro_batch_size / (layout.tensor * layout.pipeline)
 
 
 def check_config(config: RunConfig) -> None:
@@ -158,8 +176,11 @@ def check_config(config: RunConfig) -> None:
             )
 
 
-def resolve_layout(config: RunConfig, world_size: int) -> Layout:
-    """The layout on `world_size` ranks. Raises ValueError with the fields, the numbers and the fix."""
+def resolve_layout(config: RunConfig, world_size: int, padded: bool = True) -> Layout:
+    """The layout on `world_size` ranks. Raises ValueError with the fields, the numbers and the fix.
+
+    padded: whether training.pad_global_batch counts; else the batch has to fill all places.
+    """
     parallel, training = config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
@@ -179,7 +200,7 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
         sizes["training.rampup_batch_size increment"] = training.rampup_batch_size[1]
     virtual, micro = parallel.virtual_pipeline_model_parallel_size or 1, training.micro_batch_size
     layout = Layout(world_size, tp, pp, virtual, dp, num_microbatches=0)
-    for name, size in sizes.items() if not training.pad_global_batch else ():
+    for name, size in sizes.items() if not (padded and training.pad_global_batch) else ():
         if size % (micro * dp):
             raise ValueError(
                 f"{name} {size} is not a multiple of micro_batch_size * data parallel size {micro} * {dp} = "
@@ -196,13 +217,39 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
 
 def choose_layout(config: RunConfig, world_size: int) -> ChosenLayout:
     """The first of parallel.layouts that fits `world_size` ranks; where the list is empty, the section's own fields.
+    Where none fits and training.pad_global_batch allows it, the cheapest of those that fit with empty places.
 
     The global batch stays as it is, so that the same samples make the same steps on any number of ranks. Raises
     ValueError where none fits, with the reason for each.
     """
-    choices = config.parallel.layouts
-    if not choices:
-        return ChosenLayout(config, resolve_layout(config, world_size), None, [])
+    candidates = _candidates(config)
+    listed = bool(config.parallel.layouts)
+    refused: list[str] = []
+    for number, candidate in enumerate(candidates):
+        try:
+            layout = resolve_layout(candidate, world_size, padded=False)
+        except ValueError as error:
+            refused.append(f"parallel.layouts[{number}]: {error}" if listed else str(error))
+            continue
+        return ChosenLayout(candidate, layout, number if listed else None, refused)
+    padded = []
+    for number, candidate in enumerate(candidates if config.training.pad_global_batch else ()):
+        with suppress(ValueError):
+            layout = resolve_layout(candidate, world_size)
+            padded.append(ChosenLayout(candidate, layout, number if listed else None, refused))
+    if padded:
+        return min(padded, key=lambda one: one.cost)
+    if not listed:
+        raise ValueError(refused[0])
+    raise ValueError(
+        f"none of the {len(candidates)} parallel.layouts fits {world_size} ranks: start another number of ranks or add "
+        "a layout for it (`illada train --dry-run` with --nproc and --nnodes MIN:MAX shows which numbers fit)\n  "
+        + "\n  ".join(refused)
+    )
+
+
+def _candidates(config: RunConfig) -> list[RunConfig]:
+    """The configuration in each of parallel.layouts, in their order; as it is where the list is empty."""
     training = config.training
     complete = [
         choice.model_copy(
@@ -211,20 +258,9 @@ def choose_layout(config: RunConfig, world_size: int) -> ChosenLayout:
                 "recompute": choice.recompute or training.recompute,
             }
         )
-        for choice in choices
+        for choice in config.parallel.layouts
     ]
-    refused: list[str] = []
-    for number, choice in enumerate(complete):
-        candidate = _with_layout(config, choice, complete)
-        try:
-            return ChosenLayout(candidate, resolve_layout(candidate, world_size), number, refused)
-        except ValueError as error:
-            refused.append(f"parallel.layouts[{number}]: {error}")
-    raise ValueError(
-        f"none of the {len(choices)} parallel.layouts fits {world_size} ranks: start another number of ranks or add a "
-        "layout for it (`illada train --dry-run` with --nproc and --nnodes MIN:MAX shows which numbers fit)\n  "
-        + "\n  ".join(refused)
-    )
+    return [_with_layout(config, choice, complete) for choice in complete] or [config]
 
 
 def _with_layout(config: RunConfig, choice: LayoutChoice, layouts: list[LayoutChoice]) -> RunConfig:
@@ -247,6 +283,9 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     if chosen.number is not None:
         text = f"parallel.layouts[{chosen.number}] of {len(config.parallel.layouts)}, the first that fits"
         why = [("chosen", "\n".join([text, *(f"not {reason}" for reason in chosen.refused)]))]
+        if chosen.empty_places:
+            text = "the cheapest: none fits without empty places"
+            why = [("chosen", f"parallel.layouts[{chosen.number}] of {len(config.parallel.layouts)}, {text}")]
     return [
         ("world size", f"{layout.world_size}"),
         ("layout", layout_text(layout, config.parallel.sequence_parallel)),
@@ -256,16 +295,16 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
             f"{training.global_batch_size} sequences of {config.data.sequence_length} tokens = "
             f"{training.global_batch_size * config.data.sequence_length:,} tokens; "
             f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank"
-            f"{_empty_places(training, layout)}",
+            f"{empty_places_text(chosen)}",
         ),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
 
 
-def _empty_places(training: TrainingConfig, layout: Layout) -> str:
-    places = layout.num_microbatches * training.micro_batch_size * layout.data
-    empty = places - training.global_batch_size
-    return f"; {empty} of {places} places stay empty" if empty else ""
+def empty_places_text(chosen: ChosenLayout) -> str:
+    """What of a step is filled up, to follow other words; nothing where nothing is."""
+    empty = chosen.empty_places
+    return f"; {empty} of {chosen.config.training.global_batch_size + empty} places stay empty" if empty else ""
 
 
 def layout_text(layout: Layout, sequence_parallel: bool) -> str:
@@ -273,23 +312,3 @@ def layout_text(layout: Layout, sequence_parallel: bool) -> str:
     sequence = " + sequence" if sequence_parallel else ""
     interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
     return f"tensor {layout.tensor}{sequence}, pipeline {layout.pipeline}{interleaved}, data {layout.data}"
-
-
-def layouts_by_nodes(config: RunConfig, ranks_per_node: int, nodes: range) -> list[tuple[str, str]]:
-    """What would be chosen on each number of machines, as rows of a table. A number that nothing fits ends the run."""
-    rows = []
-    for number in nodes:
-        try:
-            chosen = choose_layout(config, number * ranks_per_node)
-        except ValueError:
-            rows.append((f"{number} nodes", "no layout fits: the run would end"))
-            continue
-        layout = layout_text(chosen.layout, chosen.config.parallel.sequence_parallel)
-        batches = f"{chosen.layout.num_microbatches} micro-batches of {chosen.config.training.micro_batch_size}"
-        rows.append(
-            (
-                f"{number} nodes",
-                f"{layout}; {batches} a rank",
-            )
-        )
-    return rows

@@ -272,9 +272,10 @@ class TrainingConfig(Section):
     rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """(start, increment, samples): Megatron's ramp-up, from start to global_batch_size in steps of increment over
     that many samples."""
-    pad_global_batch: bool = False
+    pad_global_batch: bool | None = None
     """Let data-parallel sizes that do not divide the batch fill the last places of each step with samples of weight 0,
-    which cost time and change nothing; without it they are an error. For runs that go on with fewer machines."""
+    which cost time and change nothing; without it they are an error. None: with `--nnodes MIN:MAX`, where a run goes on
+    with fewer machines, true; else false."""
     train_steps: PositiveInt = 1000
     exit_steps: PositiveInt | None = None
     """Save and stop at this step although the schedule is made for train_steps."""
@@ -346,9 +347,11 @@ class FaultsConfig(Section):
     spike_threshold: PositiveFloat = 8.0
     """A spike lies above their median by more than this many standard deviations (1.4826 times the median absolute
     deviation)."""
-    watchdog_seconds: PositiveInt | None = None
-    """A rank without a finished step for so long reports and exits; the first step, validations and savings have ten
-    times as long. None: nobody watches."""
+    watchdog_seconds: PositiveInt | Literal["auto"] | None = "auto"
+    """A rank that makes no progress reports and exits, so that the run can be started again. auto: after ten times the
+    longest of its last hundred steps, or validations, and 120 s at least; an hour for the start, the first step, a
+    save and a rollback. A number: of seconds for a step; everything else has ten times as long, the start an hour at
+    least. None: nobody watches."""
     straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.2
     """A rank that computes longer than this many times the median of those that do the same is named."""
 

@@ -11,6 +11,7 @@ from illada_megatron.runtime.distributed import (
     configured_for,
     end_with_launcher,
     is_rank,
+    rank_from_environment,
     runtime,
     world_size_from_environment,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "configured_for",
     "end_with_launcher",
     "is_rank",
+    "rank_from_environment",
     "runtime",
     "select_device",
     "world_size_from_environment",

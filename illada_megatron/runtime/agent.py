@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 
@@ -12,13 +11,15 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from illada_megatron.runtime.tables import tell
+
 # What `illada` exits with where the user has to mend something (cli/main.py).
 USER_ERROR = 2
 # torch's agents ask the rendezvous for news at most once in this time.
 _NEWS_SECONDS = 1.0
 
 
-def _shutdown_seconds() -> int:
+def shutdown_seconds() -> int:
     """How long ranks that are told to leave may take, before they are killed; torchrun's variable and its default."""
     return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
@@ -36,7 +37,7 @@ class Agent(LocalElasticAgent):
     """Watches the ranks of this machine, and starts them again as `max_restarts` allows."""
 
     def __init__(self, spec: WorkerSpec, several_nodes: bool) -> None:
-        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=_shutdown_seconds())
+        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=shutdown_seconds())
         self._several_nodes = several_nodes
         self.stop_requested = False
         """A signal asked the ranks to save and leave: nothing is started again after it."""
@@ -63,11 +64,9 @@ class Agent(LocalElasticAgent):
         rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
         if self._remaining_restarts > 0:
             attempt = max_restarts - self._remaining_restarts + 1
-            print(
+            tell(
                 f"rank {rank} failed with exit code {failure.exitcode}: the ranks of this machine start again "
-                f"(restart {attempt} of {max_restarts})",
-                file=sys.stderr,
-                flush=True,
+                f"(restart {attempt} of {max_restarts})"
             )
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002

@@ -49,6 +49,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_from_environment() -> int:
+    """This process's rank that torchrun or Slurm's launcher announced; 0 outside of them."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_rank() -> bool:
     """Whether a launcher started this process as one rank of a run."""
     return "RANK" in os.environ
@@ -72,7 +77,9 @@ def configured_for(config: RunConfig, world_size: int) -> RunConfig:
 
 @contextmanager
 def runtime(config: RunConfig) -> Iterator[Runtime]:
-    """Join the run: device, process groups, megatron-core's state. Leaves them when the block ends.
+    """Join the run: device, process groups, megatron-core's state. Leaves them when the block ends; not where it ends
+    with an error and there are other ranks: these would fail at once, and the launcher might end this one before it has
+    said why. The connections end with the process.
 
     Raises ConfigError where the layout does not fit the world.
     """
@@ -90,11 +97,18 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
     _init_torch_distributed(config, device)
     try:
         yield _init_megatron(config, layout, device)
-    finally:
-        from megatron.core import parallel_state
+    except BaseException:
+        if layout.world_size == 1:
+            _leave()
+        raise
+    _leave()
 
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def allow_many_files() -> None:

@@ -4,17 +4,26 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import cast
 
 import psutil
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from illada_megatron.runtime.agent import Agent, decisive
+from illada_megatron.runtime.agent import Agent, decisive, shutdown_seconds
+from illada_megatron.runtime.spares import WithSpares
+from illada_megatron.runtime.tables import tell
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,11 @@ class LaunchOptions:
     """How often a failure may start the ranks of this machine again; machines that come or go do not count."""
 
 
-def launch_ranks(options: LaunchOptions, arguments: Sequence[str]) -> None:
+def launch_ranks(options: LaunchOptions, arguments: Sequence[str], working: Callable[[int], int] | None = None) -> None:
     """Run `python -m illada_megatron ARGUMENTS` on the ranks of this machine, wait, and exit with their status.
+
+    working: how many machines work, of so many that are there, where options allow several numbers; ValueError: no
+    number does. None: all.
 
     The same as `python -m torch.distributed.run --rdzv-backend c10d ... -m illada_megatron ARGUMENTS`, except that
     SIGTERM and SIGINT are handed on to the ranks, which save and leave with 0 in their own time, where torch's launcher
@@ -48,16 +60,20 @@ def launch_ranks(options: LaunchOptions, arguments: Sequence[str]) -> None:
     # https://github.com/pytorch/pytorch/issues/135712
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
-    sys.exit(_run(options, arguments))
+    sys.exit(_run(options, arguments, working))
 
 
-def _run(options: LaunchOptions, arguments: Sequence[str]) -> int:
+def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[int], int] | None) -> int:
     """The exit status."""
     agent = None
+    handler: RendezvousHandler | None = None
 
     def hand_on(number: int, _: FrameType | None) -> None:
         if agent is not None:
             agent.stop_requested = True
+        if isinstance(handler, WithSpares) and handler.is_spare:
+            handler.leave(signal.Signals(number))
+            return
         children = psutil.Process().children()
         if not children:  # in a rendezvous: nobody to tell
             raise SignalException(f"got {signal.Signals(number).name}", signal.Signals(number))
@@ -66,9 +82,10 @@ def _run(options: LaunchOptions, arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, hand_on)
-    handler = None
     try:
         handler = get_rendezvous_handler(_parameters(options))
+        if working is not None and options.min_nodes < options.max_nodes:
+            handler = WithSpares(cast(DynamicRendezvousHandler, handler), working, shutdown_seconds())
         agent = Agent(
             WorkerSpec(
                 role="trainer",
@@ -85,7 +102,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval  # the rendezvous stays open: the other machines may go on
     except RendezvousError as error:
-        print(f"illada: error: {_explain(error, options)}", file=sys.stderr)
+        tell(f"illada: error: {_explain(error, options)}")
         return 1
     if handler is not None:
         handler.shutdown()
@@ -93,7 +110,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str]) -> int:
         return 0
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     # The rank has said why; a traceback of the launcher would only bury it.
-    print(f"rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
+    tell(f"rank {rank} failed first, with exit code {failure.exitcode}")
     failure = decisive(result.failures) or failure
     return failure.exitcode if failure.exitcode > 0 else 1
 

@@ -1,5 +1,8 @@
 """How this program shows names and values in a terminal."""
 
+import sys
+from contextlib import suppress
+
 from rich.table import Table
 
 
@@ -11,3 +14,9 @@ def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def tell(text: str) -> None:
+    """A line on stderr, by those whose work goes on where nobody can read it: a full disk, a closed terminal."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,6 @@
 """What the user sees of a run: tables and lines in the terminal, scalars in TensorBoard, one JSON object a step."""
 
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,16 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
-from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.bad_steps import Rollback
+from illada_megatron.training.logs import Board, StepLog, Terminal
 from illada_megatron.training.spikes import Spike
 from illada_megatron.training.stragglers import ComputeTimes
 from illada_megatron.training.validation import HeldOut
@@ -63,32 +60,30 @@ class StepRecord:
 class Reporter:
     """Only the main rank's says anything; the others are built with enabled=False."""
 
-    def __init__(self, config: RunConfig, enabled: bool, first_step: int, last_step: int) -> None:
+    def __init__(
+        self, config: RunConfig, enabled: bool, first_step: int, last_step: int, continues: bool = False
+    ) -> None:
+        """continues: the run goes on from a checkpoint of its own checkpoint.save_dir."""
         self.config = config
         self.enabled = enabled
         self.last_step = last_step
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Terminal()
         self._seconds_per_step: float | None = None
-        self._writer: SummaryWriter | None = None
-        self._jsonl: TextIO | None = None
+        self._writer: Board | None = None
+        self._jsonl: StepLog | None = None
         self._saved: dict[str, Any] = {}
         self._good_step = first_step or None
         self._good_at = time.monotonic()
         self._logged_step = first_step
         self._first_step = first_step + 1
         self._rollbacks: list[Rollback] = []
-        self._open(first_step)
-
-    def _open(self, first_step: int) -> None:
-        """Go on with the logs after `first_step`."""
-        if not self.enabled:
+        if not enabled:
             return
-        config = self.config
         if config.logging.tensorboard_dir:
-            # purge: what an interrupted run logged after the checkpoint that this one continues from
-            self._writer = SummaryWriter(config.logging.tensorboard_dir, purge_step=first_step + 1)
+            self._writer = Board(config.logging.tensorboard_dir, first_step, continues, self.say)
         if config.logging.jsonl_path:
-            self._jsonl = _continue_log(Path(config.logging.jsonl_path), first_step)
+            path, save_dir = Path(config.logging.jsonl_path), config.checkpoint.save_dir
+            self._jsonl = StepLog(path, first_step, save_dir, continues, self.say)
 
     def __enter__(self) -> "Reporter":
         return self
@@ -97,19 +92,12 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._jsonl is not None and "failed_saves" in self._saved:  # no step comes that they could stand with
-            self._write_line({"step": self._logged_step, **self._saved})
-        self._close()
-
-    def _write_line(self, line: dict[str, Any]) -> None:
-        assert self._jsonl is not None
-        self._jsonl.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
-        self._jsonl.flush()
-
-    def _close(self) -> None:
+            self._jsonl.write(_without_nan({"step": self._logged_step, **self._saved}))
         if self._writer is not None:
             self._writer.close()
         if self._jsonl is not None:
             self._jsonl.close()
+        self.console.close()
 
     def say(self, message: object) -> None:
         """A line or a table in the terminal."""
@@ -132,11 +120,12 @@ class Reporter:
             more: dict[str, Any] = dict(self._saved)
             if record.step == self._first_step:
                 more["start_seconds"] = time.time() - psutil.Process().create_time()
+                more["save_dir"] = self.config.checkpoint.save_dir
             if self._rollbacks and record.step == self._rollbacks[-1].to_step + 1:
                 more["rollbacks"] = [asdict(one) for one in self._rollbacks]
             if self.config.checkpoint.save_dir:
                 more |= {"checkpoint_step": self._good_step, "checkpoint_age_seconds": self._checkpoint_age()}
-            self._write_line({**asdict(record), **more})
+            self._jsonl.write(_without_nan({**asdict(record), **more}))
         self._saved, self._logged_step = {}, record.step
         if self._writer is not None:
             for name, value in self._scalars(record).items():
@@ -159,8 +148,10 @@ class Reporter:
         if self._rollbacks and self._rollbacks[-1].to_step != rollback.to_step:
             self._rollbacks = []
         self._rollbacks.append(rollback)
-        self._close()
-        self._open(rollback.to_step)
+        if self._writer is not None:
+            self._writer.go_back(rollback.to_step)
+        if self._jsonl is not None:
+            self._jsonl.go_back(rollback.to_step)
         self._fault("rollback", rollback.to_step, rollback_text(rollback))
 
     def compute_times(self, step: int, times: ComputeTimes) -> None:
@@ -178,6 +169,11 @@ class Reporter:
         self.console.print(f"step {step:>7}  {text}")
         if self._writer is not None:
             self._writer.add_text(f"faults/{kind}", text + more, step)
+
+    def save_begins(self) -> None:
+        """The state of now is about to become a checkpoint: the steps that led to it are to last as long."""
+        if self._jsonl is not None:
+            self._jsonl.make_durable()
 
     def saves(self, outcomes: Sequence[SaveOutcome]) -> None:
         """Log checkpoints that have become durable, or have not; in the JSONL log they stand with the next step."""
@@ -271,22 +267,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(one) for one in value]
     return value
-
-
-def _continue_log(path: Path, first_step: int) -> TextIO:
-    """Open a JSONL log for appending, without what an interrupted run wrote after step `first_step`: those steps will
-    come again. A last line that was cut short goes too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > first_step:
-                break
-            kept.append(line)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-    return path.open("a")
 
 
 def skipped_text(record: StepRecord) -> str:

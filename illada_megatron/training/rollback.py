@@ -14,8 +14,9 @@ from illada_megatron.training.validation import speaks_for_tensor_group
 
 
 def recover(state: TrainingState) -> Rollback:
-    """After faults.max_bad_steps bad steps in a row: load the newest checkpoint into the running process and go on
-    behind their samples. Every rank calls it, with nothing being saved.
+    """After faults.max_bad_steps bad steps in a row: load the newest checkpoint from before the row into the running
+    process and go on behind their samples. Every rank calls it, with nothing being saved. A stop in such a row saves in
+    the middle of it: weights that may be what is bad.
 
     Raises FloatingPointError where faults.on_bad_steps is "stop", where there is no checkpoint, or where
     faults.max_rollbacks returns to it have led to bad steps again.
@@ -26,7 +27,7 @@ def recover(state: TrainingState) -> Rollback:
             f"{_told(state)}; weights and the last checkpoint are untouched: continue from it with a lower "
             "training.lr, or let the run go back by itself (faults.on_bad_steps=rollback)"
         )
-    checkpoint, refused = checkpoint_to_continue(config.checkpoint)
+    checkpoint, refused = checkpoint_to_continue(config.checkpoint, good=True)
     if checkpoint is None or checkpoint.progress is None:
         raise FloatingPointError(
             f"{_told(state)}; there is no checkpoint of this run to roll back to"

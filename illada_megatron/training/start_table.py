@@ -120,4 +120,6 @@ def _faults_text(faults: FaultsConfig) -> str:
         f"spikes over {faults.spike_window_steps} steps" if faults.spike_window_steps else "spikes are not looked for"
     )
     watchdog = f"watchdog {faults.watchdog_seconds} s" if faults.watchdog_seconds else "no watchdog"
+    if faults.watchdog_seconds == "auto":
+        watchdog = "watchdog by the run's own step times"
     return f"{faults.max_bad_steps} bad steps in a row: {then}; {spikes}; {watchdog}"

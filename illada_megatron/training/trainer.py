@@ -10,7 +10,7 @@ from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.config import RunConfig
 from illada_megatron.config.load import to_yaml
-from illada_megatron.runtime import runtime
+from illada_megatron.runtime import rank_from_environment, runtime
 from illada_megatron.training.bad_steps import BadStep
 from illada_megatron.training.flops import training_flops
 from illada_megatron.training.metrics import StepSums, reduce_sums
@@ -45,15 +45,15 @@ def train(config: RunConfig) -> TrainResult:
     Every rank calls it, under torchrun or alone. Raises ConfigError, CheckpointError or the data package's error, and
     FloatingPointError where too many steps in a row were bad (faults.max_bad_steps).
     """
-    with runtime(config) as run:
+    with Watchdog(config.faults.watchdog_seconds, rank_from_environment()) as watchdog, runtime(config) as run:
         state = setup(config, run)
         last_step = min(config.training.exit_steps or config.training.train_steps, config.training.train_steps)
         with (
             closing(state),
-            Reporter(config, run.is_main, state.step, last_step) as reporter,
+            Reporter(config, run.is_main, state.step, last_step, state.saved_step is not None) as reporter,
             StopSignals() as signals,
             Saver(config, state.fingerprints, state.saved_step) as saver,
-            Watchdog(config.faults.watchdog_seconds, run.rank) as watchdog,
+            watchdog.last_phase("end"),
         ):
             _announce(state, reporter)
             first_step, save_due, stop = state.step, False, state.step >= last_step
@@ -179,7 +179,10 @@ def _announce(state: TrainingState, reporter: Reporter) -> None:
     if run.is_main and config.checkpoint.save_dir:
         place = folder(config.checkpoint.save_dir)
         place.make()
-        place.replace("config.yaml", to_yaml(config).encode())
+        try:
+            place.replace("config.yaml", to_yaml(config).encode())
+        except OSError as error:  # for people to read; checkpoints have it too
+            reporter.say(f"warning: {place}/config.yaml could not be written: {error}; what is there is older")
 
 
 def _due(interval: int | None, step: int) -> bool:
@@ -189,6 +192,7 @@ def _due(interval: int | None, step: int) -> bool:
 def save(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     """Begin to save the state as it is now, where the configuration wants checkpoints."""
     models = [chunk.module for chunk in state.chunks]
+    reporter.save_begins()
     reporter.saves(saver.save(state.step, models, state.optimizer, state.progress()))
 
 

@@ -4,17 +4,26 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: a later try may succeed."""
-# The first step (kernels are compiled, communicators set up), validations and savings, over a step.
+# By the run's own times: over the longest of the last ones, which is long already where a save made it wait. Shorter
+# limits would only take a slow disk or a neighbour on the network for a hang, and cost a restart of all ranks.
+_TIMES_LONGEST = 10
+_MEASURED = 100
+LEAST_SECONDS = 120.0
+UNMEASURED_SECONDS = 3600.0
+"""What comes once, or has not been measured yet: process groups are made, kernels are compiled, checkpoints move."""
+# By the configuration's number for a step: all other phases, over it.
 _OTHER_PHASES = 10
 # If the interpreter itself hangs, no Python thread runs: after so much longer faulthandler's C thread ends the rank.
 _GRACE_SECONDS = 30.0
@@ -22,13 +31,14 @@ _SHOWN_COLLECTIVES = 5
 
 
 class Watchdog:
-    """Context of the training loop, which says with `now` what it begins. seconds: faults.watchdog_seconds; None: this
-    does nothing."""
+    """Context of a whole run, which says with `now` what it begins: "start", "first step", "step", "validation",
+    "saving", "rollback", "end". seconds: faults.watchdog_seconds; None: this does nothing."""
 
-    def __init__(self, seconds: float | None, rank: int) -> None:
+    def __init__(self, seconds: float | Literal["auto"] | None, rank: int) -> None:
         self._seconds = seconds
         self._rank = rank
         self._phase, self._step = "", 0
+        self._lengths = {phase: deque[float](maxlen=_MEASURED) for phase in ("step", "validation")}
         self._since = self._limit = 0.0
         self._changed = threading.Condition()
         self._ended = False
@@ -56,10 +66,31 @@ class Watchdog:
         if self._seconds is None:
             return
         with self._changed:
+            if self._phase in self._lengths:
+                self._lengths[self._phase].append(time.monotonic() - self._since)
             self._phase, self._step, self._since = phase, step, time.monotonic()
-            self._limit = self._seconds * (1 if phase == "step" else _OTHER_PHASES)
+            self._limit = self.limit(phase)
             self._changed.notify()
         faulthandler.dump_traceback_later(self._limit + _GRACE_SECONDS, exit=True, file=2)
+
+    def limit(self, phase: str) -> float:
+        """How long `phase` may take now (s)."""
+        assert self._seconds is not None
+        if self._seconds == "auto":
+            lengths = self._lengths.get(phase)
+            return max(LEAST_SECONDS, _TIMES_LONGEST * max(lengths)) if lengths else UNMEASURED_SECONDS
+        if phase == "step":
+            return self._seconds
+        # the number is of a step; how long a checkpoint takes to load has nothing to do with it
+        return max(_OTHER_PHASES * self._seconds, UNMEASURED_SECONDS if phase == "start" else 0.0)
+
+    @contextmanager
+    def last_phase(self, phase: str) -> Iterator[None]:
+        """Whatever ends the block, what follows it is `phase`: it waits for a save that is under way, and for peers."""
+        try:
+            yield
+        finally:
+            self.now(phase, self._step)
 
     def _watch(self) -> None:
         with self._changed:
@@ -71,10 +102,13 @@ class Watchdog:
 
     def _give_up(self) -> None:
         """Say what is known, the surest first, and end the process: nothing else would wake a hung collective."""
+        last = threading.Timer(_GRACE_SECONDS, os._exit, (EXIT_CODE,))  # whoever should read this may hang as well
+        last.daemon = True
+        last.start()
         _write(
             f"illada: watchdog: rank {self._rank} on {socket.gethostname()} (pid {os.getpid()}): step {self._step} "
             f"({self._phase}) has not ended after {time.monotonic() - self._since:.0f} s; the limit is "
-            f"{self._limit:.0f} s (faults.watchdog_seconds). Stacks of all threads:\n"
+            f"{self._limit:.0f} s (faults.watchdog_seconds {self._seconds}). Stacks of all threads:\n"
         )
         faulthandler.dump_traceback(file=2, all_threads=True)
         try:
@@ -82,7 +116,6 @@ class Watchdog:
         except Exception as error:  # the stacks are out; whatever torch's recorder says, the rank has to end
             text = f"torch's flight recorder could not be read: {error!r}"
         _write(f"illada: watchdog: rank {self._rank}, its collectives, the newest last:\n{text}\n")
-        sys.stdout.flush()
         os._exit(EXIT_CODE)
 
 
@@ -114,5 +147,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _write(text: str) -> None:
-    """Straight to the file: another thread may hold sys.stderr's lock."""
-    os.write(2, text.encode())
+    """Straight to the file: another thread may hold sys.stderr's lock. Where it is full or closed, the rank ends
+    without a word."""
+    with suppress(OSError):
+        os.write(2, text.encode())

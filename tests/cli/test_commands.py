@@ -81,8 +81,8 @@ def test_dry_run_shows_the_layout_of_each_number_of_machines(tiny_run: tuple[str
     assert "chosen parallel.layouts[0] of 2, the first that fits" in flat
     for row in (
         "4 nodes tensor 2, pipeline 1, data 2; 1 micro-batches of 2 a rank",
-        "3 nodes no layout fits: the run would end",
-        "1 nodes tensor 1, pipeline 1, data 1; 4 micro-batches of 1 a rank",
+        "2 to 3 nodes 2 work, the others wait as spares: tensor 2, pipeline 1, data 1; 2 micro-batches of 2 a rank",
+        "1 nodes tensor 1, pipeline 1, data 1; 4 micro-batches of 1 a rank; a step takes 4.00 times as long as on 4",
     ):
         assert row in flat
 

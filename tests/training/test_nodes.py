@@ -93,24 +93,40 @@ def test_first_of_three_machines_is_lost_and_comes_back(
     assert_same_training(read_steps(jsonl), undisturbed, RELATIVE)
 
 
+@pytest.mark.parametrize(
+    ("nnodes", "micro_batch_size", "worlds"),
+    [
+        pytest.param("2", 1, [2, 2], id="beyond the maximum"),
+        # two micro-batches: a third machine has nothing to do
+        pytest.param("2:3", 24, [2, 2, 2], id="beyond what the batch divides"),
+    ],
+)
 def test_a_spare_machine_takes_the_place_of_a_lost_one(
-    small: tuple[str, ...], undisturbed: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nnodes: str,
+    micro_batch_size: int,
+    worlds: list[int],
+    small: tuple[str, ...],
+    undisturbed: list[dict],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Three machines for a run of two: the third waits, sees from the heartbeats that one is gone, and joins, long
     before the timeout of the collectives (10 minutes here)."""
     jsonl = tmp_path / "steps.jsonl"
-    training = [*small, *TRAINING, f"checkpoint.save_dir={tmp_path / 'save'}", f"logging.jsonl_path={jsonl}"]
+    training = [*small, *TRAINING, f"training.micro_batch_size={micro_batch_size}"]
+    training += [f"checkpoint.save_dir={tmp_path / 'save'}", f"logging.jsonl_path={jsonl}"]
 
     with cluster(3) as (lost, host, spare):
 
         def start(machine: Machine) -> subprocess.Popen[str]:
-            line = ["-m", "illada_megatron", "train", "--nnodes", "2", "--rdzv-endpoint", f"{host.address}:29400"]
+            line = ["-m", "illada_megatron", "train", "--nnodes", nnodes, "--rdzv-endpoint", f"{host.address}:29400"]
             line += ["--rdzv-conf", f"is_host={int(machine is host)}", "--local-addr", machine.address]
             return machine.start([*line, "--max-restarts", "3", *training], tmp_path / f"{machine.address}.log")
 
         processes = {machine.address: start(machine) for machine in (lost, host)}
         wait_until(lambda: _logged(jsonl) >= 1, "step 1")
         processes[spare.address] = start(spare)
+        wait_until(lambda: len(_worlds(tmp_path)) == len(worlds) - 1, "the run with a spare machine")
         wait_until(lambda: _logged(jsonl) >= 12, "step 12")
         lost.pull_the_cable()
         at_the_cut = _logged(jsonl)
@@ -120,7 +136,7 @@ def test_a_spare_machine_takes_the_place_of_a_lost_one(
         for machine in (host, spare):
             log = tmp_path / f"{machine.address}.log"
             assert wait_for(processes[machine.address], log) == 0, log.read_text()
-    assert _worlds(tmp_path) == [2, 2]
+    assert _worlds(tmp_path) == worlds
     assert_same_training(read_steps(jsonl), undisturbed, RELATIVE)
 
 

@@ -1,0 +1,252 @@
+"""The files and the terminal that a run tells its progress to. None of them ends a run: what goes wrong with one is
+said once, in the terminal, and it is tried again; a run of a thousand GPUs is worth more than its log. Only a path that
+can never be written is an error, where a run begins: there is nothing to lose yet, and somebody to correct it.
+
+    StepLog    one JSON object a step, in a file that belongs to one run
+    Board      TensorBoard
+    Terminal   standard output
+"""
+
+import json
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+Tell = Callable[[str], None]
+_BOARD_RETRY_SECONDS = 60.0
+_WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+# No line of a log is longer; what a power loss has left may be, and is not read whole.
+_MOST_LINE_BYTES = 1 << 26
+
+
+class StepLog:
+    """A JSONL log, one line a step, each step once: what an interrupted run wrote after the step it goes on from is
+    cut off, for it comes again, and with it whatever follows the first line that is damaged.
+
+    A log that is not this run's is not touched: it is renamed to the first free of PATH.1, PATH.2, …
+    """
+
+    def __init__(self, path: Path, first_step: int, save_dir: str | None, continues: bool, tell: Tell) -> None:
+        """Go on after `first_step`.
+
+        save_dir: by which the run knows its own log again (each start writes it with its first step); None: it never
+        continues. continues: it goes on from a checkpoint of save_dir, and not from elsewhere or step 0; else a path
+        that can never be written raises OSError.
+        """
+        self._path, self._first_step, self._tell = path, first_step, tell
+        self._save_dir = save_dir if continues else None
+        self._file: FileIO | None = None
+        self._end: int | None = None
+        """Where the next line goes; None: not a regular file, it goes where it goes."""
+        self._missing: list[int] = []
+        self._said = False
+        try:
+            self._open()
+        except OSError as error:
+            if not continues and isinstance(error, _WRONG_PATH):
+                raise
+            self._failed(error)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add the line of a step, for whoever reads along."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            if self._file is None:
+                self._open()
+            self._write(line)
+        except OSError as error:
+            self._failed(error, record["step"])
+            return
+        if self._missing:
+            steps = f"{self._missing[0]}" if len(self._missing) == 1 else f"{self._missing[0]} to {self._missing[-1]}"
+            self._tell(f"logging.jsonl_path {self._path}: written again; the steps {steps} are not in it")
+            self._missing = []
+        self._said = False
+
+    def make_durable(self) -> None:
+        """Return when all lines have reached the disk: a checkpoint that survives a power loss has its steps there."""
+        try:
+            if self._file is not None and self._end is not None:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failed(error)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after `step`: the steps behind it come again."""
+        self._first_step = step
+        try:
+            if self._file is not None and self._end is not None:
+                self._cut(_good_lines(self._path, step)[0])
+        except OSError as error:
+            self._failed(error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            try:
+                if self._end is not None and self._missing:  # what a full disk has left of the last line
+                    self._cut(self._end)
+                self._file.close()
+            except OSError as error:
+                self._failed(error)
+            self._file = None
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        end, found = 0, self._path.stat() if self._path.exists() else None
+        if found is not None and stat.S_ISREG(found.st_mode) and found.st_size:
+            end, written_by = _good_lines(self._path, self._first_step)
+            if end == 0 or self._save_dir is None or written_by not in (None, self._save_dir):
+                self._put_aside()
+                end = 0
+        # not for appending: a line that a full disk has cut short is written over
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = FileIO(descriptor, "r+")
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            self._cut(end)
+
+    def _cut(self, end: int) -> None:
+        assert self._file is not None
+        self._file.truncate(end)
+        self._end = end
+
+    def _put_aside(self) -> None:
+        number = 1
+        while (place := self._path.with_name(f"{self._path.name}.{number}")).exists():
+            number += 1
+        self._path.rename(place)
+        self._tell(
+            f"warning: logging.jsonl_path {self._path} held the steps of another run, or of a start of this one that "
+            f"left no checkpoint: they are in {place} now"
+        )
+
+    def _write(self, line: bytes) -> None:
+        assert self._file is not None
+        if self._end is not None:
+            self._file.seek(self._end)
+        written = 0
+        while written < len(line):
+            written += self._file.write(line[written:])
+        if self._end is not None:
+            self._end += len(line)
+
+    def _failed(self, error: OSError, step: int | None = None) -> None:
+        if not self._said:
+            self._tell(f"warning: logging.jsonl_path {self._path}: {error}; the run goes on, each step tries again")
+        self._said = True
+        if step is not None:
+            self._missing.append(step)
+
+
+def _good_lines(path: Path, last_step: int) -> tuple[int, str | None]:
+    """The length in bytes of a log's lines up to `last_step` or to the first that is damaged, and the save_dir of the
+    run that wrote the last of them; None: it does not say."""
+    end, written_by = 0, None
+    with path.open("rb") as file:
+        while (line := file.readline(_MOST_LINE_BYTES)).endswith(b"\n"):
+            try:
+                record = orjson.loads(line)
+                if not isinstance(record["step"], int) or record["step"] > last_step:
+                    break
+                written_by = record.get("save_dir", written_by)
+            except (orjson.JSONDecodeError, KeyError, TypeError):
+                break
+            end += len(line)
+    return end, written_by
+
+
+class Board:
+    """TensorBoard's writer, opened again a minute after it failed: its thread does not live on."""
+
+    def __init__(self, directory: str, first_step: int, continues: bool, tell: Tell) -> None:
+        """What an interrupted run logged after `first_step` is hidden: those steps come again. continues: as of
+        `StepLog`."""
+        self._directory, self._tell = directory, tell
+        self._writer: SummaryWriter | None = None
+        self._retry_at = 0.0
+        self._open(first_step, () if continues else _WRONG_PATH)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._do(step, lambda writer: writer.add_scalar(name, value, step))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self._do(step, lambda writer: writer.add_text(name, text, step))
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after `step`: the steps behind it come again."""
+        self.close()
+        self._open(step)
+
+    def close(self) -> None:
+        self._do(None, SummaryWriter.close)
+        self._writer = None
+
+    def _open(self, first_step: int, raised: tuple[type[OSError], ...] = ()) -> None:
+        try:
+            self._writer = SummaryWriter(self._directory, purge_step=first_step + 1)
+        except Exception as error:
+            if isinstance(error, raised):
+                raise
+            self._failed(error)
+
+    def _do(self, step: int | None, action: Callable[[SummaryWriter], Any]) -> None:
+        """step: from which on a new file would count; None: no new file for this."""
+        if self._writer is None and step is not None and time.monotonic() >= self._retry_at:
+            self._open(step - 1)
+        if self._writer is None:
+            return
+        try:
+            action(self._writer)
+        except Exception as error:  # its thread hands on whatever the file, the disk or a remote storage raised
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        writer, self._writer = self._writer, None
+        self._retry_at = time.monotonic() + _BOARD_RETRY_SECONDS
+        self._tell(
+            f"warning: logging.tensorboard_dir {self._directory}: {error}; the run goes on, and tries again in "
+            f"{_BOARD_RETRY_SECONDS:.0f} s"
+        )
+        if writer is not None:
+            with suppress(Exception):  # it says the same once more
+                writer.close()
+
+
+class Terminal(Console):
+    """Standard output; what cannot be written there is lost without a word, for there is nobody to tell."""
+
+    def __init__(self) -> None:
+        # a path in brackets is no markup
+        super().__init__(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            del self._buffer[:]
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more. rich would end the program here."""
+        self._nobody_reads()
+
+    def close(self) -> None:
+        """What is left in Python's own buffer would fail again when the program ends, and change its exit code."""
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            self._nobody_reads()
+
+    def _nobody_reads(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
