@@ -22,6 +22,7 @@ from illada_megatron.checkpoint.files.agreement import gathered
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, damage
 from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.checkpoint.files.stored_record import check_record
 from illada_megatron.config import CheckpointConfig
 
 RECORD = "checkpoint.json"
@@ -158,7 +159,7 @@ def newest_complete(
 def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
     """Folders of steps below `save_dir`, complete or not."""
     names = (name for name in save_dir.folders() if name.startswith(_PREFIX))
-    steps = [name for name in names if name.removeprefix(_PREFIX).isdigit()]
+    steps = [name for name in names if name.removeprefix(_PREFIX).isdecimal()]
     return [save_dir / name for name in sorted(steps, key=step_of, reverse=True)]
 
 
@@ -171,9 +172,10 @@ def read_record(path: Folder, checksums: bool) -> CheckpointInfo | _Refusal:
             return _Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
         if record.pop("checksum") != _own_checksum(record):
             return _Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
+        del record["version"]
+        check_record(record)
         if (found := damage(path, record["files"], checksums)) is not None:
             return _Refusal(found, False)
-        del record["version"]
         return CheckpointInfo(path=path, **record)
     except FileNotFoundError:
         return _Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
@@ -181,8 +183,8 @@ def read_record(path: Folder, checksums: bool) -> CheckpointInfo | _Refusal:
         return _Refusal(f"{file}: not JSON: {error}", False)
     except UnicodeDecodeError as error:
         return _Refusal(f"{file}: not text: {error}", False)
-    except (AttributeError, KeyError, TypeError) as error:
-        return _Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return _Refusal(f"{file}: not a checkpoint's record: {error!r:.500}", False)
     except OSError as error:
         return _Refusal(f"{path}: cannot be read: {error}", False)
 

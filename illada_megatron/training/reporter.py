@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
+from illada_megatron.config.whole_file import replaced
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.bad_steps import Rollback
 from illada_megatron.training.spikes import Spike
@@ -256,9 +257,8 @@ def _continue_log(path: Path, first_step: int) -> TextIO:
             if not line.endswith("\n") or json.loads(line)["step"] > first_step:
                 break
             kept.append(line)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with replaced(path) as file:
+            file.write("".join(kept).encode())
     return path.open("a")
 
 

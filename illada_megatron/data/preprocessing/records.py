@@ -120,7 +120,8 @@ def read_record(path: Path, kind: type[Record]) -> Record | None:
 def write_record(path: Path, record: BaseModel) -> None:
     """Under another name, flushed to the device, then renamed. What a killed writer left behind is overwritten."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as stream:  # x: a link of that name is not followed
         stream.write(record.model_dump_json(indent=1).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
