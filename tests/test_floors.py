@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "illada_megatron"
 FLOORS = (
+    {"system"},
     {"config", "planning", "ops"},
     {"runtime", "data"},
     {"diffusion", "model"},

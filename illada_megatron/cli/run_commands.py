@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.config.layout import layout_rows, layouts_by_nodes, resolve_layout
 from illada_megatron.config.load import to_yaml
+from illada_megatron.system.terminal import made_console, say
 
 if TYPE_CHECKING:
     from illada_megatron.runtime.launch import LaunchOptions
@@ -133,7 +133,7 @@ def evaluate(
 
     figures = evaluate_checkpoint(config, overrides or (), checkpoint)
     if figures is not None:
-        print(
+        say(
             f"{checkpoint or 'initial weights'}: held-out bound {figures.bound:.4f} nats/token, "
             f"masked CE {figures.masked_cross_entropy:.4f} nats, over {figures.num_tokens:,} tokens"
         )
@@ -144,13 +144,13 @@ def doctor() -> None:
     from illada_megatron.runtime import capabilities, runtime
     from illada_megatron.runtime.tables import two_columns
 
-    console = Console(highlight=False)
-    console.print(two_columns("installed", [(part.name, part.text()) for part in capabilities()]))
+    screen = made_console()
+    screen.print(two_columns("installed", [(part.name, part.text()) for part in capabilities()]))
     config = RunConfig()
     with runtime(config) as run:
         from illada_megatron.training.start_table import choice_rows
 
-        console.print(two_columns("a run would use", choice_rows(config, run.device)))
+        screen.print(two_columns("a run would use", choice_rows(config, run.device)))
 
 
 def _launch_options(
@@ -187,10 +187,10 @@ def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
 
     world_size = launch.nproc * launch.max_nodes if launch else world_size_from_environment()
     chosen = configured_for(config, world_size)
-    print(to_yaml(chosen), end="")
-    console = Console(highlight=False)
-    console.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
+    say(to_yaml(chosen).rstrip("\n"))
+    screen = made_console()
+    screen.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
     if launch and launch.min_nodes < launch.max_nodes:
         nodes = range(launch.max_nodes, launch.min_nodes - 1, -1)
-        console.print(two_columns("layout by machines", layouts_by_nodes(config, launch.nproc, nodes)))
+        screen.print(two_columns("layout by machines", layouts_by_nodes(config, launch.nproc, nodes)))
     select_device(config)

@@ -1,7 +1,7 @@
 """YAML presets and files plus dotted overrides -> one validated RunConfig: OmegaConf merges, pydantic checks.
 
-`${section.field}` in a file or an override is the value of another field. Nothing reads the environment: a configuration
-from elsewhere would take secrets from there to the places that it names. The shell puts variables into overrides.
+`${section.field}` in a file or an override is the value of another field. Nothing reads the environment: with a
+configuration from elsewhere, secrets would go to the places that it names. The shell puts variables into overrides.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from illada_megatron.config.layout import RunConfig
-from illada_megatron.config.whole_file import replaced
+from illada_megatron.system.whole_file import replaced
 
 # OmegaConf's resolvers, as ${oc.env:NAME}, and ${${...}:NAME}, which may become one
 _RESOLVER = re.compile(r"\$\{[^{}]*(:|\$\{)")

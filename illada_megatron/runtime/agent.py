@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 
@@ -11,6 +10,8 @@ from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, Worke
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from illada_megatron.system.terminal import say
 
 # What `illada` exits with where the user has to mend something (cli/main.py).
 USER_ERROR = 2
@@ -63,11 +64,10 @@ class Agent(LocalElasticAgent):
         rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
         if self._remaining_restarts > 0:
             attempt = max_restarts - self._remaining_restarts + 1
-            print(
+            say(
                 f"rank {rank} failed with exit code {failure.exitcode}: the ranks of this machine start again "
                 f"(restart {attempt} of {max_restarts})",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002

@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import psutil
-from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
-from illada_megatron.config.whole_file import replaced
 from illada_megatron.runtime.tables import two_columns
+from illada_megatron.system.terminal import made_console
+from illada_megatron.system.whole_file import replaced
 from illada_megatron.training.bad_steps import Rollback
 from illada_megatron.training.spikes import Spike
 from illada_megatron.training.stragglers import ComputeTimes
@@ -68,7 +68,7 @@ class Reporter:
         self.config = config
         self.enabled = enabled
         self.last_step = last_step
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = made_console(file=sys.stdout, soft_wrap=True)
         self._seconds_per_step: float | None = None
         self._writer: SummaryWriter | None = None
         self._jsonl: TextIO | None = None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from illada_megatron.config.whole_file import replaced, sync
+from illada_megatron.system.whole_file import replaced, sync
 
 # What stays in a core's cache on its way: between reading, checksum and writing nothing then goes through main memory.
 _CACHED_BYTES = 1 << 20
@@ -75,8 +75,6 @@ class LocalFolder:
             file.write(content)
 
     def make(self) -> None:
-        if self.path.is_symlink():  # what is above it may be one
-            raise FileExistsError(errno.EEXIST, "is a symbolic link, expected a new directory", str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
 

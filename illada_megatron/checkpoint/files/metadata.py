@@ -167,7 +167,8 @@ def _where(where: Any) -> tuple[str, int, int]:
     """(file, first byte, bytes)."""
     if not isinstance(where.relative_path, str):
         raise TypeError(f"a file's name is of type {type(where.relative_path).__name__}, expected str")
-    return where.relative_path, *_integers((where.offset, where.length))
+    start, length = _integers((where.offset, where.length))
+    return where.relative_path, start, length
 
 
 def _dtype(name: str, found: Any) -> torch.dtype:

@@ -1,5 +1,5 @@
-"""Names in a checkpoint: of tensors, a parameter's weight by its canonical name, its optimizer state behind a prefix; of
-files."""
+"""Names in a checkpoint: of files; of tensors, a parameter's weight by its canonical name, its optimizer state behind a
+prefix."""
 
 from typing import NamedTuple
 
