@@ -11,6 +11,9 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[2])]
 with atheris.instrument_imports(include=["illada_megatron", "pickle", "omegaconf", "yaml", "jinja2", "json"]):
     import formats
+from torch._weights_only_unpickler import Unpickler
+
+Unpickler.load = atheris.instrument_func(Unpickler.load)
 
 # Of the whole process; the first is libFuzzer's own measure
 _LIMITS = ("-rss_limit_mb=3000", "-timeout=60", "-max_len=4096")
