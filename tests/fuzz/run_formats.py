@@ -11,7 +11,7 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[2])]
 with atheris.instrument_imports(include=["illada_megatron", "pickle", "omegaconf", "yaml", "jinja2", "json"]):
     import formats
-from torch._weights_only_unpickler import Unpickler
+    from torch._weights_only_unpickler import Unpickler
 
 Unpickler.load = atheris.instrument_func(Unpickler.load)
 
