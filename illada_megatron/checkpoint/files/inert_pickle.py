@@ -4,7 +4,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Inert:
@@ -42,7 +42,10 @@ def load_inert(content: bytes, is_named: Callable[[str, str], bool]) -> Any:
 
 
 # The one in C takes as much memory for its memo as the largest number in the pickle says: gigabytes for ten bytes.
+# So would a bytearray, before it is read; no checkpoint has one.
 class _Unpickler(pickle._Unpickler):
+    dispatch: ClassVar = {one: load for one, load in pickle._Unpickler.dispatch.items() if one != pickle.BYTEARRAY8[0]}
+
     def __init__(self, content: bytes, is_named: Callable[[str, str], bool]) -> None:
         super().__init__(io.BytesIO(content))
         self._is_named = is_named

@@ -90,11 +90,12 @@ def test_a_method_of_a_path_is_not_replaced(tmp_path: Path) -> None:
         b"\x80\x04Nr\xff\xff\xff\x07.",  # LONG_BINPUT: memo[2^27 - 1]
         b"\x80\x04Np99999999\n.",  # PUT
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x0f",  # BINBYTES8 of 2^60 bytes
+        b"\x80\x05\x96" + (1 << 31).to_bytes(8, "little"),  # BYTEARRAY8 of 2 GB
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x0fN.",  # a FRAME of as many
         b"\x80\x04" + b"(" * 10**6,
         b"\x80\x04" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
     ],
-    ids=["memo", "memo in text", "bytes", "frame", "marks", "nested lists"],
+    ids=["memo", "memo in text", "bytes", "bytearray", "frame", "marks", "nested lists"],
 )
 def test_a_few_bytes_do_not_take_the_memory(content: bytes, tmp_path: Path) -> None:
     """In a process of its own, whose peak can be measured: pickle in C takes 2 GB for the first."""
