@@ -9,12 +9,13 @@ WORKERS ?= 2
 # What `make test` runs: make TESTS="tests/ops tests/model" test
 TESTS ?= tests
 
-.PHONY: help demo test test-all check format fuzz clean
+.PHONY: help demo test test-all check format fuzz fuzz-formats clean
 help:
 	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
 	@echo "make test      the test suite;  make test-all: with the slow tests"
 	@echo "make check     ruff, mypy, clang-format"
 	@echo "make fuzz      libFuzzer on the parser of shard indexes (needs clang; FUZZ_SECONDS=600)"
+	@echo "make fuzz-formats  atheris on what is read of checkpoints, exports, corpora, templates and configurations"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 
 $(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
@@ -56,6 +57,15 @@ fuzz:
 	    tests/fuzz/index_fuzzer.cpp csrc/indexed_dataset/index_view.cpp -o build/fuzz/index_fuzzer
 	build/fuzz/index_fuzzer -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -artifact_prefix=build/fuzz/ \
 	    -print_final_stats=1 build/fuzz/corpus tests/fuzz/seeds
+
+# finds are written to build/fuzz/FORMAT-crash-*; what it learns is kept in build/fuzz/FORMAT
+FORMATS ?= legacy metadata record configuration safetensors chat_template manifest config_json legacy_archive safetensors_index
+fuzz-formats: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	for format in $(FORMATS); do \
+	    $(BIN)/python -W ignore tests/fuzz/run_formats.py $$format build/fuzz/$$format -max_total_time=$(FUZZ_SECONDS) \
+	        -print_final_stats=1 || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo illada_megatron/*/*.so  illada_megatron/*/*/*.so

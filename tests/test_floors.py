@@ -17,6 +17,7 @@ _spec.loader.exec_module(drawing)
 # folder -> what no file in it imports, in the words of "Never imported here" of its __init__; for the package's own
 # names without the package's
 NEVER = {
+    "system": ("torch", "megatron"),
     "config": ("torch", "megatron"),
     "planning": ("torch", "megatron"),
     "ops": ("megatron", "config"),

@@ -20,6 +20,7 @@ from illada_megatron.data.shards.inspect import (
 )
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.system.terminal import made_console
 
 SHOWN_SHARDS = 20
 
@@ -34,7 +35,7 @@ def main(
     samples: Annotated[int, typer.Option(help="how many documents of the first shard to show")] = 3,
 ) -> None:
     """Statistics of shards. Exit status 1 with a list of all problems if there are any."""
-    console, problems = Console(highlight=False), []
+    screen, problems = made_console(), []
     try:
         shards = find_shards(paths)
         tokenizer = load_tokenizer(tokenizer_model) if tokenizer_model else None
@@ -49,25 +50,25 @@ def main(
         except (DataError, OSError) as error:
             problems.append(str(error))
     if opened:
-        print_shards(console, opened)
-        print_lengths(console, statistics)
+        print_shards(screen, opened)
+        print_lengths(screen, statistics)
     if verify:
-        problems = verify_all(console, shards, vocab_size)
+        problems = verify_all(screen, shards, vocab_size)
     try:
         if tokenizer and opened:
             for document, text in sample_texts(opened[0], tokenizer, samples):
-                console.print(Text(f"document {document}: {text}"))
+                screen.print(Text(f"document {document}: {text}"))
     except (DataError, IndexError) as error:
         problems.append(f"{opened[0].prefix}: {tokenizer_model} does not read its ids: {error}")
     for problem in problems:
-        console.print(Text(f"problem: {problem}"), soft_wrap=True)
+        screen.print(Text(f"problem: {problem}"), soft_wrap=True)
     if problems:
         raise SystemExit(1)
     if verify:
-        console.print(f"verified: {len(shards)} shards, no problems")
+        screen.print(f"verified: {len(shards)} shards, no problems")
 
 
-def print_shards(console: Console, opened: list[IndexedDataset]) -> None:
+def print_shards(screen: Console, opened: list[IndexedDataset]) -> None:
     table = Table("shard", "ids", "documents", "tokens", ".bin bytes", ".idx bytes", title="MMIDIDX version 1")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -87,12 +88,12 @@ def print_shards(console: Console, opened: list[IndexedDataset]) -> None:
         row(f"... and {len(opened) - SHOWN_SHARDS} more", opened[SHOWN_SHARDS:])
     if len(opened) > 1:
         row(f"all {len(opened)}", opened)
-    console.print(table)
+    screen.print(table)
 
 
-def print_lengths(console: Console, statistics: LengthStatistics) -> None:
+def print_lengths(screen: Console, statistics: LengthStatistics) -> None:
     least, greatest = statistics.median_bucket()
-    console.print(
+    screen.print(
         f"tokens in a document: shortest {statistics.shortest:,}, median {least:,} to {greatest:,}, "
         f"mean {statistics.tokens / statistics.documents:,.1f}, longest {statistics.longest:,}"
     )
@@ -102,13 +103,13 @@ def print_lengths(console: Console, statistics: LengthStatistics) -> None:
     for low, high, count in statistics.buckets():
         share = f"{count / statistics.documents:.1%}"
         table.add_row(f"{low:,} to {high:,}", f"{count:,}", share, "#" * round(40 * count / most))
-    console.print(table)
+    screen.print(table)
 
 
-def verify_all(console: Console, shards: list[FoundShard], vocab_size: int | None) -> list[str]:
+def verify_all(screen: Console, shards: list[FoundShard], vocab_size: int | None) -> list[str]:
     problems: list[str] = []
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("verify", total=expected_bytes(shards))
         for shard in shards:
             problems += verify_shard(shard, vocab_size, lambda count: bar.advance(task, count))

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.merge import merge, progress_bytes
 from illada_megatron.data.shards.shard_list import find_shards
+from illada_megatron.system.terminal import say
 
 
 def main(
@@ -27,12 +28,12 @@ def main(
             summary = merge(shards, output_prefix, lambda count: bar.advance(task, count))
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(
+    say(
         f"{output_prefix}: {len(shards)} shards, {summary.documents} documents, {summary.tokens} tokens, "
         f"{summary.bin_bytes} bytes; {summary.seconds:.1f} s ({summary.bin_bytes / summary.seconds / 1e6:.0f} MB/s)"
     )
     if summary.manifest_path:
-        print(f"{summary.manifest_path}: verified, with checksums")
+        say(f"{summary.manifest_path}: verified, with checksums")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import typer
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from illada_megatron.system.terminal import say
 
 
 def main(
@@ -21,7 +22,7 @@ def main(
         path = train_sentencepiece(input, output, vocab_size=vocab_size, text_key=json_keys)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{path}: {vocab_size} pieces")
+    say(f"{path}: {vocab_size} pieces")
 
 
 if __name__ == "__main__":

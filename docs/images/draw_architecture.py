@@ -25,6 +25,8 @@ ROWS = (
     ("data/shards",),
     ("data/tokenizers",),
     ("data", "config", "planning", "ops"),
+    ("system",),
+    ("system",),
 )
 COLOURS = {"data": "#cfe8cf", "checkpoint": "#f6dcc0", "model": "#d6dcf5", "ops": "#d6dcf5", "runtime": "#d6dcf5"}
 
@@ -86,7 +88,7 @@ def main() -> None:
     edges = imports()
     if wrong := against_the_order():
         raise SystemExit("docs/images/draw_architecture.py: " + "; ".join(wrong))
-    figure, axes = pyplot.subplots(figsize=(11, 10))
+    figure, axes = pyplot.subplots(figsize=(11, 11))
     places = {}
     for number, row in enumerate(ROWS):
         for column, name in enumerate(row):
@@ -112,7 +114,7 @@ def main() -> None:
         )
         axes.add_patch(arrow)
     axes.set_xlim(0, 12)
-    axes.set_ylim(0.8, 14.2)
+    axes.set_ylim(0.8, 15.7)
     axes.axis("off")
     figure.tight_layout()
     figure.savefig(HERE / "architecture.svg", metadata={"Date": None, "Description": described(edges)})

@@ -1,6 +1,5 @@
 """A checkpoint as a function from tokens to logits, for generation and scoring."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import runtime, world_size_from_environment
+from illada_megatron.system.terminal import say
 
 ONE_STAGE_LAYOUT = (
     *("parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"),
@@ -34,7 +34,7 @@ def find_checkpoint(path: str | Path) -> CheckpointInfo:
     if info is None:
         raise CheckpointError(f"{path}: holds no checkpoint")
     for reason in refused:
-        print(f"refused {reason}", file=sys.stderr)
+        say(f"refused {reason}", error=True)
     return info
 
 

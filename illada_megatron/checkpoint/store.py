@@ -23,6 +23,7 @@ from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, damage
 from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.checkpoint.files.stored_record import check_record
 from illada_megatron.config import CheckpointConfig
 
 RECORD = "checkpoint.json"
@@ -218,7 +219,7 @@ def _require_visible(path: Folder) -> None:
 def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
     """Folders of steps below `save_dir`, complete or not."""
     names = (name for name in save_dir.folders() if name.startswith(_PREFIX))
-    steps = [name for name in names if name.removeprefix(_PREFIX).isdigit()]
+    steps = [name for name in names if name.removeprefix(_PREFIX).isdecimal()]
     return [save_dir / name for name in sorted(steps, key=step_of, reverse=True)]
 
 
@@ -233,10 +234,7 @@ def read_record(path: Folder) -> CheckpointInfo | Refusal:
         if record.pop("checksum") != _own_checksum(record):
             return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
         del record["version"]
-        record["files"] = {
-            str(name): FileRecord(bytes=int(one["bytes"]), xxh3_128=str(one["xxh3_128"]))
-            for name, one in record["files"].items()
-        }
+        check_record(record)
         return CheckpointInfo(path=path, **record)
     except FileNotFoundError:
         return Refusal(f"{path}: interrupted while it was written ({RECORD} is missing)", True)
@@ -244,8 +242,8 @@ def read_record(path: Folder) -> CheckpointInfo | Refusal:
         return Refusal(f"{file}: not JSON: {error}", False)
     except UnicodeDecodeError as error:
         return Refusal(f"{file}: not text: {error}", False)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return Refusal(f"{file}: not a checkpoint's record: {error!r}", False)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        return Refusal(f"{file}: not a checkpoint's record: {error!r:.500}", False)
 
 
 def _own_checksum(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """`illada checkpoint`: reshard, inspect, diff, average; tools/reshard_checkpoint.py is the first of them."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from illada_megatron.checkpoint.tools.processes import prepare
 from illada_megatron.config import ConfigError
+from illada_megatron.system.terminal import made_console, say
 
 if TYPE_CHECKING:
     from illada_megatron.checkpoint.tools.opening import OpenCheckpoint
@@ -105,11 +105,11 @@ def inspect(
 
     opened = _opened(path, overrides or ())
     found = inspect_checkpoint(opened, norms, verify, memory_mb, processes)
-    console = _console()
+    screen = _console()
     facts = Table(show_header=False)
     for row in found.facts:
         facts.add_row(*row)
-    console.print(facts)
+    screen.print(facts)
     tensors = Table("tensor", "shape", "dtype", "bytes", *(["norm"] if norms else []))
     for tensor in found.tensors:
         shape = " x ".join(map(str, tensor.shape))
@@ -117,10 +117,10 @@ def inspect(
         tensors.add_row(tensor.name, shape, tensor.dtype, f"{tensor.nbytes:,}", *norm)
     for column in tensors.columns[3:]:
         column.justify = "right"
-    console.print(tensors)
+    screen.print(tensors)
     damages = [*opened.refused, *found.damages]
     for damage in damages:
-        print(f"damaged: {damage}")
+        say(f"damaged: {damage}")
     if damages:
         raise typer.Exit(1)
 
@@ -144,11 +144,11 @@ def diff(
 
     found = compare(_opened(first, overrides or ()), _opened(second, overrides or ()), optimizer, memory_mb, processes)
     for name in found.only_in_first:
-        print(f"only in {first}: {name}")
+        say(f"only in {first}: {name}")
     for name in found.only_in_second:
-        print(f"only in {second}: {name}")
+        say(f"only in {second}: {name}")
     for line in found.of_other_kind:
-        print(line)
+        say(line)
     if found.differences and top:
         table = Table("tensor", "elements", "of them different", "largest difference", "largest relative difference")
         for column in table.columns[1:]:
@@ -157,7 +157,7 @@ def diff(
             values = (f"{one.largest:.6g}", f"{one.largest_relative:.6g}")
             table.add_row(one.name, f"{one.elements:,}", f"{one.different:,}", *values)
         _console().print(table)
-    print(f"{found.same:,} tensors are the same, {len(found.differences):,} differ in their values")
+    say(f"{found.same:,} tensors are the same, {len(found.differences):,} differ in their values")
     if not found.identical:
         raise typer.Exit(1)
 
@@ -194,8 +194,8 @@ def average(
 
 def _console() -> Console:
     """Names are long: where there is no terminal they are not cut to the width of one."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    screen = made_console()
+    return screen if screen.is_terminal else made_console(width=160)
 
 
 def _opened(path: str, overrides: Sequence[str]) -> "OpenCheckpoint":
@@ -203,12 +203,12 @@ def _opened(path: str, overrides: Sequence[str]) -> "OpenCheckpoint":
 
     opened = open_checkpoint(path, overrides)
     for reason in opened.refused:
-        print(f"refused {reason}", file=sys.stderr)
+        say(f"refused {reason}", error=True)
     return opened
 
 
 def _say_written(done: "Rewritten", seconds: float) -> None:
-    print(
+    say(
         f"{done.path}: step {done.step}, {done.tensors:,} tensors, {done.nbytes:,} bytes in {seconds:.1f} s "
         f"({done.nbytes / seconds / 1e9:.2f} GB/s)"
     )

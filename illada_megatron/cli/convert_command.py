@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada_megatron.config import ConfigError
+from illada_megatron.system.terminal import made_console, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,10 +60,10 @@ def to_hf(
     with _bar("exporting", export_bytes(info, layout, dtype)) as advance:
         done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance)
     weights = f"{dtype}, the optimizer's main weights" if done.from_main_weights else dtype
-    print(f"{directory}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, layout {layout}")
+    say(f"{directory}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, layout {layout}")
     shards = [name for name in done.files if name.endswith(".safetensors")]
     others = [name for name in done.files if name not in shards]
-    print(f"files: {shards[0] if len(shards) == 1 else f'{len(shards):,} shards'}, {', '.join(others)}")
+    say(f"files: {shards[0] if len(shards) == 1 else f'{len(shards):,} shards'}, {', '.join(others)}")
     if verify:
         _verify(info, directory)
 
@@ -103,10 +103,10 @@ def from_hf(
     if verify:
         check_transformers()
     source = open_source(directory, config, overrides or (), mask_token_id)
-    Console(highlight=False).print(two_columns(f"{directory}", described(source)))
+    made_console().print(two_columns(f"{directory}", described(source)))
     with _bar("importing", source.nbytes) as advance:
         path = import_weights(source, checkpoint, advance)
-    print(f"{path}: {source.config.model.num_parameters:,} parameters, weights that runs begin with")
+    say(f"{path}: {source.config.model.num_parameters:,} parameters, weights that runs begin with")
     if verify:
         _verify(find_checkpoint(checkpoint), directory)
 
@@ -128,7 +128,7 @@ def _verify(info: "CheckpointInfo", directory: Path) -> None:
     from illada_megatron.checkpoint.hugging_face.verifying import verify
 
     result = verify(info, directory)
-    print(
+    say(
         f"verified in fp32 on weights in {result.rounded_to}: largest difference of logits "
         f"{result.largest_difference:.3g}, largest logit {result.largest_logit:.3g}"
     )
@@ -148,6 +148,6 @@ def _bytes(text: str) -> int:
 @contextmanager
 def _bar(title: str, total: int) -> "Iterator[Callable[[int], None]]":
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=made_console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)

@@ -1,15 +1,14 @@
 """`illada generate`. torch is imported when the command runs: `illada preprocess` has no use for it."""
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.system.terminal import made_console, say
 
 if TYPE_CHECKING:
     import torch
@@ -88,11 +87,11 @@ def _on_cpu(predict: "Predict") -> "Predict":
 
 def _show(result: "Denoised", words: Tokenizer, plain: bool, svg: Path | None) -> None:
     if plain:
-        sys.stdout.write(words.decode(result.tokens.tolist()) + "\n")
+        say(words.decode(result.tokens.tolist()))
         return
     from illada_megatron.generation.render import render
 
-    console = Console(record=svg is not None, highlight=False)
-    console.print(render(result, words.piece))
+    screen = made_console(record=svg is not None)
+    screen.print(render(result, words.piece))
     if svg is not None:
-        console.save_svg(str(svg), title="illada generate")
+        screen.save_svg(str(svg), title="illada generate")

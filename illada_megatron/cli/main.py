@@ -21,6 +21,7 @@ from illada_megatron.cli import (
 from illada_megatron.config import ConfigError
 from illada_megatron.data.errors import DataError
 from illada_megatron.planning import PlanError
+from illada_megatron.system.terminal import say, show_defect
 
 # What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
 _USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError)
@@ -53,6 +54,7 @@ def main() -> None:
     # import it only when they run, so that this comes first.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    sys.excepthook = show_defect
     try:
         app()
     except _USER_ERRORS as error:
@@ -63,5 +65,5 @@ def main() -> None:
         if rank in (None, "0") or not isinstance(error, FloatingPointError):
             where = f" (rank {rank} on {socket.gethostname()})" if rank is not None else ""
             with suppress(OSError):  # a full disk or a closed terminal changes no exit code
-                print(f"illada: error{where}: {error}", file=sys.stderr, flush=True)
+                say(f"illada: error{where}: {error}", error=True)
         sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _LASTING) else 2)

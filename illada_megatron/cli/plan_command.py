@@ -5,7 +5,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from illada_megatron.config import ConfigError
@@ -20,6 +19,7 @@ from illada_megatron.planning import (
     simulate,
     young_interval,
 )
+from illada_megatron.system.terminal import made_console
 
 # 1,024 GPUs are interrupted about every two days, 16,384 every three hours: both are 49,152 GPU hours. Llama 3 405B had
 # 419 unexpected interruptions in 54 days on 16,384 GPUs, one in 50,700 GPU hours (arXiv 2407.21783, section 3.3.4).
@@ -69,7 +69,7 @@ def plan(
     start = _given("--restart", "start_seconds", restart, measured.restart_seconds, log)
     if not days > 0:
         raise ConfigError(f"--days {days}: expected a positive number")
-    console = Console(highlight=False)
+    screen = made_console()
     for count in gpus:
         try:
             model = FaultModel(
@@ -85,7 +85,7 @@ def plan(
             )
         except ValueError as error:
             raise PlanError(str(error)) from error
-        console.print(_table(model, days * _DAY, seed, measured.step_seconds))
+        screen.print(_table(model, days * _DAY, seed, measured.step_seconds))
 
 
 def _given(option: str, key: str, value: float | None, measured: float | None, log: Path | None) -> float:

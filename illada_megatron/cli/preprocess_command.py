@@ -8,6 +8,7 @@ import typer
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions, PreprocessSummary
 from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
+from illada_megatron.system.terminal import say
 
 # Megatron's --tokenizer-type -> how the file's name has to end
 _TOKENIZER_TYPES = {
@@ -90,7 +91,7 @@ def preprocess(
             overwrite=overwrite,
             log_interval_seconds=log_interval,
         )
-        print(_told(run_preprocess([*(inputs or []), *(input or [])], prefix, tokenizer, options)))
+        say(_told(run_preprocess([*(inputs or []), *(input or [])], prefix, tokenizer, options)))
 
 
 def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:

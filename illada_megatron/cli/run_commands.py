@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.config.layout import choose_layout, layout_rows, resolve_layout
 from illada_megatron.config.load import to_yaml
 from illada_megatron.config.machines import Work, choose_work, layouts_by_nodes
+from illada_megatron.system.terminal import made_console, say
 
 if TYPE_CHECKING:
     from illada_megatron.runtime.launch import LaunchOptions
@@ -139,7 +139,7 @@ def evaluate(
 
     figures = evaluate_checkpoint(config, overrides or (), checkpoint)
     if figures is not None:
-        print(
+        say(
             f"{checkpoint or 'initial weights'}: held-out bound {figures.bound:.4f} nats/token, "
             f"masked CE {figures.masked_cross_entropy:.4f} nats, over {figures.num_tokens:,} tokens"
         )
@@ -150,13 +150,13 @@ def doctor() -> None:
     from illada_megatron.runtime import capabilities, runtime
     from illada_megatron.runtime.tables import two_columns
 
-    console = Console(highlight=False)
-    console.print(two_columns("installed", [(part.name, part.text()) for part in capabilities()]))
+    screen = made_console()
+    screen.print(two_columns("installed", [(part.name, part.text()) for part in capabilities()]))
     config = RunConfig()
     with runtime(config) as run:
         from illada_megatron.training.start_table import choice_rows
 
-        console.print(two_columns("a run would use", choice_rows(config, run.device)))
+        screen.print(two_columns("a run would use", choice_rows(config, run.device)))
 
 
 def _launch_options(
@@ -207,10 +207,10 @@ def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
     else:
         work = _check_launch(config, launch).chosen
         world_size, chosen = work.layout.world_size, work.config
-    print(to_yaml(chosen), end="")
-    console = Console(highlight=False)
-    console.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
+    say(to_yaml(chosen).rstrip("\n"))
+    screen = made_console()
+    screen.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
     if launch and launch.min_nodes < launch.max_nodes:
         rows = layouts_by_nodes(config, launch.nproc, launch.min_nodes, launch.max_nodes)
-        console.print(two_columns("layout by machines", rows))
+        screen.print(two_columns("layout by machines", rows))
     select_device(config)

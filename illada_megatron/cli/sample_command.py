@@ -10,6 +10,7 @@ from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.data.corpus.configured import training_corpus
 from illada_megatron.data.corpus.corpus import Origin
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.system.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def sample(
     words = load_tokenizer(resolved.data.tokenizer_path) if resolved.data.tokenizer_path else None
     corpus = training_corpus(resolved.data, resolved.training.seed, resolved.model.vocab_size, words)
     for index in indices:
-        print("\n".join([*_described(resolved, corpus, index, words), *_passed_over(index, skipped), ""]))
+        say("\n".join([*_described(resolved, corpus, index, words), *_passed_over(index, skipped), ""]))
 
 
 def _index(text: str) -> int:

@@ -2,7 +2,7 @@
 
 In: a preset or file, and overrides.
 Out: a `RunConfig`, or a ConfigError that names the field.
-Never imported here: anything else of the package, torch.
+Never imported here: anything else of the package but `system`, torch.
 """
 
 from illada_megatron.config.layout import RunConfig

@@ -1,8 +1,12 @@
-"""YAML presets and files plus dotted overrides -> one validated RunConfig: OmegaConf merges, pydantic checks."""
+"""YAML presets and files plus dotted overrides -> one validated RunConfig: OmegaConf merges, pydantic checks.
+
+`${section.field}` in a file or an override is the value of another field. Nothing reads the environment: with a
+configuration from elsewhere, secrets would go to the places that it names. The shell puts variables into overrides.
+"""
 
 import difflib
-import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from illada_megatron.config.layout import RunConfig
+from illada_megatron.system.whole_file import replaced
 
+# OmegaConf's resolvers, as ${oc.env:NAME}, and ${${...}:NAME}, which may become one
+_RESOLVER = re.compile(r"\$\{[^{}]*(:|\$\{)")
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -30,23 +37,57 @@ def load_config(
 ) -> RunConfig:
     """Read a configuration.
 
-    config: a path of a YAML file, the name of a preset, or the values themselves; None: the defaults. A file may name
-    what it builds on with a top-level `base:` (a preset or a path relative to the file).
+    config: a path of a YAML file, the name of a preset, or the values themselves, as a checkpoint has stored them, in
+    which nothing is resolved; None: the defaults. A file may name what it builds on with a top-level `base:` (a preset
+    or a path relative to the file).
     overrides: `section.field=value`, values as in YAML, the last one wins.
     source: what an error calls the configuration; None: its path.
     Raises ConfigError.
     """
     source = source or (str(config) if isinstance(config, str | Path) else "overrides")
     try:
-        layers = _layers(config) if isinstance(config, str | Path) else [OmegaConf.create(dict(config or {}))]
+        layers = _layers(config) if isinstance(config, str | Path) else [_stored(config or {}, source)]
         for text in overrides:
             if "=" not in text:
                 raise ConfigError(f"override {text!r}: expected section.field=value, as training.lr=1e-3")
             layers.append(OmegaConf.from_dotlist([text]))
+            _require_plain(layers[-1], text)
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{source}: {error}") from error
     return _validate(values, source)
+
+
+def _stored(values: Mapping[str, Any], source: str) -> Any:
+    """What a checkpoint says is what this program has resolved, or somebody's attempt."""
+    for text in _strings(values):
+        if "${" in text:
+            raise ConfigError(
+                f"{source}: its stored configuration has {text!r}, expected plain values: nothing in it is resolved"
+            )
+    return OmegaConf.create(dict(values))
+
+
+def _require_plain(layer: Any, source: object) -> None:
+    for text in _strings(OmegaConf.to_container(layer, resolve=False)):
+        if _RESOLVER.search(text):
+            raise ConfigError(
+                f"{source}: has {text!r}, expected at most names of other fields in ${{...}}: the environment is not "
+                "read; give the value as an override, which the shell completes: section.field=$NAME"
+            )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _strings(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
 
 
 def _validate(values: Any, source: str) -> RunConfig:
@@ -61,12 +102,8 @@ def _validate(values: Any, source: str) -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back equal; replaces `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(to_yaml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replaced(path) as file:
+        file.write(to_yaml(config).encode())
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -86,6 +123,7 @@ def _layers(config: str | Path, seen: tuple[Path, ...] = ()) -> list[Any]:
     layer = OmegaConf.load(path)
     if not OmegaConf.is_dict(layer):
         raise ConfigError(f"{path}: expected sections with fields, found a list")
+    _require_plain(layer, path)
     base = layer.pop("base", None)
     if base is None:
         return [layer]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.config.layout import Layout, choose_layout, resolve_layout
-from illada_megatron.runtime import cpu_adaptor
+from illada_megatron.runtime import cpu_adaptor, loopback
 from illada_megatron.runtime.device import Device, select_device, set_threads
 from illada_megatron.runtime.megatron import import_megatron
 
@@ -127,8 +127,19 @@ def _init_torch_distributed(config: RunConfig, device: Device) -> None:
         # torch keeps so many collectives for the watchdog's report; read when the first process group is made
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if is_rank():
-        dist.init_process_group(backend, timeout=timeout, device_id=device.torch_device if device.is_cuda else None)
+        store = loopback.store_of_one_machine(timeout)  # None: torch makes it, of the same variables
+        if store is not None:
+            loopback.keep_gloo_on_this_machine()
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=world_size_from_environment(),
+            timeout=timeout,
+            device_id=device.torch_device if device.is_cuda else None,
+        )
     else:
+        loopback.keep_gloo_on_this_machine()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 

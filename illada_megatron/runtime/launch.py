@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import FrameType
 from typing import cast
 
@@ -18,12 +19,17 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousParameters,
 )
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, create_handler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from illada_megatron.runtime import loopback
 from illada_megatron.runtime.agent import Agent, decisive, shutdown_seconds
 from illada_megatron.runtime.spares import WithSpares
 from illada_megatron.runtime.tables import tell
+
+# torch's own for its stores of rendezvous
+_STORE_TIMEOUT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class LaunchOptions:
     """Ranks on this machine."""
     min_nodes: int = 1
     max_nodes: int = 1
-    rdzv_endpoint: str = "localhost:0"
-    """HOST:PORT; the machine of that name holds the store through which the others find each other."""
+    rdzv_endpoint: str | None = None
+    """HOST:PORT; the machine of that name holds the store through which the others find each other. None: there are no
+    others, and nobody but this machine reaches the store."""
     rdzv_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     rdzv_conf: Mapping[str, str] = field(default_factory=dict)
     """join_timeout, last_call_timeout, keep_alive_interval, keep_alive_max_attempt, read_timeout (seconds), is_host."""
@@ -83,7 +90,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, hand_on)
     try:
-        handler = get_rendezvous_handler(_parameters(options))
+        handler = _rendezvous(options)
         if working is not None and options.min_nodes < options.max_nodes:
             handler = WithSpares(cast(DynamicRendezvousHandler, handler), working, shutdown_seconds())
         agent = Agent(
@@ -115,20 +122,24 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
-def _parameters(options: LaunchOptions) -> RendezvousParameters:
-    return RendezvousParameters(
+def _rendezvous(options: LaunchOptions) -> RendezvousHandler:
+    parameters = RendezvousParameters(
         backend="c10d",
-        endpoint=options.rdzv_endpoint,
+        endpoint=options.rdzv_endpoint or "",
         run_id=options.rdzv_id,
         min_nodes=options.min_nodes,
         max_nodes=options.max_nodes,
-        local_addr=options.local_addr,
+        local_addr=options.local_addr if options.rdzv_endpoint else loopback.ADDRESS,
         **options.rdzv_conf,
     )
+    if options.rdzv_endpoint:
+        return get_rendezvous_handler(parameters)
+    store = loopback.hosted_store(0, _STORE_TIMEOUT)
+    return create_handler(store, C10dRendezvousBackend(store, options.rdzv_id), parameters)
 
 
 def _explain(error: RendezvousError, options: LaunchOptions) -> str:
-    where = f"the rendezvous at {options.rdzv_endpoint} (--rdzv-id {options.rdzv_id})"
+    where = f"the rendezvous at {options.rdzv_endpoint or loopback.ADDRESS} (--rdzv-id {options.rdzv_id})"
     if isinstance(error, RendezvousClosedError):
         return f"{where} is closed: another machine has ended the run or used up its restarts; its log says why"
     return f"{where} failed: {error or type(error).__name__}; is HOST:PORT up and reachable from this machine?"

@@ -1,9 +1,10 @@
 """How this program shows names and values in a terminal."""
 
-import sys
 from contextlib import suppress
 
 from rich.table import Table
+
+from illada_megatron.system.terminal import say
 
 
 def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -19,4 +20,4 @@ def two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
 def tell(text: str) -> None:
     """A line on stderr, by those whose work goes on where nobody can read it: a full disk, a closed terminal."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)

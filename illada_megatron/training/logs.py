@@ -22,6 +22,8 @@ import orjson
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from illada_megatron.system.terminal import Printable
+
 Tell = Callable[[str], None]
 _BOARD_RETRY_SECONDS = 60.0
 _WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -227,6 +229,7 @@ class Terminal(Console):
     def __init__(self) -> None:
         # a path in brackets is no markup
         super().__init__(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.push_render_hook(Printable())
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:

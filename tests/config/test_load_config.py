@@ -170,3 +170,61 @@ def test_decay_start_keeps_steps_and_fractions_apart() -> None:
     assert load_config(None, ["schedule.decay_start=1"]).schedule.decay_start == 1
     assert isinstance(load_config(None, ["schedule.decay_start=1"]).schedule.decay_start, int)
     assert isinstance(load_config(None, ["schedule.decay_start=1.0"]).schedule.decay_start, float)
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "checkpoint: {save_dir: '/shared/${oc.env:ILLADA_SECRET}'}",
+        "checkpoint: {load_dir: 's3://evil/${oc.env:ILLADA_SECRET}'}",
+        "training: {lr: '${oc.env:ILLADA_SECRET}'}",
+        "base: '${oc.env:ILLADA_SECRET}'",
+        "logging: {jsonl_path: 'oc.env', tensorboard_dir: '${${logging.jsonl_path}:ILLADA_SECRET}'}",
+        "data: {train_paths: ['${oc.decode:${oc.env:ILLADA_SECRET}}']}",
+        "data: {blend: [{name: a, paths: ['${ oc.env : ILLADA_SECRET}'], weight: 1.0}]}",
+        "checkpoint: {save_dir: '${oc.select:checkpoint.load_dir,${oc.env:ILLADA_SECRET}}'}",
+    ],
+)
+def test_the_environment_is_not_read(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a file from elsewhere, secrets would go to the places that it names, and into messages."""
+    monkeypatch.setenv("ILLADA_SECRET", SECRET)
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    (tmp_path / "leaf.yaml").write_text("base: run.yaml\n")
+    for file in (path, tmp_path / "leaf.yaml"):
+        with pytest.raises(ConfigError) as error:
+            load_config(file)
+        assert "the environment is not read; give the value as an override" in str(error.value)
+        assert SECRET not in str(error.value)
+    with pytest.raises(ConfigError, match="the environment is not read"):
+        load_config(None, ["checkpoint.save_dir=${oc.env:ILLADA_SECRET}"])
+
+
+@pytest.mark.parametrize("value", ["${oc.env:ILLADA_SECRET}", "${training.seed}", r"\${oc.env:ILLADA_SECRET}", "a${"])
+def test_a_stored_configuration_is_not_resolved(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's: this program has resolved what it stores."""
+    monkeypatch.setenv("ILLADA_SECRET", SECRET)
+    for stored in ({"checkpoint": {"save_dir": value}}, {"data": {"train_paths": ["a", value]}}):
+        with pytest.raises(ConfigError, match="nothing in it is resolved") as error:
+            load_config(stored, ["training.seed=1"], source="/there/step_00000001")
+        assert str(error.value).startswith("/there/step_00000001: its stored configuration has ")
+        assert SECRET not in str(error.value)
+
+
+def test_a_field_may_be_that_of_another(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("training: {seed: 7, train_steps: '${training.seed}'}\n")
+    assert load_config(tmp_path / "run.yaml").training.train_steps == 7
+    assert load_config(tmp_path / "run.yaml", ["training.seed=9"]).training.train_steps == 9
+
+
+@pytest.mark.parametrize("text", ["training: " + "[" * 5000, "training: {lr: 2001-99-99}", "a: " + "1" * 5000, "\x00"])
+def test_a_file_that_the_library_stumbles_over(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml: "):
+        load_config(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_bytes(b"training: {lr: \xff}")
+    with pytest.raises(ConfigError, match=r"run\.yaml: "):
+        load_config(tmp_path / "run.yaml")

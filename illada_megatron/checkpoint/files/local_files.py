@@ -7,9 +7,11 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from illada_megatron.system.whole_file import replaced, sync
 
 # What stays in a core's cache on its way: between reading, checksum and writing nothing then goes through main memory.
 _CACHED_BYTES = 1 << 20
@@ -71,17 +73,8 @@ class LocalFolder:
         return _LocalSink(self.path / name)
 
     def replace(self, name: str, content: bytes) -> None:
-        temporary = self.path / f"{name}.tmp"
-        try:
-            sink = _LocalSink(temporary)
-            sink.write(content)
-            sink.close()
-            temporary.replace(self.path / name)
-        except BaseException:
-            with suppress(OSError):  # of a disk that fails, the first error says more
-                temporary.unlink(missing_ok=True)
-            raise
-        sync(self.path)
+        with replaced(self.path / name) as file:
+            file.write(content)
 
     def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -123,13 +116,12 @@ class _LocalSink:
     everything else out of it, and pages that are new to it cost more than the disk does."""
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
-            descriptor = os.open(path, flags | _DIRECT, 0o666)
+            descriptor = _open_new(path, _DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            descriptor = os.open(path, flags, 0o666)  # this file system cannot
+            descriptor = _open_new(path, 0)  # this file system cannot
         self._file = os.fdopen(descriptor, "wb", buffering=0)  # closes itself where nobody does, and twice
         self._path = path
         self._buffer = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # page-aligned, as the disk wants it
@@ -175,10 +167,7 @@ class _LocalSink:
         return bool(flags & _DIRECT)
 
 
-def sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _open_new(path: Path, flags: int) -> int:
+    """In place of what has the name. That is removed and not written into: a link would lead to another file."""
+    path.unlink(missing_ok=True)
+    return os.open(path, flags | os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -4,18 +4,18 @@ It is a pickle of torch's own dataclasses. It is read without torch's classes an
 them. They are imported only then: importing torch.distributed.checkpoint takes seconds, and tools that read start fast.
 """
 
-import io
 import math
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.inert_pickle import Inert, load_inert
+from illada_megatron.checkpoint.files.names import is_file_name
 from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder
 
@@ -25,12 +25,17 @@ _MODULES = (
     "torch.distributed.checkpoint.planner",
 )
 _CLASS = re.compile(r"_?[A-Z]\w*")
-_NAMES = (
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool")
+}
+_NAMES = {
     *(("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set")),
-    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool")),
-)
-
+    *(("torch", name) for name in _DTYPES),
+}
+_MOST = 1 << 63
+"""Elements and bytes are below it."""
 
 Taken = TypeVar("Taken")
 
@@ -115,13 +120,18 @@ def pickled_metadata(tensors: Mapping[str, TensorInfo]) -> bytes:
 def _read(place: Folder, name: str, take: Callable[[Any], Taken]) -> Taken:
     content = patiently(lambda: place.read(name))
     try:
-        return take(_Unpickler(io.BytesIO(content)).load())
-    except Exception as error:  # pickle raises whatever the bytes lead it to
-        raise CheckpointError(f"{place}/{name}: {error}; the file is damaged or not a checkpoint's") from error
+        return take(load_inert(content, _is_named))
+    except Exception as error:  # pickle raises whatever the bytes lead it to, MemoryError and RecursionError too
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{place}/{name}: {reason:.300}; the file is damaged or not a checkpoint's") from error
+
+
+def _is_named(module: str, name: str) -> bool:
+    return (module, name) in _NAMES or (module in _MODULES and _CLASS.fullmatch(name) is not None)
 
 
 def _require_inside(place: Folder, name: str, files: Sequence[str]) -> None:
-    outside = [file for file in files if "/" in file]
+    outside = [file for file in files if not is_file_name(file)]
     if outside:
         raise CheckpointError(f"{place}/{name}: names the file {outside[0]}, expected files of its own folder")
 
@@ -129,7 +139,7 @@ def _require_inside(place: Folder, name: str, files: Sequence[str]) -> None:
 def _object(metadata: Any, key: str) -> tuple[str, int, int] | None:
     for index, where in metadata.storage_data.items():
         if index.fqn == key:
-            return str(where.relative_path), int(where.offset), int(where.length)
+            return _where(where)
     return None
 
 
@@ -143,44 +153,35 @@ def _tensors(metadata: Any) -> dict[str, TensorInfo]:
     for name, entry in metadata.state_dict_metadata.items():
         if type(entry).__name__ != "TensorStorageMetadata":
             continue
+        if not isinstance(name, str):
+            raise TypeError(f"a tensor's name is of type {type(name).__name__}, expected str")
         pieces: list[Piece] = []
         for chunk in entry.chunks:
             offset, shape = _integers(chunk.offsets), _integers(chunk.sizes)
             where = places[name, offset]
-            pieces.append(Piece(offset, shape, str(where.relative_path), int(where.offset), int(where.length)))
-        dtype = entry.properties.state[0]
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{name} has the dtype {dtype}")
-        tensors[name] = TensorInfo(_integers(entry.size), dtype, pieces)
+            pieces.append(Piece(offset, shape, *_where(where)))
+        tensors[name] = TensorInfo(_integers(entry.size), _dtype(name, entry.properties.state[0]), pieces)
     return tensors
 
 
+def _where(where: Any) -> tuple[str, int, int]:
+    """(file, first byte, bytes)."""
+    if not isinstance(where.relative_path, str):
+        raise TypeError(f"a file's name is of type {type(where.relative_path).__name__}, expected str")
+    start, length = _integers((where.offset, where.length))
+    return where.relative_path, start, length
+
+
+def _dtype(name: str, found: Any) -> torch.dtype:
+    if not (isinstance(found, type) and issubclass(found, Inert) and found.__name__ in _DTYPES):
+        kind = found.__name__ if isinstance(found, type) else type(found).__name__
+        raise TypeError(f"{name} has the dtype {kind}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[found.__name__]
+
+
 def _integers(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
-
-
-class _Fields:
-    """An object of one of torch's classes: its fields, and nothing that could run."""
-
-    def __init__(self, *_: Any) -> None:
-        """An enum is made from its value; none is looked at."""
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.state = state
-
-
-@lru_cache
-def _stand_in(name: str) -> type[_Fields]:
-    return type(name, (_Fields,), {})
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _NAMES:
-            return super().find_class(module, name)
-        if module in _MODULES and _CLASS.fullmatch(name):
-            return _stand_in(name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+    """A shape, an offset, or places in a file."""
+    numbers = tuple(values)
+    if not all(type(number) is int and 0 <= number < _MOST for number in numbers):
+        raise TypeError("a shape, an offset or a place in a file has something else than numbers from 0 to 2^63")
+    return numbers

@@ -1,4 +1,5 @@
-"""Names of tensors in a checkpoint: a parameter's weight by its canonical name, its optimizer state behind a prefix."""
+"""Names in a checkpoint: of files; of tensors, a parameter's weight by its canonical name, its optimizer state behind a
+prefix."""
 
 from typing import NamedTuple
 
@@ -34,3 +35,9 @@ def split_name(name: str) -> TensorName:
 def names_of(parameter: Parameter) -> list[str]:
     """All names that a checkpoint may hold of a parameter."""
     return [tensor_name(parameter.name, state) for state in (WEIGHT, *OPTIMIZER_STATE)]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name that a file gives is one of its own folder: no path, nothing that a system takes for something
+    else."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.files.local_files import sync
+from illada_megatron.system.whole_file import sync
 
 _UNFINISHED, _TOKEN_BYTES = ".unfinished", 4
 # what file systems without locks answer; what a killed process left there stays, as it may be another's at work

@@ -2,7 +2,7 @@
 
 import argparse
 import io
-import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,20 +32,34 @@ def load_plain(file: Path, content: bytes | None = None) -> Any:
 
     Raises CheckpointError where the file is damaged or is not torch's, OSError.
     """
+    source: Any = file if content is None else io.BytesIO(content)
     try:
+        _require_uncompressed(source)
         with _only_plain_values():
-            source = file if content is None else io.BytesIO(content)
+            _rewind(source)
             names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-            if isinstance(source, io.BytesIO):
-                source.seek(0)
+            _rewind(source)
             unread: list[Any] = [(Unread, name) for name in names if name != "argparse.Namespace"]
             torch.serialization.add_safe_globals([argparse.Namespace, *unread])
             return torch.load(source, map_location="meta", weights_only=True)
     except OSError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # pickle raises whatever the bytes lead it to, MemoryError and RecursionError too
         reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
         raise CheckpointError(f"{file}: not a file of torch.save that can be read safely: {reason:.300}") from error
+
+
+def _require_uncompressed(source: Any) -> None:
+    """torch.save does not compress. What is compressed could be a thousand times as large in memory."""
+    with zipfile.ZipFile(source) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"{packed[0]} in it is compressed, which torch.save never does: save it with torch again")
+
+
+def _rewind(source: Any) -> None:
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, RecordedFile
 from illada_megatron.checkpoint.files.metadata import Piece, TensorInfo, pickled_metadata, read_metadata
+from illada_megatron.checkpoint.files.pieces import defect_of
 from illada_megatron.checkpoint.files.storage import Folder, folder
 
 PIECE_BYTES = 32 << 20
@@ -141,8 +142,8 @@ def write_metadata(place: Folder, parts: Sequence[WrittenPart]) -> dict[str, Fil
                 )
             known.pieces.extend(info.pieces)
     for name, info in infos.items():
-        if (found := sum(math.prod(piece.shape) for piece in info.pieces)) != math.prod(info.shape):
-            raise CheckpointError(f"{place}: {found} of the {math.prod(info.shape)} elements of {name} were written")
+        if (defect := defect_of(info)) is not None:
+            raise CheckpointError(f"{place}: {name} was not written as it is: {defect}")
     empty = io.BytesIO()
     torch.save({}, empty)
     files = {name: record for part in parts for name, record in part.files.items()}
@@ -166,6 +167,8 @@ class TensorReader:
     def __init__(self, path: Any) -> None:
         self.place = folder(path)
         self.tensors = read_metadata(self.place, _METADATA)
+        self._checked: set[str] = set()
+        self._sizes: dict[str, int] = {}
 
     def read(
         self,
@@ -179,13 +182,12 @@ class TensorReader:
         out: contiguous, on the CPU, with as many elements as the box. Raises CheckpointError where the checkpoint does
         not hold all of the box.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.place}: holds no tensor {name}")
+        info = self._whole(name)
         offset = tuple(offset if offset is not None else (0,) * len(info.shape))
         shape = tuple(shape if shape is not None else info.shape)
+        if any(first + length > whole for first, length, whole in zip(offset, shape, info.shape, strict=True)):
+            raise CheckpointError(f"{self.place}: {name} has shape {info.shape}, asked for were {shape} at {offset}")
         result = torch.empty(shape, dtype=info.dtype) if out is None else out.view(shape)
-        filled = 0
         for piece in info.pieces:
             if shape and not offset[0] - piece.shape[0] < piece.offset[0] < offset[0] + shape[0]:
                 continue  # most pieces of a large tensor: they are many
@@ -194,12 +196,29 @@ class TensorReader:
                 low, size = box
                 within = tuple(slice(a - b, a - b + n) for a, b, n in zip(low, offset, size, strict=True))
                 self._copy(name, info.dtype, piece, low, size, result[within])
-                filled += math.prod(size)
-        if filled != math.prod(shape):
-            raise CheckpointError(
-                f"{self.place}: holds {filled} of the {math.prod(shape)} elements of {name} at {offset}, shape {shape}"
-            )
         return result
+
+    def _whole(self, name: str) -> TensorInfo:
+        """What is known of a tensor. Each of its elements lies in one piece, and in the file of that: one that is
+        counted twice would leave another as it was in memory."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.place}: holds no tensor {name}")
+        if name not in self._checked:
+            if (defect := defect_of(info) or self._outside(info)) is not None:
+                raise CheckpointError(f"{self.place}/{_METADATA}: {name}: {defect}; the checkpoint is damaged")
+            self._checked.add(name)
+        return info
+
+    def _outside(self, info: TensorInfo) -> str | None:
+        """Which piece does not lie in its file; None: all do."""
+        for piece in info.pieces:
+            if piece.file not in self._sizes:
+                self._sizes[piece.file] = self.place.size(piece.file) or 0
+            nbytes, size = math.prod(piece.shape) * info.dtype.itemsize, self._sizes[piece.file]
+            if nbytes > piece.length or piece.start + piece.length > size:
+                return f"{nbytes} bytes lie in {piece.length} from {piece.start} on of {piece.file}, which has {size}"
+        return None
 
     def _copy(
         self,

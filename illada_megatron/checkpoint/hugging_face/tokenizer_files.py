@@ -93,7 +93,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(config.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{config}: not valid JSON ({error})") from error
     return values if isinstance(values, dict) else {}
 

@@ -90,7 +90,9 @@ def _foreign_logits(
     shape = {**model.model_dump(), **fields, "mask_token_id": 0}
     native = ModelConfig.model_validate(shape)
     config = config_class(**{**config_json(layout, native, "float32", {}), "auto_map": None})
-    network = model_class.from_pretrained(directory, config=config, dtype=torch.float32, trust_remote_code=False).eval()
+    network = model_class.from_pretrained(
+        directory, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
     _round(network, coarse)
     with torch.no_grad():
         return network(tokens).logits, coarse

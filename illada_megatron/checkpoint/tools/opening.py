@@ -62,9 +62,10 @@ def _iteration(local: Path) -> Path:
     tracker = local / legacy_layout.TRACKER
     if not tracker.is_file():
         return local
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{tracker}: says {text!r:.40}, expected the number of an iteration")
+    with tracker.open("rb") as file:
+        text = file.read(40).strip()
+    if not text.isdigit():  # of bytes: 0 to 9
+        raise CheckpointError(f"{tracker}: says {text!r}, expected the number of an iteration")
     directory = legacy_layout.iteration_directory(local, int(text))
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is missing, but {tracker} names it")

@@ -12,10 +12,10 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.system.terminal import made_console
 
 # with the libraries in memory, what four processes hold stays below 1 GB
 _MOST_BY_DEFAULT = 4
@@ -84,17 +84,17 @@ def pool(shared: Any, processes: int | None, show: bool | None = None) -> Iterat
     count = processes or default_processes()
     context = prepare()
     moved_bytes = context.Value("q")
-    console = Console(stderr=True)
+    screen = made_console(stderr=True)
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()),
         TimeRemainingColumn(),
     )
-    show = console.is_terminal if show is None else show
+    show = screen.is_terminal if show is None else show
     with (
         ProcessPoolExecutor(
             count, mp_context=context, initializer=_begin, initargs=(shared, moved_bytes, dict(os.environ))
         ) as executor,
-        Progress(*columns, console=console, disable=not show) as progress,
+        Progress(*columns, console=screen, disable=not show) as progress,
     ):
         yield Pool(executor, progress, moved_bytes)
 

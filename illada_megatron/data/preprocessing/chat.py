@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 from pydantic import BaseModel, ConfigDict
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.template_sandbox import CountingSandbox
 
 SPECIAL_IN_CONTENT = "special token in content"
 _CONFIG_NAME = "tokenizer_config.json"
@@ -44,9 +42,14 @@ def load_chat_template(tokenizer_path: Path, template_path: Path | None) -> Chat
     if config_path.is_file():
         try:
             config = json.loads(config_path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{config_path}: not valid JSON ({error})") from error
-    source = template_path.read_text(encoding="utf-8") if template_path else config.get("chat_template")
+        if not isinstance(config, dict):
+            raise DataError(f"{config_path}: expected an object with keys, found {type(config).__name__}")
+    try:
+        source = template_path.read_text(encoding="utf-8") if template_path else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{template_path}: a chat template is text in UTF-8, which this is not ({error})") from error
     if not isinstance(source, str):
         raise DataError(
             f"{config_path}: no chat_template found there (a string), expected one for conversations: "
@@ -65,29 +68,24 @@ class ChatRenderer:
     """Renders conversations; special_tokens: names that only the template may write."""
 
     def __init__(self, template: ChatTemplate, special_tokens: Iterable[str]) -> None:
-        # the environment of transformers.utils.chat_template_utils; without its strftime_now, whose text would depend
-        # on the day (templates ask whether it is there and have a fixed date otherwise)
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
         self._names = sorted(filter(None, set(special_tokens)), key=lambda name: (-len(name), name))
         self._special = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
         # nobody can guess it, so no content has it
         nonce = secrets.token_hex(16)
         self._marks = {name: f"\ue000{nonce}{number}\ue001" for number, name in enumerate(self._names)}
         self._mark = re.compile(f"\ue000{nonce}([0-9]+)\ue001")
+        self._sandbox = CountingSandbox()
+        self._sandbox.filters["tojson"] = _to_json
+        self._sandbox.globals["raise_exception"] = _refuse
         try:
-            tree = environment.parse(template.source)
+            self._template = self._sandbox.compiled(template.source, self._marked)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"chat template, line {error.lineno}: {error.message}") from error
-        for data in tree.find_all(jinja2.nodes.TemplateData):
-            data.data = self._marked(data.data)
-        for constant in tree.find_all(jinja2.nodes.Const):
-            if isinstance(constant.value, str):
-                constant.value = self._marked(constant.value)
-        self._template = environment.from_string(tree)
+        except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"chat template: Python cannot compile it ({type(error).__name__}: {error}): give a simpler one with "
+                "--chat-template"
+            ) from error
         self._variables = {name: self._marked(value) for name, value in template.variables.items()}
 
     def render(self, messages: Any) -> str:
@@ -101,14 +99,14 @@ class ChatRenderer:
             raise ValueError("holds a message without a role")
         if any(self._special.search(text) for text in _strings(messages)):
             raise BadConversation(SPECIAL_IN_CONTENT)
+        self._sandbox.steps = 0
         try:
             rendered = self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
-            raise ValueError(
-                f"holds a conversation that the chat template refuses: {self._unmarked(str(error))}"
-            ) from error
+        except Exception as error:  # a template may do whatever raises something
+            reason = self._unmarked(str(error)) or type(error).__name__
+            raise ValueError(f"holds a conversation that the chat template refuses: {reason}") from error
         text = self._unmarked(rendered)
         written = Counter(self._names[int(number)] for number in self._mark.findall(rendered))
         if Counter(self._special.findall(text)) - written - self._of_roles(messages):

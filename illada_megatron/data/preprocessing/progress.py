@@ -2,8 +2,9 @@
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from illada_megatron.system.terminal import made_console
 
 
 class ProgressBar:
@@ -11,7 +12,7 @@ class ProgressBar:
     line on stderr that often (0: none), for a batch system's log."""
 
     def __init__(self, total_bytes: int, done_bytes: int, show: bool | None, log_interval_seconds: float) -> None:
-        self._console = Console(stderr=True)
+        self._console = made_console(stderr=True)
         show = self._console.is_terminal if show is None else show
         self._started = self._logged = time.perf_counter()
         self._log_interval_seconds = 0 if show else log_interval_seconds
@@ -33,7 +34,7 @@ class ProgressBar:
     def print(self, *lines: str) -> None:
         """Above the bar."""
         for line in lines:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
 
     def update(self, read_bytes: int, tokens: int) -> None:
         """So much more was read and made."""
@@ -48,7 +49,7 @@ class ProgressBar:
             read = self._done_bytes + self.read_bytes
             left = (self._total_bytes - read) / max(1, self.read_bytes) * seconds
             share = read / max(1, self._total_bytes)
-            self._console.print(f"preprocess {share:.1%} {rates}, {max(0, left):.0f} s left", highlight=False)
+            self._console.print(f"preprocess {share:.1%} {rates}, {max(0, left):.0f} s left")
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -97,9 +98,10 @@ def _passages(texts: Iterator[str]) -> Iterator[str]:
 
 def _write_model(model: bytes, output_path: Path) -> Path:
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_path.with_name(f"tmp.{output_path.name}")
+    temporary = output_path.with_name(f"tmp.{secrets.token_hex(8)}.{output_path.name}")
     try:
-        temporary.write_bytes(model)
+        with temporary.open("xb") as file:  # a new file: a link of that name is not followed
+            file.write(model)
         tokenizer = load_tokenizer(temporary)
         if tokenizer.mask_id != MASK_ID:
             raise DataError(

@@ -27,7 +27,7 @@ class _Entry(BaseModel):
 class ShardEntry(_Entry):
     """One shard: `path`.bin holds `tokens` ids of type `dtype`, `path`.idx its documents."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
     dtype: Literal["uint16", "int16", "int32", "int64"]
     tokens: PositiveInt
     documents: PositiveInt

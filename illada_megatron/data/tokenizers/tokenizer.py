@@ -16,6 +16,10 @@ MASK_NAMES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
 BOS_NAMES = ("<s>", "<|startoftext|>", "[BOS]", "<bos>", "<|begin_of_text|>")
 EOS_NAMES = ("</s>", "<|endoftext|>", "[EOS]", "<eos>", "<|end_of_text|>")
 
+MOST_IDS = 1 << 24
+"""Far above any vocabulary: what has a place for each id has room for them."""
+_UNKNOWN = "\U0010fffd"
+
 # SentencePiece writes a space as this character and reads it back as a space
 SPACE_SIGN = "\u2581"
 
@@ -202,13 +206,19 @@ class HuggingFaceTokenizer:
         path = Path(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+            # what the file lacks for a character that it does not know, it would lack in the middle of a corpus
+            self._tokenizer.decode(self._tokenizer.encode(_UNKNOWN, add_special_tokens=False).ids)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and its panics are none
             raise DataError(f"{path}: expected a Hugging Face tokenizer.json, the library says: {error}") from error
         # a tokenizer.json may have been saved with a length limit: it would cut documents without a word
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not special_tokens
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 1 <= self.vocab_size <= MOST_IDS:
+            raise DataError(f"{path}: its largest id is {self.vocab_size - 1}, expected one from 0 to {MOST_IDS - 1}")
         self.fingerprint = _fingerprint(path)
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}

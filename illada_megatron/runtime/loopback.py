@@ -1,0 +1,41 @@
+"""Where the ranks of one machine find each other: at an address that no other machine reaches.
+
+torch's own store listens at every address of the machine and asks nobody who he is, and torch unpickles what it holds:
+who reaches it runs code in the run (docs/security.md).
+"""
+
+import os
+import socket
+import sys
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+ADDRESS = "127.0.0.1"
+
+
+def hosted_store(port: int, timeout: timedelta) -> TCPStore:
+    """A new store at a port of this machine (0: any that is free). Raises OSError where it is taken."""
+    listener = socket.create_server((ADDRESS, port))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        ADDRESS, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def store_of_one_machine(timeout: timedelta) -> TCPStore | None:
+    """The store of the run that this process is a rank of; None: its ranks are on several machines, or torchrun holds
+    it for them."""
+    environment = os.environ
+    if environment.get("LOCAL_WORLD_SIZE") != environment["WORLD_SIZE"]:
+        return None
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(environment["MASTER_PORT"])
+    return hosted_store(port, timeout) if environment["RANK"] == "0" else TCPStore(ADDRESS, port, timeout=timeout)
+
+
+def keep_gloo_on_this_machine() -> None:
+    """gloo's connections, likewise, unless the user has said where they go."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
