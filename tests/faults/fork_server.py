@@ -5,8 +5,8 @@ forks for each command: the child is a process like any other that runs `illada 
 it says, and ends with the exit code of the command.
 
 `python fork_server.py MODULE...` reads a line of JSON for each request and answers with one:
-{"start": [arguments], "environment": {...}, "output": file} -> pid; {"poll": pid} -> exit code (below 0: the signal), or
-null while it runs; {"signal": [pid, number]} -> null.
+{"start": [arguments], "environment": {...}, "output": file} -> pid; {"poll": pid} -> exit code (below 0: the signal),
+or null while it runs; {"signal": [pid, number]} -> null.
 """
 
 import ctypes

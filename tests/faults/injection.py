@@ -152,6 +152,7 @@ class Injection:
         self._control.journal = ("no", "calls", "contents").index(journal)
         self._journal = shared / "journal"
         self._first = 0  # of the half of the slots that is in use
+        self._armed = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -173,7 +174,8 @@ class Injection:
             slot.argument = fault.argument
             slot.calls = f" {fault.calls} ".encode() if fault.calls else b""
             slot.path = os.fsencode(fault.path)
-            slot.armed = 1
+            self._armed += 1
+            slot.armed = self._armed
         for slot in self._control.faults[half - self._first : 2 * half - self._first]:
             slot.armed = 0
 

@@ -123,8 +123,8 @@ static void Sleep(long milliseconds) {
   while (nanosleep(&left, &left) != 0 && errno == EINTR) continue;
 }
 
-static void WaitWhileArmed(struct fault* fault) {
-  while (atomic_load(&fault->armed)) Sleep(5);
+static void WaitWhileArmed(struct fault* fault, int32_t as) {
+  while (atomic_load(&fault->armed) == as) Sleep(5);
 }
 
 static int IsFor(const struct fault* fault, const struct call* call, int rank) {
@@ -173,7 +173,8 @@ static int Intercepted(struct call* call) {
   if (call->path == NULL) return 0;
   const int rank = Rank(), before = errno;
   for (struct fault* fault = control->faults; fault < control->faults + FAULTS; ++fault) {
-    if (!atomic_load(&fault->armed)) continue;
+    const int32_t armed = atomic_load(&fault->armed);
+    if (armed == 0) continue;
     const int frozen =
         fault->action == FREEZE && atomic_load(&fault->fired) && (fault->rank < 0 || fault->rank == rank);
     if (!frozen) {
@@ -195,7 +196,7 @@ static int Intercepted(struct call* call) {
       case HANG:
       case FREEZE:
         if (atomic_load(&control->journal)) Write(call, -1, 1, 0, NULL, 0);
-        WaitWhileArmed(fault);
+        WaitWhileArmed(fault, armed);
         fault = control->faults - 1;  // what is armed now may be meant for this very call
         break;
       case KILL:

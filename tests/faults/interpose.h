@@ -10,8 +10,8 @@
 enum action { FAIL, FAIL_AFTER, SHORT, DELAY, HANG, FREEZE, KILL, STOP };
 
 struct fault {
-  _Atomic int32_t armed;
-  int32_t rank;  // -1: any process
+  _Atomic int32_t armed;  // 0: not; else a number that no other fault has had
+  int32_t rank;           // -1: any process
   int32_t action;
   int32_t error;
   int64_t first, last;  // of the calls that match, counted from 1 over all processes
