@@ -22,14 +22,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults.injection import library
+
 ROOT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class ForkServer:
-    """Starts `illada` commands from a warm process. modules: to be imported beforehand; environment: of all of them."""
+    """Starts `illada` commands from a warm process, each with faults of its own (`Injection.environment`), if any.
+    modules: to be imported beforehand."""
 
-    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the server)
         self._server = subprocess.Popen(
             [sys.executable, __file__, *modules],
@@ -37,7 +42,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library())},
         )
 
     def __enter__(self) -> "ForkServer":
@@ -116,6 +121,8 @@ def serve(modules: Sequence[str]) -> list[str]:
 def _become(environment: Mapping[str, str], output: str) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(environment)
+    if "ILLADA_FAULTS" in environment:
+        ctypes.CDLL(os.environ["LD_PRELOAD"]).AttachFaults(os.fsencode(environment["ILLADA_FAULTS"]))
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(file, stream)

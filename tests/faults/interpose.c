@@ -35,9 +35,8 @@
 static struct control* control;
 static int journal = -1;
 
-__attribute__((constructor)) static void Start(void) {
-  const char* shared = getenv("ILLADA_FAULTS");
-  if (shared == NULL) return;
+// From now on the faults and the journal of `shared`, a directory; also for a process that was forked from another.
+EXPORT void AttachFaults(const char* shared) {
   char path[PATH_MAX];
   snprintf(path, sizeof path, "%s/control", shared);
   const int descriptor = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CLOEXEC, 0);
@@ -50,6 +49,11 @@ __attribute__((constructor)) static void Start(void) {
   journal = (int)syscall(SYS_fcntl, low, F_DUPFD_CLOEXEC, 512);  // out of the way of the process's own
   syscall(SYS_close, low);
   if (memory != MAP_FAILED) control = memory;
+}
+
+__attribute__((constructor)) static void Start(void) {
+  const char* shared = getenv("ILLADA_FAULTS");
+  if (shared != NULL) AttachFaults(shared);
 }
 
 static int Rank(void) {

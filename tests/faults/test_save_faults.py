@@ -6,18 +6,16 @@ two saves that are disturbed lies one that is not.
 """
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import write_corpus
 from faults.fork_server import ForkServer
 from faults.injection import Call, Injection
 from faults.power_loss import Disk, Tree, replayed, tree_digest, write_tree
 from faults.training_run import (
-    MODULES,
     SAVE_DIR,
     Place,
     Ranks,
@@ -30,6 +28,8 @@ from faults.training_run import (
     told,
     wait_for,
 )
+
+from illada_megatron.checkpoint.store import RECORD
 
 # whose failing after it was done leaves no descriptor open
 _ANSWERED = ("rename", "fsync", "mkdir", "unlink", "rmdir", "close")
@@ -69,11 +69,6 @@ def trials(found: Sequence[Place]) -> list[Trial]:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
-
-
-@pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds `root`, of the runs, and the faults."""
     directory = tmp_path_factory.mktemp("faults")
@@ -86,12 +81,6 @@ def faults(shared: Path) -> Injection:
     return Injection(shared / "faults", shared / "root", journal="contents")
 
 
-@pytest.fixture(scope="module")
-def server(faults: Injection) -> Iterator[ForkServer]:
-    with ForkServer(MODULES, faults.environment) as server:
-        yield server
-
-
 @dataclass
 class Record:
     """Of a clean run."""
@@ -101,8 +90,10 @@ class Record:
     """Before the save of step 2."""
     journal: list[Call]
     """From there to the last call of the run, with the saves of steps 2 and 3."""
-    save: list[Call]
+    places: list[Place]
     """Of the save of step 3: up to the first call of the next."""
+    complete: frozenset[Place]
+    """Those of them before which the checkpoint is durable: what fails there costs a warning."""
 
 
 def undisturbed(server: ForkServer, faults: Injection, corpus: Path, shared: Path, steps: int) -> Record:
@@ -111,7 +102,7 @@ def undisturbed(server: ForkServer, faults: Injection, corpus: Path, shared: Pat
     ranks = None
     faults.forget()
     faults.arm(breakpoint_at(2))
-    ranks = Ranks(server, root, [*tiny(corpus), "training.exit_steps=4"], shared)
+    ranks = Ranks(server, faults, [*tiny(corpus), "training.exit_steps=4"])
     assert wait_for(faults, ranks)
     disk = Disk.of(root)
     before = len(faults.journal())
@@ -126,13 +117,25 @@ def undisturbed(server: ForkServer, faults: Injection, corpus: Path, shared: Pat
     assert ended.codes == [0, 0], ended.output
     journal = faults.journal()[before:]
     write_tree({}, root)
-    every = Ranks(server, root, [*tiny(corpus), f"training.exit_steps={steps}", "checkpoint.keep_last=null"], shared)
+    every = Ranks(server, faults, [*tiny(corpus), f"training.exit_steps={steps}", "checkpoint.keep_last=null"])
     ended = every.wait()
     assert ended.codes == [0, 0], ended.output
     digests = {step: digest(root / SAVE_DIR / directory(step)) for step in range(1, steps + 1)}
     write_tree({}, root)
     faults.forget()
-    return Record(digests, disk, journal, [call for call in save if call.path.startswith(SAVE_DIR)])
+    save = [call for call in save if call.path.startswith(SAVE_DIR)]
+    found = places(save, 3, 3)
+    return Record(digests, disk, journal, found, frozenset(found) - frozenset(places(save[: _durable(save)], 3, 3)))
+
+
+def _durable(save: Sequence[Call]) -> int:
+    """How many calls it takes until the record is in the directory, for good."""
+    renamed = next(number for number, call in enumerate(save) if call.other == f"{SAVE_DIR}/{directory(3)}/{RECORD}")
+    return next(
+        number
+        for number, call in enumerate(save, 1)
+        if number > renamed and (call.name, call.path) == ("fsync", f"{SAVE_DIR}/{directory(3)}")
+    )
 
 
 @dataclass
@@ -164,7 +167,7 @@ def disturb(
     seen: dict[int, int] = {}  # step of a save -> the newest checkpoint behind it
     left = list(row)
     faults.arm(breakpoint_at(1))
-    ranks = Ranks(server, root, [*tiny(corpus), f"training.exit_steps={last}"], shared)
+    ranks = Ranks(server, faults, [*tiny(corpus), f"training.exit_steps={last}"])
     step, good = 0, 0
     while step < last and wait_for(faults, ranks):
         # `step` was saved, disturbed by tried[step]
@@ -186,6 +189,8 @@ def disturb(
                 if found[1] != record.digests[found[0]]:
                     figures.problems.append(f"{why}: step {step}: the tensors of step {found[0]} are others")
                 good = seen[step] = found[0]
+            if good == step and step > 1 and (left_over := _left_over(save_dir, step)):
+                figures.problems.append(f"{why}: step {step} was saved, and these stayed: {left_over}")
         step += 1
         if left and good == step - 1 and step - 1 not in tried and step > 2:
             tried[step] = left.pop(0)
@@ -199,11 +204,19 @@ def disturb(
             f"{tried.get(step)}: step {step}: the run ended with {ended.codes}:\n{ended.output[-3000:]}"
         )
     assert not left, f"{len(left)} trials were not reached; the last: {tried.get(step)}, {figures.problems}"
-    _compare(tried, seen, told(ended.outputs[0]), figures)
+    _compare(record, tried, seen, told(ended.outputs[0]), figures)
     return figures
 
 
-def _compare(tried: dict[int, Trial], seen: dict[int, int], said: dict[int, list[str]], figures: Figures) -> None:
+def _left_over(save_dir: Path, step: int) -> list[str]:
+    """What a save that succeeded has to have removed, with keep_last=1."""
+    paths = [path for path in save_dir.rglob("*") if path.is_dir() or path.suffix == ".tmp"]
+    return sorted(str(path.relative_to(save_dir)) for path in paths if path.name != directory(step))
+
+
+def _compare(
+    record: Record, tried: dict[int, Trial], seen: dict[int, int], said: dict[int, list[str]], figures: Figures
+) -> None:
     """What the run said of its saves with what was there."""
     for step, trial in tried.items():
         figures.struck += 1
@@ -216,6 +229,8 @@ def _compare(tried: dict[int, Trial], seen: dict[int, int], said: dict[int, list
         figures.failed += not succeeded
         if succeeded and seen.get(step) != step:
             figures.problems.append(f"{trial}: step {step}: said {lines[0]!r}, but {seen.get(step)} is the newest")
+        if not succeeded and trial.place in record.complete and "step_[+1]" not in trial.place.path:
+            figures.problems.append(f"{trial}: step {step}: its record was durable, said {lines[0]!r}")
         later = said.get(step + 1, [""])[-1]
         if step + 1 in seen and seen[step + 1] != step + 1 and "step_[+1]" not in trial.place.path:
             figures.problems.append(f"{trial}: step {step + 1}, not disturbed, was not saved: {later!r}")
@@ -266,7 +281,7 @@ def test_power_loss_at_each_call_of_a_save(record: Record, shared: Path) -> None
 def test_a_sample_of_faults_of_a_save(
     server: ForkServer, faults: Injection, corpus: Path, shared: Path, record: Record
 ) -> None:
-    row = _spread(trials(places(record.save, 3)), SAMPLE)
+    row = _spread(trials(record.places), SAMPLE)
     figures = disturb(server, faults, corpus, shared, record, row)
     assert not figures.problems, "\n".join([str(figures), *figures.problems])
     assert figures.struck == SAMPLE
@@ -276,9 +291,9 @@ def test_a_sample_of_faults_of_a_save(
 def test_every_fault_of_a_save(
     server: ForkServer, faults: Injection, corpus: Path, shared: Path, record: Record
 ) -> None:
-    row = trials(places(record.save, 3))
+    row = trials(record.places)
     write_tree({}, shared / "root")
-    longer = undisturbed(server, faults, corpus, shared, 2 * len(row) + 20)
+    longer = undisturbed(server, faults, corpus, shared, 2 * len(row) + len(row) // 4 + 20)
     figures = disturb(server, faults, corpus, shared, longer, row)
     print(figures)
     assert not figures.problems, "\n".join([str(figures), *figures.problems])

@@ -54,11 +54,11 @@ class Ended:
 
 
 class Ranks:
-    """Two ranks of `illada train`, running. root: a directory; checkpoints and the log are below it."""
+    """Two ranks of `illada train`, running, with the faults of `faults`; checkpoints and the log are below its root."""
 
-    def __init__(self, server: ForkServer, root: Path, arguments: Sequence[str], outputs: Path) -> None:
-        self._server = server
-        self._files = [outputs / f"rank_{rank}" for rank in range(2)]
+    def __init__(self, server: ForkServer, faults: Injection, arguments: Sequence[str]) -> None:
+        self._server, root = server, faults.root
+        self._files = [faults.shared / f"rank_{rank}" for rank in range(2)]
         for file in self._files:
             file.unlink(missing_ok=True)
         with socket.socket() as probe:
@@ -69,7 +69,13 @@ class Ranks:
             f"logging.jsonl_path={root / 'steps.jsonl'}",
         ]
         # lines that are not folded
-        world = {"COLUMNS": "1000", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world = {
+            **faults.environment,
+            "COLUMNS": "1000",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         self.pids = [
             server.start(line, self._files[rank], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)
@@ -78,10 +84,18 @@ class Ranks:
 
     def alive(self) -> bool:
         """Whether both are."""
+        self._look()
+        return self._codes == [None, None]
+
+    def ended(self, except_for: int | None = None) -> bool:
+        """Whether both have, or all but that rank."""
+        self._look()
+        return all(code is not None for rank, code in enumerate(self._codes) if rank != except_for)
+
+    def _look(self) -> None:
         for rank, pid in enumerate(self.pids):
             if self._codes[rank] is None:
                 self._codes[rank] = self._server.poll(pid)
-        return self._codes == [None, None]
 
     def wait(self, seconds: float = HANG_SECONDS) -> Ended:
         """Until both have ended; who runs for longer is killed."""
