@@ -101,11 +101,12 @@ class Disk:
             "fallocate": self._resized,
             "fsync": self._synced,
             "rename": self._renamed,
+            "link": self._linked,
             "mkdir": self._made,
             "unlink": self._removed,
             "rmdir": self._removed,
         }
-        if call.name in ("link", "symlink"):
+        if call.name == "symlink":
             raise NotImplementedError(f"{call.name} {call.path}")
         change = changes.get(call.name)
         return change(call) if change is not None else False
@@ -218,6 +219,11 @@ class Disk:
         assert call.other is not None
         directory, name = self._parent(call.path)
         return self._change((*self._parent(call.other), directory.now[name]), (directory, name, None))
+
+    def _linked(self, call: Call) -> bool:
+        assert call.other is not None
+        directory, name = self._parent(call.path)
+        return self._change((*self._parent(call.other), directory.now[name]))
 
     def _made(self, call: Call) -> bool:
         if call.path == ".":

@@ -16,17 +16,18 @@ from faults.fork_server import ForkServer
 from faults.injection import Call, Injection
 from faults.power_loss import Disk, Tree, replayed, tree_digest, write_tree
 from faults.training_run import (
+    AHEAD,
     SAVE_DIR,
     Place,
     Ranks,
-    breakpoint_at,
+    breakpoints,
     digest,
     directory,
     newest,
     places,
     tiny,
     told,
-    wait_for,
+    wait_for_save,
 )
 
 from illada_megatron.checkpoint.store import RECORD
@@ -99,19 +100,18 @@ class Record:
 def undisturbed(server: ForkServer, faults: Injection, corpus: Path, shared: Path, steps: int) -> Record:
     """A run of so many steps; its first saves are looked at."""
     root = shared / "root"
-    ranks = None
     faults.forget()
-    faults.arm(breakpoint_at(2))
+    faults.arm(*breakpoints(1))
     ranks = Ranks(server, faults, [*tiny(corpus), "training.exit_steps=4"])
-    assert wait_for(faults, ranks)
+    assert wait_for_save(faults, ranks, 1) == 2
     disk = Disk.of(root)
     before = len(faults.journal())
-    faults.arm(breakpoint_at(3))
-    assert wait_for(faults, ranks)
+    faults.arm(*breakpoints(2))
+    assert wait_for_save(faults, ranks, 2) == 3
     begin = len(faults.journal())
-    faults.arm(breakpoint_at(4))
-    assert wait_for(faults, ranks)
-    save = faults.journal()[begin:]
+    faults.arm(*breakpoints(3))
+    assert wait_for_save(faults, ranks, 3) == 4
+    save = [call for call in faults.journal()[begin:] if call.path.startswith(SAVE_DIR)]
     faults.arm()
     ended = ranks.wait()
     assert ended.codes == [0, 0], ended.output
@@ -123,7 +123,6 @@ def undisturbed(server: ForkServer, faults: Injection, corpus: Path, shared: Pat
     digests = {step: digest(root / SAVE_DIR / directory(step)) for step in range(1, steps + 1)}
     write_tree({}, root)
     faults.forget()
-    save = [call for call in save if call.path.startswith(SAVE_DIR)]
     found = places(save, 3, 3)
     return Record(digests, disk, journal, found, frozenset(found) - frozenset(places(save[: _durable(save)], 3, 3)))
 
@@ -146,94 +145,122 @@ class Figures:
     struck: int = 0
     saved: int = 0
     failed: int = 0
+    ended: int = 0
+    """Runs that a fault has ended."""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
             f"{self.calls} calls of a save, {self.struck} faults: {self.saved} saves succeeded, {self.failed} failed, "
-            f"{len(self.problems)} problems"
+            f"{self.ended} runs ended, {len(self.problems)} problems"
         )
 
 
-def disturb(
-    server: ForkServer, faults: Injection, corpus: Path, shared: Path, record: Record, row: Sequence[Trial]
-) -> Figures:
-    """One run with all of `row`."""
-    root = shared / "root"
-    save_dir = root / SAVE_DIR
-    figures = Figures(calls=len({trial.place for trial in row}))
-    last = max(record.digests)
-    tried: dict[int, Trial] = {}
-    seen: dict[int, int] = {}  # step of a save -> the newest checkpoint behind it
-    left = list(row)
-    faults.arm(breakpoint_at(1))
-    ranks = Ranks(server, faults, [*tiny(corpus), f"training.exit_steps={last}"])
-    step, good = 0, 0
-    while step < last and wait_for(faults, ranks):
-        # `step` was saved, disturbed by tried[step]
-        if step in tried and not faults.fired(1):
-            figures.problems.append(f"{tried.pop(step)}: was never reached")
-        faults.arm(breakpoint_at(step + 1))  # none of its faults is left for our own look
-        why = tried.get(step, tried.get(step - 1))
-        if step:
-            try:
-                found = newest(save_dir)
-            except Exception as error:
-                found = None
-                figures.problems.append(f"{why}: step {step}: {error}")
-            if found is None:
-                figures.problems.append(f"{why}: step {step}: no checkpoint is left")
-            else:
-                if found[0] < good:
-                    figures.problems.append(f"{why}: step {step}: step {good} is lost, the newest is {found[0]}")
-                if found[1] != record.digests[found[0]]:
-                    figures.problems.append(f"{why}: step {step}: the tensors of step {found[0]} are others")
-                good = seen[step] = found[0]
-            if good == step and step > 1 and (left_over := _left_over(save_dir, step)):
-                figures.problems.append(f"{why}: step {step} was saved, and these stayed: {left_over}")
-        step += 1
-        if left and good == step - 1 and step - 1 not in tried and step > 2:
-            tried[step] = left.pop(0)
-            faults.arm(breakpoint_at(step + 1), tried[step].place.fault(step, **tried[step].how))
-        else:
-            faults.arm(breakpoint_at(step + 1))
-    faults.arm()
-    ended = ranks.wait()
-    if ended.codes != [0, 0]:
-        figures.problems.append(
-            f"{tried.get(step)}: step {step}: the run ended with {ended.codes}:\n{ended.output[-3000:]}"
-        )
-    assert not left, f"{len(left)} trials were not reached; the last: {tried.get(step)}, {figures.problems}"
-    _compare(record, tried, seen, told(ended.outputs[0]), figures)
-    return figures
+class Disturbed:
+    """A run with a fault at every other save; it is started again where one ends it."""
 
+    def __init__(
+        self, server: ForkServer, faults: Injection, corpus: Path, record: Record, row: Sequence[Trial]
+    ) -> None:
+        self.figures = Figures(calls=len({trial.place for trial in row}))
+        self._server, self._faults, self._record = server, faults, record
+        self._arguments = [*tiny(corpus), f"training.exit_steps={max(record.digests)}"]
+        self._save_dir = faults.root / SAVE_DIR
+        self._left = list(row)
+        self._tried: dict[int, Trial] = {}
+        self._seen: dict[int, int] = {}
+        """Step of a save -> the newest checkpoint behind it."""
+        self._said: dict[int, list[str]] = {}
+        self._step = 0  # of the save that was let go last
 
-def _left_over(save_dir: Path, step: int) -> list[str]:
-    """What a save that succeeded has to have removed, with keep_last=1."""
-    paths = [path for path in save_dir.rglob("*") if path.is_dir() or path.suffix == ".tmp"]
-    return sorted(str(path.relative_to(save_dir)) for path in paths if path.name != directory(step))
+    def run(self) -> Figures:
+        while self._left:
+            before = len(self._left)
+            self._once()
+            if len(self._left) == before:
+                self._wrong(f"no run reaches the {before} trials that are left")
+                break
+        self._compare()
+        return self.figures
 
+    def _wrong(self, text: str) -> None:
+        trial = self._tried.get(self._step, self._tried.get(self._step - 1))
+        self.figures.problems.append(f"{trial}: step {self._step}: {text}")
 
-def _compare(
-    record: Record, tried: dict[int, Trial], seen: dict[int, int], said: dict[int, list[str]], figures: Figures
-) -> None:
-    """What the run said of its saves with what was there."""
-    for step, trial in tried.items():
-        figures.struck += 1
-        lines = said.get(step, [])
-        if len(lines) != 1:
-            figures.problems.append(f"{trial}: step {step}: said {lines}")
-            continue
-        succeeded = lines[0].startswith("saved")
-        figures.saved += succeeded
-        figures.failed += not succeeded
-        if succeeded and seen.get(step) != step:
-            figures.problems.append(f"{trial}: step {step}: said {lines[0]!r}, but {seen.get(step)} is the newest")
-        if not succeeded and trial.place in record.complete and "step_[+1]" not in trial.place.path:
-            figures.problems.append(f"{trial}: step {step}: its record was durable, said {lines[0]!r}")
-        later = said.get(step + 1, [""])[-1]
-        if step + 1 in seen and seen[step + 1] != step + 1 and "step_[+1]" not in trial.place.path:
-            figures.problems.append(f"{trial}: step {step + 1}, not disturbed, was not saved: {later!r}")
+    def _good(self) -> int:
+        return max(self._seen.values(), default=0)
+
+    def _once(self) -> None:
+        """One start of the two ranks."""
+        self._step = self._good()
+        self._faults.arm(*breakpoints(self._step))
+        ranks = Ranks(self._server, self._faults, self._arguments)
+        while (step := wait_for_save(self._faults, ranks, self._step)) is not None:
+            if self._step in self._tried and not self._faults.fired(AHEAD):
+                self._wrong("was never reached")
+                del self._tried[self._step]
+            self._faults.arm(*breakpoints(step - 1))  # nothing is left that could strike our own look
+            self._look(step - 1)
+            self._step = step
+            more = []
+            if self._left and step > 2 and self._good() == step - 1 and step - 1 not in self._tried:
+                trial = self._tried[step] = self._left.pop(0)
+                more = [trial.place.fault(step, **trial.how)]
+            self._faults.arm(*breakpoints(step), *more)
+        self._faults.arm()
+        ended = ranks.wait()
+        for step, lines in told(ended.outputs[0]).items():
+            self._said[step] = lines
+        if ended.codes != [0, 0]:
+            self.figures.ended += 1
+            self._look(self._step)
+            told_why = any(line.startswith("illada: error") for line in ended.output.splitlines())
+            if not told_why or any(code not in (0, 1, 75) for code in ended.codes):
+                self._wrong(f"the run ended with {ended.codes}:\n{ended.output[-2000:]}")
+
+    def _look(self, step: int) -> None:
+        """At what is there after the save of `step`."""
+        if step == 0:
+            return
+        try:
+            found = newest(self._save_dir)
+        except Exception as error:
+            self._wrong(f"the checkpoints cannot be read: {error}")
+            return
+        if found is None:
+            self._wrong("no checkpoint is left")
+            return
+        if found[0] < self._good():
+            self._wrong(f"step {self._good()} is lost, the newest is {found[0]}")
+        if found[1] != self._record.digests[found[0]]:
+            self._wrong(f"the tensors of step {found[0]} are others")
+        self._seen[step] = found[0]
+        if found[0] == step and step > 1 and step not in self._tried and (left_over := self._left_over(step)):
+            self._wrong(f"was saved, and these stayed: {left_over}")
+
+    def _left_over(self, step: int) -> list[str]:
+        """What a save that succeeded has to have removed, with keep_last=1."""
+        paths = [path for path in self._save_dir.rglob("*") if path.is_dir() or path.suffix == ".tmp"]
+        return sorted(str(path.relative_to(self._save_dir)) for path in paths if path.name != directory(step))
+
+    def _compare(self) -> None:
+        """What the run said of its saves with what was there."""
+        for step, trial in self._tried.items():
+            self._step = step
+            self.figures.struck += 1
+            lines = self._said.get(step, [])
+            if not lines:
+                continue  # it has ended the run
+            succeeded = lines[-1].startswith("saved")
+            self.figures.saved += succeeded
+            self.figures.failed += not succeeded
+            after = max((seen for at, seen in self._seen.items() if step <= at <= step + 1), default=0)
+            if len(lines) != 1:
+                self._wrong(f"said {lines}")
+            elif succeeded and after < step:
+                self._wrong(f"said {lines[0]!r}, but {after} is the newest")
+            elif not succeeded and trial.place in self._record.complete and "step_[+1]" not in trial.place.path:
+                self._wrong(f"its record was durable, said {lines[0]!r}")
 
 
 def _spread(row: Sequence[Trial], count: int) -> list[Trial]:
@@ -282,7 +309,7 @@ def test_a_sample_of_faults_of_a_save(
     server: ForkServer, faults: Injection, corpus: Path, shared: Path, record: Record
 ) -> None:
     row = _spread(trials(record.places), SAMPLE)
-    figures = disturb(server, faults, corpus, shared, record, row)
+    figures = Disturbed(server, faults, corpus, record, row).run()
     assert not figures.problems, "\n".join([str(figures), *figures.problems])
     assert figures.struck == SAMPLE
 
@@ -294,6 +321,6 @@ def test_every_fault_of_a_save(
     row = trials(record.places)
     write_tree({}, shared / "root")
     longer = undisturbed(server, faults, corpus, shared, 2 * len(row) + len(row) // 4 + 20)
-    figures = disturb(server, faults, corpus, shared, longer, row)
+    figures = Disturbed(server, faults, corpus, longer, row).run()
     print(figures)
     assert not figures.problems, "\n".join([str(figures), *figures.problems])

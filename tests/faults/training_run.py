@@ -105,19 +105,31 @@ class Ranks:
         return Ended(self._codes, [file.read_text() for file in self._files])
 
 
-def breakpoint_at(step: int) -> Fault:
-    """Where rank 0 stands before it saves `step`, and nobody writes a checkpoint."""
-    return Fault("mkdir", f"{SAVE_DIR}/{directory(step)}", "hang", rank=0)
+# The next saves that a run is stopped at: more than one, as a save may fail before it touches its directory.
+AHEAD = 4
+
+
+def breakpoints(step: int) -> list[Fault]:
+    """Where rank 0 stands when it begins to save a step after `step`, and nobody writes a checkpoint."""
+    return [Fault(path=f"{SAVE_DIR}/{directory(step + more)}*", action="hang", rank=0) for more in range(1, AHEAD + 1)]
+
+
+def wait_for_save(faults: Injection, ranks: "Ranks", step: int, seconds: float = HANG_SECONDS) -> int | None:
+    """The step that is about to be saved, with `breakpoints(step)` armed first; None where the ranks have ended, or
+    hang, before."""
+    end = time.monotonic() + seconds
+    while True:
+        alive = ranks.alive() and time.monotonic() < end
+        for more in range(AHEAD):
+            if faults.fired(more):
+                return step + more + 1
+        if not alive:
+            return None
+        time.sleep(0.005)
 
 
 def directory(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def wait_for(faults: Injection, ranks: Ranks, seconds: float = HANG_SECONDS) -> bool:
-    """True when the first fault has struck, False where the ranks have ended or hang before."""
-    end = time.monotonic() + seconds
-    return faults.wait_until_fired(lambda: ranks.alive() and time.monotonic() < end)
 
 
 def digest(checkpoint: Path) -> str:
