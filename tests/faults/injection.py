@@ -149,7 +149,7 @@ class Injection:
             self._map = mmap.mmap(file.fileno(), ctypes.sizeof(_Control))
         self._control = _Control.from_buffer(self._map)
         self._control.root = os.fsencode(self.root)
-        self._control.journal = ("no", "calls", "contents").index(journal)
+        self.keep(journal)
         self._journal = shared / "journal"
         self._first = 0  # of the half of the slots that is in use
         self._armed = 0
@@ -190,6 +190,10 @@ class Injection:
                 return bool(self.fired(index))
             time.sleep(0.005)
         return True
+
+    def keep(self, journal: Literal["no", "calls", "contents"]) -> None:
+        """What the journal gets from now on."""
+        self._control.journal = ("no", "calls", "contents").index(journal)
 
     def forget(self) -> None:
         """Begin the journal anew; no process may be writing to it."""

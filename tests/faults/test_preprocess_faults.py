@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from faults.fork_server import ForkServer
-from faults.injection import Fault, Injection
+from faults.injection import Call, Fault, Injection
 from faults.power_loss import Disk, Tree, read_tree, replayed, tree_digest, write_tree
 from faults.training_run import HANG_SECONDS, Place, places
 
@@ -37,6 +37,15 @@ class Corpora:
     outputs: Path
     inputs: tuple[Path, ...]
     tokenizer: Path
+
+    def recorded(self, *more: str) -> tuple[int | None, str, list[Call]]:
+        """`run`, and its journal."""
+        self.faults.keep("contents")
+        code, said = self.run(*more)
+        self.faults.keep("no")
+        calls = self.faults.journal()
+        self.faults.forget()
+        return code, said, calls
 
     @property
     def out(self) -> Path:
@@ -69,7 +78,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpora]:
     with ForkServer(MODULES) as server:
         yield Corpora(
             base,
-            Injection(place / "faults", base, journal="contents"),
+            Injection(place / "faults", base),
             server,
             place / "output",
             (base / "in" / "a.jsonl", base / "in" / "b.jsonl.zst"),
@@ -93,12 +102,11 @@ NEIGHBOUR: Tree = {"website.bin": b"1234", "website.idx": b"56", "web": None, "w
 @pytest.fixture(scope="module")
 def clean(corpora: Corpora) -> Clean:
     write_tree(NEIGHBOUR, corpora.out)
-    corpora.faults.forget()
-    code, said = corpora.run()
+    code, said, calls = corpora.recorded()
     assert code == 0, said
     tree = read_tree(corpora.out)
     assert len([path for path in tree if path.endswith(".idx")]) >= 4, sorted(tree)
-    return Clean(tree, NEIGHBOUR, places(corpora.faults.journal(), 0, 2))
+    return Clean(tree, NEIGHBOUR, places(calls, 0, 2))
 
 
 @dataclass(frozen=True)
@@ -214,10 +222,9 @@ def look_at(
 ) -> list[str]:
     """Disturbed runs on a finished corpus: it stays as it is."""
     write_tree(clean.tree, corpora.out)
-    corpora.faults.forget()
-    expected, said = corpora.run(*more)
+    expected, said, calls = corpora.recorded(*more)
     assert read_tree(corpora.out) == clean.tree, said
-    row = choose(trials(places(corpora.faults.journal(), 0, 2)))
+    row = choose(trials(places(calls, 0, 2)))
     problems, codes = [], dict[int | None, int]()
     for trial in row:
         corpora.faults.arm(trial.fault())
@@ -255,10 +262,8 @@ def after_power_losses(corpora: Corpora, clean: Clean, choose: Callable[[list[Tr
     remove. Behind the end of the run all is there."""
     write_tree(clean.before, corpora.out)
     disk = Disk.of(corpora.base)
-    corpora.faults.forget()
-    code, said = corpora.run()
+    code, said, journal = corpora.recorded()
     assert code == 0, said
-    journal = corpora.faults.journal()
     states: dict[bytes, Tree] = {}
     for _, now in replayed(disk, journal):
         for _, tree in now.power_losses():

@@ -17,7 +17,7 @@ from illada_megatron.checkpoint.store import newest_complete
 
 MODULES = ("illada_megatron.training.trainer", "illada_megatron.checkpoint.saver")
 # Far above what anything here takes on a loaded machine: who is not done by then hangs.
-HANG_SECONDS = 600.0
+HANG_SECONDS = 1800.0
 SAVE_DIR = "checkpoints"
 
 
@@ -183,6 +183,7 @@ def places(calls: Sequence[Call], step: int, most: int = 2) -> list[Place]:
     found = []
     for call in calls:
         path = re.sub(r"step_(\d{8})", lambda match: f"step_[{int(match[1]) - step:+d}]", call.path)
+        path = re.sub(r"(?<=[._-])[0-9a-f]{8,}(?=[._-]|$)", "*", path)  # an attempt's id, drawn at random
         key = (call.rank, call.name, path)
         counts[key] = counts.get(key, 0) + 1
         if counts[key] <= most:
