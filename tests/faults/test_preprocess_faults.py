@@ -21,7 +21,6 @@ from faults.training_run import HANG_SECONDS, Place, places
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 
 MODULES = ("illada_megatron.data.preprocessing.produce_corpus", "sentencepiece")
-_READING = ("open", "opendir", "readdir", "read", "pread", "stat", "mmap")
 _WRITING = ("write", "fsync", "rename", "unlink", "rmdir", "mkdir", "truncate", "fallocate", "link", "copy_file_range")
 _ANSWERED = ("rename", "fsync", "unlink", "mkdir", "link")
 _GROWING = ("open", "write", "mkdir", "rename", "truncate", "fallocate", "link")
