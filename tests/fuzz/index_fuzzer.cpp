@@ -1,4 +1,4 @@
-// libFuzzer target: whatever bytes an .idx holds, opening, searching and checking it end in an answer or a DataError,
+// libFuzzer target: whatever bytes an .idx holds, opening and checking it end in an answer or a DataError,
 // never in a bad memory access or undefined arithmetic. Built and run by `make fuzz`; seeds beside this file.
 #include <algorithm>
 #include <cstddef>
