@@ -52,7 +52,9 @@ def generate(
     from illada_megatron.checkpoint.predictor import open_predictor
 
     with open_predictor(checkpoint, device) as (predict, config):
-        words = load_tokenizer(tokenizer or config.data.tokenizer_path or "")
+        path = tokenizer or config.data.tokenizer_path or ""
+        words = load_tokenizer(path)
+        _check_tokenizer(words, path, config.model)
         tokens = _tokens(text, words, config.model)
         if (tokens == config.model.mask_token_id).any():
             result = infill(_on_cpu(predict), tokens, settings, config.model.mask_token_id)
@@ -60,6 +62,16 @@ def generate(
             _check_length(len(tokens) + gen_length, config.model)
             result = continue_text(_on_cpu(predict), tokens, settings, config.model.mask_token_id, words.eos_id)
     _show(result, words, plain, svg)
+
+
+def _check_tokenizer(words: Tokenizer, path: str | Path, model: ModelConfig) -> None:
+    """Another's ids would be other words to this model, or none."""
+    if words.vocab_size > model.vocab_size or words.mask_id not in (None, model.mask_token_id):
+        mask = "no mask" if words.mask_id is None else f"mask {words.mask_id}"
+        raise ConfigError(
+            f"{path} has {words.vocab_size} tokens and {mask}, the checkpoint's model {model.vocab_size} ids and mask "
+            f"{model.mask_token_id}: give the tokenizer that it was trained with, with --tokenizer"
+        )
 
 
 def _tokens(text: str, words: Tokenizer, model: ModelConfig) -> "torch.Tensor":

@@ -1,11 +1,20 @@
 """How megatron-core is imported: it takes what is installed for usable, and what is not needed for needed."""
 
+import logging
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
 from illada_megatron.runtime.device import apex_problem, transformer_engine_problem
+
+# What torch and megatron-core 0.19 advise each process's user of, who can do nothing about it: by logger, its beginning
+_NOT_FOR_USERS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+}
 
 
 def import_megatron() -> None:
@@ -16,6 +25,8 @@ def import_megatron() -> None:
     imported, no CPU run uses them, and the compiler's import is a fifth of a process's start. megatron-core's own
     switch is in a module whose package has applied it already when it is imported.
     """
+    for name, beginning in _NOT_FOR_USERS.items():
+        logging.getLogger(name).addFilter(partial(_is_for_users, beginning))
     for package, problem in (("transformer_engine", transformer_engine_problem()), ("apex", apex_problem())):
         if problem is not None:
             _hide(package)
@@ -27,6 +38,10 @@ def import_megatron() -> None:
     finally:
         torch.compile = compile_
     disable_jit_fuser()
+
+
+def _is_for_users(beginning: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(beginning)
 
 
 def _hide(package: str) -> None:

@@ -67,6 +67,12 @@ def test_tokenizer_larger_than_the_model(tokenizer_path: Path, tiny_run: tuple[s
     assert f"{tokenizer_path} has 285 tokens, model.vocab_size is 250" in outcome.err
 
 
+def test_generate_with_the_tokenizer_of_another_model(tokenizer_path: Path, two_steps: Path, illada: Illada) -> None:
+    outcome = illada("generate", "--checkpoint", two_steps, "--tokenizer", tokenizer_path, "--prompt", "a few")
+    assert outcome.code == 2
+    assert f"{tokenizer_path} has 285 tokens and mask 5, the checkpoint's model 250 ids and mask" in outcome.err
+
+
 def test_id_outside_the_vocabulary(tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
     """Found when it is read, in the middle of training: the shard and the offset are named, the checkpoint before it
     stays."""
