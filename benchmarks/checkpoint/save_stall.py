@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +125,8 @@ def _megatron(state: Any, models: list, place: Path, asynchronous: bool) -> Call
         "chained_optim_avoid_prefix": True,
     }
     queue = AsyncCallsQueue()
+    # its other way, the default since 0.19, needs a package of NVIDIA's
+    ways = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
     def save(number: int) -> Save:
         path = place / "now" / f"step_{number:08d}"
@@ -133,7 +136,7 @@ def _megatron(state: Any, models: list, place: Path, asynchronous: bool) -> Call
         weights = {key: entry for key, entry in weights.items() if not key.endswith("_extra_state")}
         whole = {"model": weights}
         whole["optimizer"] = state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(metadata))
-        request = dist_checkpointing.save(whole, str(path), async_sharded_save=asynchronous)
+        request = dist_checkpointing.save(whole, str(path), async_sharded_save=asynchronous, **ways)
         if not asynchronous:
             _flush(path)
             seconds = time.perf_counter() - begin

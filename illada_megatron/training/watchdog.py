@@ -120,13 +120,13 @@ class Watchdog:
 
 
 def last_collectives() -> str:
-    """What torch's flight recorder knows of this rank's collectives: those that have not finished, or else the last
-    ones; a line each. Gloo's and NCCL's are kept alike."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
-    dump = dump or getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    if dump is None:
+    """What torch's flight recorders know of this rank's collectives: those that have not finished, or else the last
+    ones; a line each. A CUDA build has one for NCCL's and one for gloo's."""
+    names = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+    dumps = [dump for name in names if (dump := getattr(torch._C._distributed_c10d, name, None)) is not None]
+    if not dumps:
         return "  this torch has no flight recorder"
-    entries = json.loads(dump()).get("entries", [])
+    entries = [entry for dump in dumps for entry in json.loads(dump()).get("entries", [])]
     if not entries:
         return "  torch's flight recorder has none (TORCH_FR_BUFFER_SIZE has to be above 0 at the start)"
     entries.sort(key=lambda entry: entry["time_created_ns"])
