@@ -99,7 +99,7 @@ def ends(found: Sequence[Place]) -> list[Trial]:
 
 
 def hangs(found: Sequence[Place]) -> list[Trial]:
-    """A call that does not return; at some, a file system that is frozen from there on, and a process that is stopped."""
+    """A call that does not return; at some, a file system frozen from there on, and a process that is stopped."""
     trials = []
     for place in _of_save(found):
         actions = ["hang", *(["freeze"] if place.name == "open" else []), *(["stop"] if place.name == "fsync" else [])]
