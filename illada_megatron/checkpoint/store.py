@@ -212,7 +212,7 @@ def _require_visible(path: Folder) -> None:
     if path.size(RECORD) is None:
         raise OSError(
             f"{path}/{RECORD}: is not seen here, but by rank 0: is this file system mounted, and the same, on every "
-            "machine?"
+            "machine? Or does another run delete it?"
         )
 
 
