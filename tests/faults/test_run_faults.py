@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from faults.fork_server import ForkServer
 from faults.injection import Call, Injection
-from faults.training_run import SAVE_DIR, Ended, Place, Ranks, digest, directory, newest, places, tiny
+from faults.training_run import SAVE_DIR, Ended, Place, Problems, Ranks, digest, directory, newest, places, tiny
 
 # Far above the limits that the run has (below); only so that a run that hangs does not block the others.
 LIMIT_SECONDS = 900.0
@@ -99,7 +99,7 @@ def ends(found: Sequence[Place]) -> list[Trial]:
 
 
 def hangs(found: Sequence[Place]) -> list[Trial]:
-    """A call that does not return; at some, a file system frozen from there on, and a process that is stopped."""
+    """A call that does not return; at some, a file system that is frozen from there on, or a stopped process."""
     trials = []
     for place in _of_save(found):
         actions = ["hang", *(["freeze"] if place.name == "open" else []), *(["stop"] if place.name == "fsync" else [])]
@@ -148,7 +148,7 @@ def run_all(
     server: ForkServer, corpus: Path, prepared: Prepared, trials: Sequence[Trial], place: Path, more: Sequence[str] = ()
 ) -> list[str]:
     """One run for each trial, a few at a time. Returns what was wrong, and prints figures."""
-    left, running, problems, struck = list(trials), list[_Running](), list[str](), 0
+    left, running, problems, struck = list(trials), list[_Running](), Problems(), 0
     longest, ended_with = 0.0, dict[str, int]()
     while left or running:
         while left and len(running) < AT_A_TIME:
@@ -168,7 +168,8 @@ def run_all(
             longest = max(longest, time.monotonic() - one.begin)
             ended_with[str(ended.codes)] = ended_with.get(str(ended.codes), 0) + 1
             struck += one.faults.fired() > 0
-            problems += [f"{one.trial}: {problem}" for problem in _wrong(one, ended, prepared)]
+            for problem in _wrong(one, ended, prepared):
+                problems.add(f"{one.trial}: {problem}")
             shutil.rmtree(one.place)
         time.sleep(0.02)
     print(

@@ -20,6 +20,7 @@ from faults.training_run import (
     AHEAD,
     SAVE_DIR,
     Place,
+    Problems,
     Ranks,
     breakpoints,
     digest,
@@ -148,7 +149,7 @@ class Figures:
     failed: int = 0
     ended: int = 0
     """Runs that a fault has ended."""
-    problems: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
 
     def numbers(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("struck", "saved", "failed", "ended")}
@@ -183,7 +184,7 @@ class Disturbed:
 
     def _wrong(self, text: str) -> None:
         trial = self._tried.get(self._step, self._tried.get(self._step - 1))
-        self.figures.problems.append(f"{trial}: step {self._step}: {text}")
+        self.figures.problems.add(f"{trial}: step {self._step}: {text}")
 
     def _good(self) -> int:
         return max(self._seen.values(), default=0)
@@ -325,5 +326,5 @@ def test_every_fault_of_a_save(
         write_tree({}, shared / "root")
         problems += figures.problems
         sums += Counter(figures.numbers())
-        print(dict(sums), len(problems), "problems of", len(row))
+        print(dict(sums), len(problems), "problems of", len(row), flush=True)
     assert not problems, "\n".join([str(sums), *problems])

@@ -150,6 +150,14 @@ def newest(save_dir: Path) -> tuple[int, str] | None:
     return None if info is None else (info.step, digest(save_dir / directory(info.step)))
 
 
+class Problems(list[str]):
+    """What was wrong, said at once: all trials take a while."""
+
+    def add(self, problem: str) -> None:
+        self.append(problem)
+        print(f"problem: {problem}", flush=True)
+
+
 def told(output: str) -> dict[int, list[str]]:
     """Step -> what rank 0 has said of its saves."""
     found: dict[int, list[str]] = {}
