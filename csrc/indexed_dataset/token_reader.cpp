@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -24,26 +23,25 @@ uint64_t NextNumber() {
   return next++;
 }
 
-// What the readers of the process have of the maps that it may make.
+// What the readers of the process have of the maps that it may make. No lock: a fork might leave it locked.
 class MapBudget {
  public:
   bool Take(int64_t maps, int64_t bytes) {
-    const std::lock_guard lock(mutex_);
-    if (maps > TokenReader::kMostMaps - maps_ || bytes > TokenReader::kMostMappedBytes - bytes_) return false;
-    maps_ += maps;
-    bytes_ += bytes;
-    return true;
+    if (maps > TokenReader::kMostMaps || bytes > TokenReader::kMostMappedBytes) return false;
+    const int64_t other_maps = maps_.fetch_add(maps), other_bytes = bytes_.fetch_add(bytes);
+    if (other_maps <= TokenReader::kMostMaps - maps && other_bytes <= TokenReader::kMostMappedBytes - bytes)
+      return true;
+    Return(maps, bytes);
+    return false;
   }
   void Return(int64_t maps, int64_t bytes) {
-    const std::lock_guard lock(mutex_);
     maps_ -= maps;
     bytes_ -= bytes;
   }
 
  private:
-  std::mutex mutex_;
-  int64_t maps_ = 0;
-  int64_t bytes_ = 0;
+  std::atomic<int64_t> maps_{0};
+  std::atomic<int64_t> bytes_{0};
 };
 
 MapBudget map_budget;
