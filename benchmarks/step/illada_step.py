@@ -69,7 +69,7 @@ class IlladaStep:
             clock.follow_call(part.optimizer, "step", Key("optimizer", "AdamW"))
 
     def _follow_model(self, clock: PartClock, model: MaskPredictor) -> None:
-        import illada_megatron.model.mask_predictor as head
+        from illada_megatron.model import head
 
         attention, mlp = Key("attention", "rotary, layout"), Key("MLP", "activation")
         embedding = Key("embedding", "rows and their gradient")

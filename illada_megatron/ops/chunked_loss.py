@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from illada_megatron.ops.collectives import all_gather_single
 from illada_megatron.ops.logit_passes import combine, statistics_dtype
 from illada_megatron.ops.logit_sweeps import ALIGN_ROWS, Sweeps, memory_elements
 
@@ -119,7 +118,7 @@ def _begin(rows: slice, memory: Tensor, hidden: Tensor, head: Head, targets: Ten
     # One all-gather instead of three all-reduces; the sum's order, hence its rounding, is the same on every rank
     tp = head.group.size()
     gathered = statistics.new_empty(tp * 3, statistics.shape[1])
-    work = all_gather_single(gathered, statistics, group=head.group, async_op=True)
+    work = dist.all_gather_single(gathered, statistics, group=head.group, async_op=True)
     return _Chunk(rows, logits, statistics, gathered.view(tp, 3, -1), work)
 
 

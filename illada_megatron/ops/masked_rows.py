@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from illada_megatron.ops.collectives import all_gather_single, reduce_scatter_single
-
 
 @dataclass(frozen=True)
 class MaskedRows:
@@ -57,7 +55,7 @@ class MaskedRows:
             return mine
         sent = _padded(mine, self.m_slice)
         gathered = sent.new_empty(self.group.size() * self.m_slice, sent.shape[1])
-        all_gather_single(gathered, sent, group=self.group)
+        dist.all_gather_single(gathered, sent, group=self.group)
         return gathered.index_select(0, self.slots)
 
     def distribute(self, grad_rows: Tensor, local_tokens: int) -> Tensor:
@@ -71,7 +69,7 @@ class MaskedRows:
                 sent = grad_rows.new_zeros(self.group.size() * self.m_slice, grad_rows.shape[1])
                 sent.index_copy_(0, self.slots, grad_rows)
                 received = sent.new_empty(self.m_slice, sent.shape[1])
-                reduce_scatter_single(received, sent, group=self.group)
+                dist.reduce_scatter_single(received, sent, group=self.group)
                 mine = received[: self.local_rows.numel()]
         return mine.new_zeros(local_tokens, mine.shape[1]).index_copy_(0, self.local_rows, mine)
 

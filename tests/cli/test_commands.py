@@ -34,6 +34,17 @@ def tokenizer_path(corpus_jsonl: Path, tmp_path_factory: pytest.TempPathFactory)
     return train_sentencepiece([corpus_jsonl], tmp_path_factory.mktemp("tokenizer") / "t.model", vocab_size=400)
 
 
+@pytest.fixture(scope="module")
+def of_its_tokenizer(tokenizer_path: Path, tiny_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the ids and the mask of `tokenizer_path`, which its configuration does not name."""
+    from illada_megatron.training import train
+
+    tokenizer, save_dir = load_tokenizer(tokenizer_path), tmp_path_factory.mktemp("of_its_tokenizer")
+    ids = [f"model.vocab_size={tokenizer.vocab_size}", f"model.mask_token_id={tokenizer.mask_id}"]
+    train(load_config(None, [*tiny_run, *ids, "training.exit_steps=1", f"checkpoint.save_dir={save_dir}"]))
+    return save_dir
+
+
 def test_help_lists_every_command(illada: Illada) -> None:
     outcome = illada("--help")
     assert outcome.code == 0
@@ -269,9 +280,9 @@ def test_preprocess_counts_the_lines_it_skips(
     ],
 )
 def test_generate_refuses(
-    arguments: list[str], message: str, two_steps: Path, tokenizer_path: Path, illada: Illada
+    arguments: list[str], message: str, of_its_tokenizer: Path, tokenizer_path: Path, illada: Illada
 ) -> None:
     filled = [str(tokenizer_path) if argument == "TOKENIZER" else argument for argument in arguments]
-    outcome = illada("generate", "--checkpoint", two_steps, *filled)
+    outcome = illada("generate", "--checkpoint", of_its_tokenizer, *filled)
     assert outcome.code == 2
     assert message in outcome.err

@@ -31,6 +31,16 @@ def report() -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def test_a_step_of_ours_and_its_parts() -> None:
+    run = _run("--tiny", "-w", "W1", "-p", "fp32", "--rounds", "1", "--warmup", "0", "--who", "ours")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["holds"] is False  # the bars are of bf16
+    (result,) = report["results"]
+    assert result["parts"].keys() == PARTS
+    assert all(part["seconds"] > 0 for part in result["parts"].values())
+
+
 @pytest.fixture(scope="module")
 def results(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(one["precision"], one["who"]): one for one in report["results"]}
