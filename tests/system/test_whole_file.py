@@ -10,7 +10,7 @@ from illada_megatron.config import load_config, save_config
 from illada_megatron.data.preprocessing.records import Counts, write_record
 from illada_megatron.system import whole_file
 from illada_megatron.system.whole_file import replaced
-from illada_megatron.training.reporter import _continue_log
+from illada_megatron.training.logs import StepLog
 
 PRECIOUS = "of another user"
 
@@ -23,8 +23,9 @@ def victim(tmp_path: Path) -> Path:
 
 
 def _log(path: Path) -> None:
-    path.write_text('{"step": 1}\n')
-    _continue_log(path, 1).close()
+    log = StepLog(path, 0, None, continues=False, tell=print)
+    log.write({"step": 1})
+    log.close()
 
 
 def _sink(path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_link_at_the_name_is_replaced(writer: str, link: object, victim: Path,
 def test_a_name_that_is_taken_is_an_error(tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even one that was guessed."""
     monkeypatch.setattr(whole_file.secrets, "token_hex", lambda _: "guessed")
-    (tmp_path / ".file.guessed.tmp").symlink_to(victim)
+    (tmp_path / "file.guessed.tmp").symlink_to(victim)
     with pytest.raises(FileExistsError), replaced(tmp_path / "file") as file:
         file.write(b"ours")
     assert victim.read_text() == PRECIOUS

@@ -9,8 +9,8 @@ from pathlib import Path
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.records import JobRecord
-from illada_megatron.data.shards.durable import TEMPORARY
 from illada_megatron.data.shards.manifest import read_manifest
+from illada_megatron.system.whole_file import TEMPORARY
 
 # behind a prefix: a shard's numbers (task, and part of a streamed task), what the file is, and that it is being written
 _BEHIND = re.compile(rf"((?:_(\d{{5,}})(?:_\d{{3,}})?)?)\.(bin|idx|done\.json|job\.json|manifest\.json)({TEMPORARY})?")

@@ -3,41 +3,19 @@
 import errno
 import filecmp
 import os
-import secrets
 from pathlib import Path
 
 from illada_megatron.data.errors import DataError
-
-TEMPORARY = r"\.[0-9a-f]{16}\.tmp"
-"""What `temporary_suffix` gives, as a regular expression."""
+from illada_megatron.system.whole_file import replaced, sync
 
 # what file systems without hard links answer
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 
 
-def temporary_suffix() -> str:
-    """For the name of a file that is being written: another for each writer, so that writers on any number of machines
-    share none, whether their file system has locks or not."""
-    return f".{secrets.token_hex(8)}.tmp"
-
-
 def write_whole(path: Path, content: bytes, replace: bool = True) -> None:
-    """Under another name, flushed to the device, then renamed: readers see no file, the older one or this one.
-
-    replace False: as `publish`, so that no older one is lost."""
-    temporary = path.with_name(path.name + temporary_suffix())
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if replace:
-            temporary.replace(path)
-            sync_directory(path.parent)
-        else:
-            publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Readers see no file, the older one or this one. replace False: as `publish`, so that no older one is lost."""
+    with replaced(path, Path.replace if replace else publish) as file:
+        file.write(content)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -63,7 +41,7 @@ def publish(temporary: Path, path: Path) -> None:
                 _require_same(temporary, path)
             else:
                 temporary.rename(path)
-        sync_directory(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -75,17 +53,3 @@ def _require_same(temporary: Path, path: Path) -> None:
             f"({temporary.stat().st_size} bytes): another job has this name; choose another output prefix, or remove "
             "what is there"
         )
-
-
-def sync_directory(path: Path) -> None:
-    """A new name survives a power failure only when its directory has reached the device as well."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        # some network file systems cannot flush a directory; they order renames themselves
-        if error.errno != errno.EINVAL:
-            error.filename = str(path)
-            raise
-    finally:
-        os.close(directory)

@@ -16,7 +16,8 @@ import xxhash
 from numpy.typing import ArrayLike
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.shards.durable import publish, temporary_suffix
+from illada_megatron.data.shards.durable import publish
+from illada_megatron.system.whole_file import temporary_suffix
 
 try:
     from illada_megatron.data.shards import _indexed_dataset

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards import _indexed_dataset
-from illada_megatron.data.shards.durable import TEMPORARY, temporary_suffix
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset, Progress, publish_shard
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
 from illada_megatron.data.shards.prefix_lock import locked_prefix
 from illada_megatron.data.shards.shard_list import FoundShard
+from illada_megatron.system.whole_file import TEMPORARY, temporary_suffix
 
 
 @dataclass(frozen=True)

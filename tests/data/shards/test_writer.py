@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.shards.durable import TEMPORARY
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from illada_megatron.system.whole_file import TEMPORARY
 
 
 def _names(directory: Path) -> list[str]:
