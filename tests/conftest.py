@@ -22,6 +22,14 @@ from illada_megatron.runtime import Runtime, runtime
 _MANY_THREADS = 100
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the package remembers for its user is not what other sessions left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def process_groups_end() -> Iterator[None]:
     """Each of gloo's groups has three threads that wake a hundred times a second, until nothing refers to it; models

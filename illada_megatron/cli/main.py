@@ -5,46 +5,56 @@ import socket
 import sys
 import warnings
 from contextlib import suppress
+from importlib import import_module
 
 import typer
 
-from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.cli import (
-    checkpoint_commands,
-    convert_command,
-    generate_command,
-    plan_command,
-    preprocess_command,
-    run_commands,
-    sample_command,
-)
-from illada_megatron.config import ConfigError
-from illada_megatron.data.errors import DataError
-from illada_megatron.planning import PlanError
 from illada_megatron.system.terminal import say, show_defect
 
-# What users can mend: shown as a message. Anything else is a defect and keeps its traceback.
-_USER_ERRORS = (ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError)
+# Command -> module of this folder and what it is there; in the order of the help.
+_COMMANDS = {
+    "train": ("run_commands", "train"),
+    "evaluate": ("run_commands", "evaluate"),
+    "generate": ("generate_command", "generate"),
+    "preprocess": ("preprocess_command", "preprocess"),
+    "sample": ("sample_command", "sample"),
+    "plan": ("plan_command", "plan"),
+    "doctor": ("run_commands", "doctor"),
+    "checkpoint": ("checkpoint_commands", "app"),
+    "convert": ("convert_command", "app"),
+}
 # Of the errors of the system, those that another attempt would meet again; a disk or a network may come back.
 _LASTING = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
-app = typer.Typer(
-    help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
-    "in tensor, pipeline and data parallel.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
-app.command()(run_commands.train)
-app.command()(run_commands.evaluate)
-app.command()(generate_command.generate)
-app.command()(preprocess_command.preprocess)
-app.command()(sample_command.sample)
-app.command()(plan_command.plan)
-app.command()(run_commands.doctor)
-app.add_typer(checkpoint_commands.app, name="checkpoint")
-app.add_typer(convert_command.app, name="convert")
+
+def _made_app(names: list[str]) -> typer.Typer:
+    app = typer.Typer(
+        help="Train, evaluate and run iLLaDA, a masked-diffusion language model with bidirectional attention, "
+        "in tensor, pipeline and data parallel.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(lambda: None)  # a program of one command would not be asked for it by name
+    for name in names:
+        module, attribute = _COMMANDS[name]
+        command = getattr(import_module(f"illada_megatron.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What users can mend: shown as a message. Anything else is a defect and keeps its traceback."""
+    from illada_megatron.checkpoint.files.errors import CheckpointError
+    from illada_megatron.config import ConfigError
+    from illada_megatron.data.errors import DataError
+    from illada_megatron.planning import PlanError
+
+    return ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError
 
 
 def main() -> None:
@@ -55,9 +65,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     sys.excepthook = show_defect
+    # what the other commands import takes as long as starting Python
+    asked = [name for name in sys.argv[1:2] if name in _COMMANDS]
     try:
-        app()
-    except _USER_ERRORS as error:
+        _made_app(asked or list(_COMMANDS))()
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
         rank = os.environ.get("RANK")
         # Sums over all ranks have found that a loss is bad, so that all say the same. Of nothing else is that known: a
         # file, a disk or a configuration may be another on one machine, and that one's word is what explains the run's

@@ -35,7 +35,8 @@ from illada_megatron.checkpoint.store import RECORD, CheckpointInfo, _own_checks
 from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.config.load import to_yaml
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.preprocessing.chat import BadConversation, ChatRenderer, ChatTemplate, load_chat_template
+from illada_megatron.data.preprocessing.chat import ChatRenderer
+from illada_megatron.data.preprocessing.chat_template import BadConversation, ChatTemplate, load_chat_template
 from illada_megatron.data.shards.manifest import parse_manifest
 
 MOST_BYTES = 384 << 20

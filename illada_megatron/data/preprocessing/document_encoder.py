@@ -3,17 +3,20 @@
 import itertools
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.preprocessing.chat import ChatRenderer
+from illada_megatron.data.preprocessing.chat_template import ChatTemplate
 from illada_megatron.data.preprocessing.documents import Batch, read_batches
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.tokenizers.engine_libraries import open_reference
 from illada_megatron.data.tokenizers.engines import choose_engine, open_engine
-from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from illada_megatron.data.preprocessing.chat import ChatRenderer
 
 Tokens = np.ndarray[Any, np.dtype[np.integer[Any]]]
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
@@ -44,7 +47,7 @@ class DocumentEncoder:
         if job.chat is not None:
             # the fast engines know text only
             self._encode = open_reference(load_tokenizer(job.tokenizer_path, special_tokens=True)).encode
-            self.renderer = ChatRenderer(job.chat, tokenizer.special_names())
+            self.renderer = _renderer(job.chat, tokenizer)
         else:
             self._open_engine(job, threads, sample)
         self._eos = tokenizer.eos_id if job.append_eod else None
@@ -69,6 +72,12 @@ class DocumentEncoder:
         ends = np.cumsum(lengths)
         missing = (lengths == 0) | (tokens[np.maximum(ends, 1) - 1] != self._eos)
         return np.insert(tokens, ends[missing], self._eos), lengths + missing
+
+
+def _renderer(template: ChatTemplate, tokenizer: Tokenizer) -> "ChatRenderer":
+    from illada_megatron.data.preprocessing.chat import ChatRenderer
+
+    return ChatRenderer(template, tokenizer.special_names())
 
 
 def _first_texts(job: Job, task: ShardTask) -> list[str]:

@@ -6,15 +6,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import chunks
-from illada_megatron.data.preprocessing.chat import BadConversation, ChatRenderer
+from illada_megatron.data.preprocessing.chat_template import BadConversation
 from illada_megatron.data.preprocessing.inputs import find_inputs, require_unchanged
 from illada_megatron.data.preprocessing.plan import Piece, Reading
+
+if TYPE_CHECKING:
+    from illada_megatron.data.preprocessing.chat import ChatRenderer
 
 TOO_LONG = "too long"
 EMPTY = "empty"
@@ -71,7 +74,7 @@ class _Records:
     too_long: int = 0
 
 
-def read_batches(job: Reading, piece: Piece, renderer: ChatRenderer | None) -> Generator[Batch, None, None]:
+def read_batches(job: Reading, piece: Piece, renderer: "ChatRenderer | None") -> Generator[Batch, None, None]:
     """The documents of `piece`, in order. A batch may hold no text, only counts.
 
     Raises DataError for a damaged file, and (file:line) for a bad line unless job.skip_bad_lines."""
@@ -149,7 +152,7 @@ def _text_records(stream: Iterator[bytes], piece: Piece, limit_bytes: int) -> It
 class _Texts:
     """Records of one format -> Batch: all at once where all are good, one by one to name the bad ones."""
 
-    def __init__(self, job: Reading, file_format: str, renderer: ChatRenderer | None) -> None:
+    def __init__(self, job: Reading, file_format: str, renderer: "ChatRenderer | None") -> None:
         self._key = job.text_key
         self._skip = job.skip_bad_lines
         self._format = file_format

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from illada_megatron.data.preprocessing.chat import ChatTemplate
+from illada_megatron.data.preprocessing.chat_template import ChatTemplate
 from illada_megatron.data.preprocessing.inputs import InputFile
 
 # of their decompressed size, roughly: so many small compressed files share a task

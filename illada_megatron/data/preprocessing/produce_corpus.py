@@ -9,7 +9,7 @@ from typing import Literal
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import records
-from illada_megatron.data.preprocessing.chat import load_chat_template
+from illada_megatron.data.preprocessing.chat_template import load_chat_template
 from illada_megatron.data.preprocessing.claim import claimed_prefix, remove_records
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.inputs import Format, InputFile, described, find_inputs

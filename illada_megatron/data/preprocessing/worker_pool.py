@@ -47,7 +47,9 @@ def run_workers(
     to be chosen; no shard is finished before it is. Where another is chosen they begin anew. `say` is told.
 
     Raises DataError when a task fails or a worker dies; the other workers then give up what they are at."""
-    likely = job.engine if job.chat else likely_engine(Path(job.tokenizer_path), job.engine)
+    likely = job.engine
+    if not job.chat:
+        likely = likely_engine(Path(job.tokenizer_path), job.tokenizer_sha256, job.engine)
     pool = _Pool(job.model_copy(update={"engine": likely}), tasks, workers, threads)
     try:
         encoder = DocumentEncoder(job, threads, sample=tasks[0])

@@ -27,7 +27,8 @@ from illada_megatron.data.tokenizers.engine_libraries import (
     open_reference,
 )
 from illada_megatron.data.tokenizers.engine_probes import boundary_texts, probe_texts, write_boundary_tokenizer
-from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.data.tokenizers.engine_verdicts import Verdict, Verdicts
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_engine"]
 
@@ -35,6 +36,10 @@ AUDITED_SHARE = 1 / 1000
 """Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
 
 _SHOWN_CHARACTERS = 30
+
+
+class OtherIdsError(DataError):
+    """A library does not give the reference's ids."""
 
 
 class Engine(Protocol):
@@ -73,34 +78,34 @@ def choose_engine(
     reference = open_reference(tokenizer)
     if name == "reference":
         return CheckedEngine(reference, reference, ["tokenizer engine reference: asked for"])
-    texts = [*probe_texts(tokenizer, added_names(path)), *(sample_texts or [])]
-    expected = reference.encode(texts)
+    sample = list(sample_texts or [])
+    expected_of_sample = reference.encode(sample)
     refused: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
-        boundaries = _Boundaries(path, Path(directory))
+        built_in = _BuiltInTexts(path, tokenizer, Path(directory), threads)
         for candidate in candidates(path) if name == "auto" else [name]:
             try:
                 engine = CheckedEngine(open_library(candidate, path, threads), reference)
-                engine.compare(texts, expected)
-                boundaries.check(candidate, threads)
+                verdict = built_in.verdict(engine)
+                engine.compare(sample, expected_of_sample)
             except (UnsuitableError, DataError) as error:
                 refused.append(f"tokenizer engine {candidate} refused: {error}")
                 continue
-            chosen = (
-                f"tokenizer engine {candidate} {library_version(candidate)}: the reference's ids on {len(texts)} texts "
-                f"of {sum(map(len, texts)) / 1e6:.1f} million characters; one document in {1 / AUDITED_SHARE:.0f} is "
-                "encoded by both"
-            )
-            engine.report = [*refused, chosen]
+            engine.report = [*refused, _chosen(candidate, verdict, sample)]
             return engine
     if name != "auto":
         raise DataError(f"{path}: {refused[0]}. Choose another engine: auto, or reference, which always serves")
     return CheckedEngine(reference, reference, [*refused, "tokenizer engine reference: no other serves"])
 
 
-def likely_engine(tokenizer_path: Path, name: str) -> str:
+def likely_engine(tokenizer_path: Path, tokenizer_fingerprint: str, name: str) -> str:
     """The engine that choose_engine will probably choose; nothing is opened."""
-    return candidates(tokenizer_path)[0] if name == "auto" else name
+    if name != "auto":
+        return name
+    verdicts = Verdicts(tokenizer_fingerprint)
+    verdict_of = {candidate: verdicts.get(candidate) for candidate in candidates(tokenizer_path)}
+    possible = [candidate for candidate, verdict in verdict_of.items() if verdict is None or verdict.refused is None]
+    return next(iter(possible), "reference")
 
 
 def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engine:
@@ -117,23 +122,59 @@ def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engi
         raise DataError(f"{path}: tokenizer engine {name} {error}") from error
 
 
-class _Boundaries:
-    """Whether libraries cut text into words as the reference does: see write_boundary_tokenizer."""
+def _chosen(name: str, verdict: Verdict, sample: Sequence[str]) -> str:
+    texts, characters = verdict.texts + len(sample), verdict.characters + sum(map(len, sample))
+    return (
+        f"tokenizer engine {name} {library_version(name)}: the reference's ids on {texts} texts of "
+        f"{characters / 1e6:.1f} million characters; one document in {1 / AUDITED_SHARE:.0f} is encoded by both"
+    )
 
-    def __init__(self, path: Path, directory: Path) -> None:
-        self._path = directory / "boundaries.json"
-        self._applies = path.suffix == ".json" and write_boundary_tokenizer(path, self._path)
 
-    def check(self, name: str, threads: int) -> None:
-        """Raises DataError where the library does not."""
-        if self._applies:
-            texts, reference, expected = self._answer
-            CheckedEngine(open_library(name, self._path, threads), reference).compare(texts, expected)
+class _BuiltInTexts:
+    """Whether libraries give the reference's ids on the texts made to tell them apart, or did so before."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, directory: Path, threads: int) -> None:
+        self._path, self._tokenizer, self._threads = path, tokenizer, threads
+        self._verdicts = Verdicts(tokenizer.fingerprint)
+        self._boundaries = directory / "boundaries.json"
+
+    def verdict(self, engine: "CheckedEngine") -> Verdict:
+        """Raises DataError where it does not."""
+        verdict = self._verdicts.get(engine.name)
+        if verdict is None:
+            verdict = self._compared(engine)
+            self._verdicts.put(engine.name, verdict)
+        if verdict.refused is not None:
+            raise DataError(verdict.refused)
+        return verdict
+
+    def _compared(self, engine: "CheckedEngine") -> Verdict:
+        texts, expected = self._probes
+        refused = None
+        try:
+            engine.compare(texts, expected)
+            if self._has_boundaries:
+                others, reference, others_expected = self._boundary_probes
+                library = open_library(engine.name, self._boundaries, self._threads)
+                CheckedEngine(library, reference).compare(others, others_expected)
+        except OtherIdsError as error:  # what else may happen, may not happen again
+            refused = str(error)
+        return Verdict(refused=refused, texts=len(texts), characters=sum(map(len, texts)))
 
     @functools.cached_property
-    def _answer(self) -> tuple[list[str], Library, FlatIds]:
+    def _probes(self) -> tuple[list[str], FlatIds]:
+        texts = probe_texts(self._tokenizer, added_names(self._path))
+        return texts, open_reference(self._tokenizer).encode(texts)
+
+    @functools.cached_property
+    def _has_boundaries(self) -> bool:
+        """Whether libraries can be asked how they cut text into words: see write_boundary_tokenizer."""
+        return self._path.suffix == ".json" and write_boundary_tokenizer(self._path, self._boundaries)
+
+    @functools.cached_property
+    def _boundary_probes(self) -> tuple[list[str], Library, FlatIds]:
         """Takes about a second: only when a library passed everything else."""
-        texts, reference = boundary_texts(), open_reference(load_tokenizer(self._path))
+        texts, reference = boundary_texts(), open_reference(load_tokenizer(self._boundaries))
         return texts, reference, reference.encode(texts)
 
 
@@ -153,11 +194,13 @@ class CheckedEngine:
         return tokens, lengths
 
     def compare(self, texts: list[str], expected: FlatIds) -> None:
-        """Raises DataError, with the place, unless these texts get the `expected` ids."""
+        """Raises OtherIdsError, with the place, unless these texts get the `expected` ids; DataError where it fails."""
         difference = _first_difference(self._encode(texts), expected)
         if difference is not None:
             text, place = difference
-            raise DataError(f"it gave other ids than the reference for {_shown(texts[text])} from its token {place} on")
+            raise OtherIdsError(
+                f"it gave other ids than the reference for {_shown(texts[text])} from its token {place} on"
+            )
 
     def _encode(self, texts: list[str]) -> FlatIds:
         sign = self._library.leaves_out

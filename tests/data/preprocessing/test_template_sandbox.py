@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.preprocessing.chat import ChatRenderer, ChatTemplate, load_chat_template
+from illada_megatron.data.preprocessing.chat import ChatRenderer
+from illada_megatron.data.preprocessing.chat_template import ChatTemplate, load_chat_template
 from illada_megatron.data.preprocessing.template_sandbox import MOST_STEPS
 
 MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]

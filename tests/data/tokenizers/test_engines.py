@@ -70,6 +70,11 @@ def paths(
     return made
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def chosen(paths: dict[str, Path]) -> Chosen:
     """choose_engine(paths[kind], threads=2), once."""
@@ -196,19 +201,19 @@ def lying(wrong: Callable[[str], bool]) -> Callable[[str, Path, int], Library]:
     return open_liar
 
 
+@pytest.mark.parametrize("about", ["a probe", "a sample"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
-def test_a_lie_about_a_probe_or_a_sample_is_caught(
-    kind: str, paths: dict[str, Path], chosen: Chosen, texts: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_lie_is_caught(
+    kind: str, about: str, paths: dict[str, Path], chosen: Chosen, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = chosen(kind).name
-    for wrong in (lambda text: "👩‍👩‍👧‍👦" in text, lambda text: text == texts[3]):
-        monkeypatch.setattr(engines, "open_library", lying(wrong))
-        engine = choose_engine(paths[kind], sample_texts=texts[:5])
-        assert engine.name == "reference"
-        assert any(f"engine {name} refused: it gave other ids than the reference" in line for line in engine.report)
-        with pytest.raises(DataError, match=f"{name} refused: it gave other ids.*from its token [0-9]+ on"):
-            choose_engine(paths[kind], name, sample_texts=texts[:5])
-        monkeypatch.undo()
+    lies = {"a probe": lambda text: "👩‍👩‍👧‍👦" in text, "a sample": lambda text: text == texts[3]}
+    monkeypatch.setattr(engines, "open_library", lying(lies[about]))
+    engine = choose_engine(paths[kind], sample_texts=texts[:5])
+    assert engine.name == "reference"
+    assert any(f"engine {name} refused: it gave other ids than the reference" in line for line in engine.report)
+    with pytest.raises(DataError, match=f"{name} refused: it gave other ids.*from its token [0-9]+ on"):
+        choose_engine(paths[kind], name, sample_texts=texts[:5])
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])

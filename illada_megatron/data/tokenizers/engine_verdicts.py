@@ -1,0 +1,72 @@
+"""How libraries compared with the reference on the built-in texts, remembered in the user's cache directory.
+
+That comparison takes a second or more and comes out the same for the same tokenizer file, library, texts and
+processor; whatever of these changes, it is made anew. The user's own texts are compared in every run."""
+
+import hashlib
+import json
+import platform
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import pydantic
+from platformdirs import user_cache_path
+
+from illada_megatron.data.tokenizers import engine_libraries, engine_probes
+from illada_megatron.data.tokenizers.engine_libraries import library_version
+from illada_megatron.system.whole_file import replaced
+
+# of the reference, whichever it is
+_REFERENCES = ("tokenizers", "sentencepiece")
+
+
+class Verdict(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """Of one library on one tokenizer."""
+
+    refused: str | None
+    """Why it is not used; None: it gave the reference's ids."""
+    texts: int
+    characters: int
+    """Of the built-in texts."""
+
+
+class Verdicts:
+    """On one tokenizer. What cannot be read or written is not remembered, and compared again the next time."""
+
+    def __init__(self, tokenizer_fingerprint: str) -> None:
+        self._fingerprint = tokenizer_fingerprint
+
+    def get(self, library: str) -> Verdict | None:
+        with suppress(OSError, ValueError):
+            return Verdict.model_validate_json(self._path(library).read_bytes())
+        return None
+
+    def put(self, library: str, verdict: Verdict) -> None:
+        path = self._path(library)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as file:
+                file.write(verdict.model_dump_json().encode())
+
+    def _path(self, library: str) -> Path:
+        decisive = [self._fingerprint, library, library_version(library), *map(version, _REFERENCES), *_surroundings()]
+        name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        return user_cache_path("illada-megatron") / "tokenizer_engines" / f"{name}.json"
+
+
+def _surroundings() -> Sequence[str]:
+    """What else decides: the texts, which are made of Unicode's tables, how libraries are opened, and the processor,
+    for whose instructions they may have code of its own."""
+    sources = [Path(module.__file__).read_bytes() for module in (engine_probes, engine_libraries) if module.__file__]
+    return [*(hashlib.sha256(source).hexdigest() for source in sources), unicodedata.unidata_version, _processor()]
+
+
+def _processor() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.machine()} {platform.processor()}"
