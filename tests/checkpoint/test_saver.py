@@ -151,7 +151,7 @@ def test_last_state_that_cannot_be_saved_is_an_error(
     )
     assert outcome.code == 1  # a launcher may try again
     assert "step 3: the run's last state could not be saved" in outcome.err
-    assert f"'{tmp_path}/step_00000003'" in outcome.err
+    assert f"{tmp_path}/step_00000003/" in outcome.err
     assert [one["step"] for one in read_steps(jsonl)[-1]["failed_saves"]] == [3, 3]  # tried twice
 
 
