@@ -38,6 +38,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.chat import ChatRenderer
 from illada_megatron.data.preprocessing.chat_template import BadConversation, ChatTemplate, load_chat_template
 from illada_megatron.data.shards.manifest import parse_manifest
+from illada_megatron.data.shards.shard_list import list_shards
 
 MOST_BYTES = 384 << 20
 """By which the peak of memory may grow for an input; most of it is what libraries keep."""
@@ -286,8 +287,6 @@ def _manifest_seeds() -> dict[str, bytes]:
 
 
 def _read_manifest(content: bytes, folder: Path) -> None:
-    from illada_megatron.data.shards.shard_list import list_shards
-
     parse_manifest(content, "a manifest")
     (folder / "m.json").write_bytes(content)
     list_shards([folder / "m.json"])

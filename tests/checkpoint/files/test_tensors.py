@@ -153,10 +153,10 @@ def test_megatron_core_reads_it(two_steps: Path) -> None:
 def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
     _write(tmp_path, TENSORS)
     reader = TensorReader(tmp_path)
-    reader.read("half")
+    reader.read("matrix")
     os.truncate(tmp_path / "__0_0.distcp", 1000)
     with pytest.raises(OSError, match=r"__0_0\.distcp: ends at byte 1000"):
-        reader.read("half")
+        reader.read("matrix")
     with pytest.raises(CheckpointError, match=r"1628 bytes lie in 3177 from 0 on of __0_0\.distcp, which has 1000"):
         TensorReader(tmp_path).read("matrix")
 
