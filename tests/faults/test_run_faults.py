@@ -6,6 +6,7 @@ anew, because a call has failed.
 """
 
 import errno
+import re
 import shutil
 import signal
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from faults.fork_server import ForkServer
-from faults.injection import Call, Injection
+from faults.injection import Injection
 from faults.training_run import SAVE_DIR, Ended, Place, Problems, Ranks, digest, directory, newest, places, tiny
 
 # Far above the limits that the run has (below); only so that a run that hangs does not block the others.
@@ -37,7 +38,7 @@ class Prepared:
     """Checkpoints of steps 1 and 2."""
     digests: dict[int, str]
     places: list[Place]
-    """Of a clean run from step 2 to 3; its paths are relative to step 3."""
+    """Of a clean run from step 2 to 3, its log included; paths are relative to step 3."""
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,9 @@ def prepared(server: ForkServer, corpus: Path, tmp_path_factory: pytest.TempPath
     before = len(faults.journal())
     ended = Ranks(server, faults, [*tiny(corpus), *ARGUMENTS, f"training.exit_steps={STEPS}"]).wait()
     assert ended.codes == [0, 0], ended.output
-    calls = [call for call in faults.journal()[before:] if call.path.startswith(SAVE_DIR)]
+    calls = faults.journal()[before:]
     digests = {2: digest(place / "tree" / SAVE_DIR / directory(2)), 3: digest(faults.root / SAVE_DIR / directory(3))}
-    return Prepared(place / "tree", digests, places(_each(calls), STEPS, 2))
-
-
-def _each(calls: Sequence[Call]) -> Iterator[Call]:
-    """Without what only looks again at what was looked at."""
-    return (call for call in calls if call.name not in ("readdir", "close") or call.result >= 0)
+    return Prepared(place / "tree", digests, places(calls, STEPS, 2))
 
 
 def _at(place: Path) -> Injection:
@@ -194,6 +190,11 @@ def _wrong(one: _Running, ended: Ended, prepared: Prepared) -> Iterator[str]:
         yield f"ended with {ended.codes}; step 2 is lost, left is {left}\n{_end_of(ended)}"
     elif left[1] != prepared.digests[left[0]]:
         yield f"ended with {ended.codes}; the tensors of step {left[0]} are others\n{_end_of(ended)}"
+    if (began := re.search(r"continues from \S*step_(\d+)", ended.output)) is None:
+        if ended.codes == [0, 0]:
+            yield f"began anew\n{_end_of(ended)}"
+    elif int(began[1]) != 2:
+        yield f"went back to step {int(began[1])}\n{_end_of(ended)}"
     if one.faults.fired() and (why := one.trial.why(one.trial, ended, left)) is not None:
         yield f"{why}\n{_end_of(ended)}"
 

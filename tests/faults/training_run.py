@@ -24,19 +24,9 @@ SAVE_DIR = "checkpoints"
 def tiny(corpus: Path) -> tuple[str, ...]:
     """Arguments of `train`: one layer, a step of two samples, every step saved, one checkpoint kept."""
     return (
-        *SMALL,
-        *(
-            "model.num_layers=1",
-            "training.global_batch_size=2",
-            "training.train_steps=100000",
-            f"data.train_paths=[{corpus}]",
-        ),
-        *(
-            "checkpoint.interval_steps=1",
-            "checkpoint.keep_last=1",
-            "logging.interval_steps=1",
-            "logging.tensorboard_dir=null",
-        ),
+        *(*SMALL, "model.num_layers=1", "training.global_batch_size=2", "training.train_steps=100000"),
+        *(f"data.train_paths=[{corpus}]", "checkpoint.interval_steps=1", "checkpoint.keep_last=1"),
+        "logging.interval_steps=1",
     )
 
 
@@ -64,18 +54,10 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        line = [
-            *("train", *arguments, f"checkpoint.save_dir={root / SAVE_DIR}"),
-            f"logging.jsonl_path={root / 'steps.jsonl'}",
-        ]
-        # lines that are not folded
-        world = {
-            **faults.environment,
-            "COLUMNS": "1000",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+        line = ["train", *arguments, f"checkpoint.save_dir={root / SAVE_DIR}"]
+        line.append(f"logging.jsonl_path={root / 'steps.jsonl'}")
+        world = {**faults.environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world["COLUMNS"] = "1000"  # lines that are not folded
         self.pids = [
             server.start(line, self._files[rank], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)
