@@ -89,7 +89,7 @@ class ForkServer:
         answer = self._server.stdout.readline()
         if not answer:
             self._errors.seek(0)
-            raise RuntimeError(f"the fork server has ended:\n{self._errors.read()}")
+            raise RuntimeError(f"the fork server has ended with {self._server.wait()}:\n{self._errors.read()}")
         return json.loads(answer)
 
 
