@@ -25,8 +25,14 @@ UNMEASURED_SECONDS = 3600.0
 """What comes once, or has not been measured yet: process groups are made, kernels are compiled, checkpoints move."""
 # By the configuration's number for a step: all other phases, over it.
 _OTHER_PHASES = 10
-# If the interpreter itself hangs, no Python thread runs: after so much longer faulthandler's C thread ends the rank.
-_GRACE_SECONDS = 30.0
+# A process that is stopped for a while (Ctrl-Z, a frozen virtual machine) does not hang: a thread that looks this often
+# and finds that much more gone has stood still itself.
+_TICK_SECONDS = 1.0
+# If the interpreter itself hangs, no Python thread runs: after so much longer faulthandler's C thread ends the rank. It
+# cannot tell that from being stopped.
+_GRACE_SECONDS = 3600.0
+# For what the rank has to say before it ends.
+_LAST_WORD_SECONDS = 30.0
 _SHOWN_COLLECTIVES = 5
 
 
@@ -94,15 +100,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         with self._changed:
+            looked = time.monotonic()
             while not self._ended:
-                left = self._since + self._limit - time.monotonic()
+                now = time.monotonic()
+                if now - looked > 2 * _TICK_SECONDS:
+                    self._since = min(now, self._since + now - looked)
+                looked = now
+                left = self._since + self._limit - now
                 if left <= 0:
                     self._give_up()
-                self._changed.wait(left)
+                self._changed.wait(min(left, _TICK_SECONDS))
 
     def _give_up(self) -> None:
         """Say what is known, the surest first, and end the process: nothing else would wake a hung collective."""
-        last = threading.Timer(_GRACE_SECONDS, os._exit, (EXIT_CODE,))  # whoever should read this may hang as well
+        last = threading.Timer(_LAST_WORD_SECONDS, os._exit, (EXIT_CODE,))  # whoever should read this may hang as well
         last.daemon = True
         last.start()
         _write(

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
@@ -70,3 +71,23 @@ def test_a_rank_whose_interpreter_hangs_ends_too() -> None:
     assert done.returncode == 1
     assert "Timeout" in done.stderr
     assert 'File "<string>", line 7' in done.stderr
+
+
+def test_a_process_that_was_stopped_does_not_hang() -> None:
+    """Ctrl-Z for twice the limit, and on: the time in which nothing of it ran does not count."""
+    code = """
+        import time
+        from illada_megatron.training.watchdog import Watchdog
+        with Watchdog(5, rank=0) as watchdog:
+            watchdog.now("step", 1)
+            print("begun", flush=True)
+            time.sleep(3)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as said:
+        assert said.readline() == "begun\n"
+        psutil.Process(process.pid).suspend()
+        time.sleep(10)
+        psutil.Process(process.pid).resume()
+        assert process.wait() == 0

@@ -104,7 +104,7 @@ def test_it_ends_the_rank_where_nobody_reads_its_report() -> None:
     code = """
         import os, sys, time
         from illada_megatron.training import watchdog
-        watchdog.UNMEASURED_SECONDS = watchdog._GRACE_SECONDS = 2.0
+        watchdog.UNMEASURED_SECONDS = watchdog._LAST_WORD_SECONDS = 2.0
         if sys.argv[1] == "full disk":
             os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
         else:
