@@ -46,31 +46,50 @@ class TakenOverError(CheckpointError):
         """It is one of the same run: the launcher has started it instead of this one."""
 
 
-def take_over(place: Folder) -> Owner:
-    """Make this process's attempt the owner of `place`. One rank calls it; raises OSError."""
+def new_owner() -> Owner:
+    """Of this process's attempt."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    owner = Owner(secrets.token_hex(4), _run(), socket.gethostname(), os.getpid(), now)
-    patiently(lambda: _write(place, owner))
-    return owner
+    return Owner(secrets.token_hex(4), _run(), socket.gethostname(), os.getpid(), now)
 
 
-def require_owned(place: Folder, owner: Owner) -> None:
-    """Raises TakenOverError where `place` has another owner by now; OSError. A file that somebody has cleared away is
-    written again."""
-    try:
-        content = patiently(lambda: place.read(OWNER))
-    except FileNotFoundError:
-        _write(place, owner)
-        return
-    try:
-        found = Owner(**json.loads(content))
-    except (ValueError, TypeError) as error:
-        raise OSError(f"{place}/{OWNER}: names no owner: {error}: remove it if no other run uses {place}") from error
-    if found.attempt == owner.attempt:
-        return
+class Ownership:
+    """Of a save_dir, as rank 0 holds it."""
+
+    def __init__(self, place: Folder, owner: Owner) -> None:
+        self.owner = owner
+        self._place = place
+        self._taken = False
+
+    def take(self) -> None:
+        """Make `owner` the owner. Raises OSError; then `require` does it, as soon as it can be done."""
+        patiently(lambda: _write(self._place, self.owner))
+        self._taken = True
+
+    def require(self) -> None:
+        """Raises TakenOverError where the place has another owner by now; OSError. A file that somebody has cleared
+        away is written again."""
+        if not self._taken:
+            self.take()
+            return
+        try:
+            content = patiently(lambda: self._place.read(OWNER))
+        except FileNotFoundError:
+            self.take()
+            return
+        try:
+            found = Owner(**json.loads(content))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OSError(
+                f"{self._place}/{OWNER}: names no owner: {error}: remove it if no other run uses {self._place}"
+            ) from error
+        if found.attempt != self.owner.attempt:
+            raise _taken_over(self._place, self.owner, found)
+
+
+def _taken_over(place: Folder, owner: Owner, found: Owner) -> TakenOverError:
     same_run = bool(owner.run) and found.run == owner.run
     who = "a newer attempt of this run" if same_run else "another run"
-    raise TakenOverError(
+    return TakenOverError(
         f"{place}: {who} has taken it over (attempt {found.attempt}, on {found.host}, process {found.pid}, begun "
         f"{found.begun}); this one (attempt {owner.attempt}, begun {owner.begun}) saves nothing there any more, and "
         "ends" + ("" if same_run else ": give each run a checkpoint.save_dir of its own"),

@@ -28,7 +28,7 @@ from illada_megatron.checkpoint.files.agreement import largest, of_first, rank_a
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.lazy_snapshot import Handover
-from illada_megatron.checkpoint.owner import take_over
+from illada_megatron.checkpoint.owner import Ownership, new_owner
 from illada_megatron.checkpoint.sharded import Part, parts_to_save, saved_progress
 from illada_megatron.checkpoint.state import optimizers
 from illada_megatron.checkpoint.writing import Attempt, Job, Writing
@@ -69,7 +69,8 @@ class Saver:
 
     def __init__(self, config: RunConfig, fingerprints: Mapping[str, Any], last_saved: int | None) -> None:
         """last_saved: the step of the checkpoint of checkpoint.save_dir that the run continues from; None: none. From
-        now on save_dir is this attempt's (`owner.py`). Raises OSError."""
+        now on save_dir is this attempt's (`owner.py`). Raises OSError where it cannot be written to, and none of this
+        run's checkpoints is there: a disk that is full for a while is no reason not to go on."""
         self.place = folder(config.checkpoint.save_dir) if config.checkpoint.save_dir else None
         """None: the configuration saves nothing."""
         self.last_saved = last_saved
@@ -79,12 +80,17 @@ class Saver:
         self.end: OSError | CheckpointError | None = None
         """Why the run cannot go on: another has taken save_dir over, or too many saves in a row have failed. A rank may
         know it before others; after `wait` all do."""
+        self.warning: str | None = None
+        """On rank 0: what the user should hear at the start."""
+        self.record_left: int | None = None
+        """Step of a save that has failed, but whose record may be there: it is not written again."""
         self._config = config
         self._base, self._saved = last_saved, list[int]()
         self._attempt: Attempt | None = None
         if (place := self.place) is not None:
-            owner = of_first(lambda: take_over(place))
-            self._attempt = Attempt(config, dict(fingerprints), owner, Exchange(owner.attempt))
+            ownership = Ownership(place, of_first(new_owner))
+            of_first(lambda: self._take(ownership))
+            self._attempt = Attempt(config, dict(fingerprints), ownership, Exchange(ownership.owner.attempt))
         self._writing: Writing | None = None
         self._count = self._failures = 0
         self._stall = 0.0
@@ -92,6 +98,14 @@ class Saver:
         self._handover: Handover | None = None
         self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._hooks: list[Any] = []
+
+    def _take(self, ownership: Ownership) -> None:
+        try:
+            ownership.take()
+        except OSError as error:
+            if self.last_saved is None:
+                raise
+            self.warning = f"{self.place} cannot be written to: {error}: it is tried again with the next save"
 
     def __enter__(self) -> "Saver":
         return self
@@ -166,6 +180,7 @@ class Saver:
             self._saved.append(writing.job.step)
         else:
             self.last_error = word.error
+            self.record_left = writing.job.step if word.record_left else None
             self._failures += 1
             self._consider_the_end(word.error, word.taken_over)
             if self._said_overdue:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.exchange import Exchange
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord
+from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.files.tensors import TensorWriter, WrittenPart, write_metadata
 from illada_megatron.checkpoint.lazy_snapshot import Handover
-from illada_megatron.checkpoint.owner import Owner, TakenOverError, require_owned
+from illada_megatron.checkpoint.owner import Ownership, TakenOverError
 from illada_megatron.checkpoint.retention import prune
 from illada_megatron.checkpoint.sharded import Part
 from illada_megatron.config import RunConfig
@@ -28,7 +29,7 @@ class Attempt:
 
     config: RunConfig
     fingerprints: Mapping[str, Any]
-    owner: Owner
+    ownership: Ownership
     exchange: Exchange
 
 
@@ -61,6 +62,8 @@ class Word:
     """Why there is no checkpoint; None: there is."""
     nbytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    record_left: bool = False
+    """Though there is an error, its record may be there, and even durable: nobody may write there again."""
     taken_over: str | None = None
     """By "run", another attempt of this run, or "other"."""
 
@@ -129,7 +132,7 @@ class Writing:
         """Make the folder, empty: what lies there was interrupted, damaged, or belongs to steps that are done again."""
         self.doing = f"making {self.job.path} empty"
         try:
-            self._require_owned()
+            self._attempt.ownership.require()
             # the record first: a half-deleted folder is no checkpoint
             self.job.path.remove(store.RECORD)
             self.job.path.clear()
@@ -145,7 +148,7 @@ class Writing:
         rank, writer = self._exchange.rank, None
         self.doing = f"writing its part of {self.job.path}"
         try:
-            writer = TensorWriter(self.job.path, rank, attempt=self._attempt.owner.attempt)
+            writer = TensorWriter(self.job.path, rank, attempt=self._attempt.ownership.owner.attempt)
             with torch.cuda.stream(self.job.stream):  # None: no GPU, and nothing happens
                 for part in self.job.parts:
                     writer.write(part.name, part.tensor, part.offset, part.whole_shape)
@@ -169,13 +172,14 @@ class Writing:
             files = write_metadata(self.job.path, [WrittenPart.from_plain(part) for part in parts])
             if time.monotonic() > self.job.deadline:
                 raise OSError(self._too_late())
-            self._require_owned()
+            self._attempt.ownership.require()
         except Exception as error:  # the other ranks wait for this one's word
             return _failed(error), not isinstance(error, TakenOverError)
         try:
             self._record(files)
         except Exception as error:
-            return _failed(error), self._left_no_record()
+            left = self._may_have_left_record()
+            return replace(_failed(error), record_left=left), not left
         return Word(nbytes=sum(record["bytes"] for record in files.values()), warnings=self._tidied()), False
 
     def _too_late(self) -> str:
@@ -188,14 +192,14 @@ class Writing:
     def _record(self, files: Mapping[str, FileRecord]) -> None:
         job, attempt = self.job, self._attempt
         config = attempt.config.model_dump(mode="json")
-        store.finish(job.path, job.step, config, job.progress, files, attempt.fingerprints)
+        patiently(lambda: store.finish(job.path, job.step, config, job.progress, files, attempt.fingerprints))
 
-    def _left_no_record(self) -> bool:
-        """Surely: a flush may fail behind a record that is there, and may be durable."""
+    def _may_have_left_record(self) -> bool:
+        """A flush may fail behind a record that is there."""
         try:
-            return self.job.path.size(store.RECORD) is None
+            return self.job.path.size(store.RECORD) is not None
         except OSError:
-            return False
+            return True
 
     def _tidied(self) -> list[str]:
         """The checkpoint is complete. What fails from now on is said, and takes nothing back."""
@@ -209,7 +213,7 @@ class Writing:
         # in a row of bad steps these weights may be the bad ones, and an older checkpoint the one to return to
         keep_last = None if store.in_bad_steps(job.progress) else settings.keep_last
         try:
-            self._require_owned()
+            self._attempt.ownership.require()
             return warnings + prune(job.path.parent, job.saved, job.base, keep_last, settings.keep_every)
         except Exception as error:
             return [*warnings, f"older checkpoints stay: {error_text(error)}"]
@@ -217,11 +221,8 @@ class Writing:
     def _give_back(self) -> None:
         """The disk's space; what cannot go now was interrupted, and goes with those that are not kept."""
         with suppress(OSError, CheckpointError):
-            self._require_owned()
+            self._attempt.ownership.require()
             self.job.path.clear()
-
-    def _require_owned(self) -> None:
-        require_owned(self.job.path.parent, self._attempt.owner)
 
 
 def _failed(error: Exception) -> Word:

@@ -56,6 +56,8 @@ def train(config: RunConfig) -> TrainResult:
             watchdog.last_phase("end"),
         ):
             _announce(state, reporter)
+            if saver.warning is not None:
+                reporter.say(f"warning: {saver.warning}")
             first_step, save_due, stop = state.step, False, state.step >= last_step
             while not stop:
                 watchdog.now("step" if state.step > first_step else "first step", state.step + 1)
@@ -208,6 +210,8 @@ def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
             raise saver.end
         if saver.place is None or saver.last_saved == state.step:
             return
+        if saver.record_left == state.step:
+            break
         save(state, saver, reporter)
         reporter.saves(saver.wait())
     if saver.last_saved != state.step:

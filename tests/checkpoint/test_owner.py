@@ -10,28 +10,34 @@ import psutil
 import pytest
 from launch import ROOT, launch, wait_for_step
 
-from illada_megatron.checkpoint.files.storage import folder
-from illada_megatron.checkpoint.owner import OWNER, TakenOverError, require_owned, take_over
+from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.checkpoint.owner import OWNER, Ownership, TakenOverError, new_owner
 from illada_megatron.checkpoint.store import newest_complete
+
+
+def _newcomer(place: Folder) -> Ownership:
+    ownership = Ownership(place, new_owner())
+    ownership.take()
+    ownership.require()
+    return ownership
 
 
 @pytest.mark.parametrize("where", ["disk", "object storage"])
 def test_the_last_who_comes_owns_it(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     place = folder(tmp_path / "new" if where == "disk" else f"{request.getfixturevalue('s3')}/owned")
-    first = take_over(place)
-    require_owned(place, first)
-    second = take_over(place)
-    require_owned(place, second)
-    with pytest.raises(TakenOverError, match=f"another run has taken it over .attempt {second.attempt}, on ") as raised:
-        require_owned(place, first)
+    first, second = _newcomer(place), _newcomer(place)
+    second.require()
+    name = second.owner.attempt
+    with pytest.raises(TakenOverError, match=f"another run has taken it over .attempt {name}, on ") as raised:
+        first.require()
     assert not raised.value.same_run
     place.remove(OWNER)  # somebody cleared the directory: whose turn it is says who comes first
-    require_owned(place, second)
+    second.require()
     with pytest.raises(TakenOverError):
-        require_owned(place, first)
+        first.require()
     place.replace(OWNER, b"\0" * 20)
     with pytest.raises(OSError, match="names no owner"):  # no other's name: a restart mends it
-        require_owned(place, second)
+        second.require()
 
 
 @pytest.mark.parametrize(
@@ -47,9 +53,9 @@ def test_a_newer_attempt_of_the_same_run(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
     place = folder(tmp_path)
-    first, _ = take_over(place), take_over(place)
+    first, _ = _newcomer(place), _newcomer(place)
     with pytest.raises(TakenOverError) as raised:
-        require_owned(place, first)
+        first.require()
     assert raised.value.same_run is same_run
 
 

@@ -5,7 +5,7 @@ import re
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -15,6 +15,7 @@ from corpus import write_corpus
 from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from illada_megatron.checkpoint.files import patience
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.tensors import TensorReader, TensorWriter
 from illada_megatron.checkpoint.saver import Saver
@@ -129,7 +130,7 @@ def test_too_many_saves_that_fail_end_the_run(tmp_path: Path, tiny_run: tuple[st
     )
     assert outcome.code == 1  # a launcher may try again
     assert re.search(
-        r"[34] saves in a row have failed \(checkpoint.max_failed_saves\), the last with: rank 0", outcome.err
+        r"[345] saves in a row have failed \(checkpoint.max_failed_saves\), the last with: rank 0", outcome.err
     )
     assert "there is none yet" in outcome.out
     lines = read_steps(jsonl)
@@ -186,18 +187,56 @@ def test_what_fails_behind_the_record_takes_nothing_back(
     assert (info.step, refused) == (3, [])
 
 
+def _full(place: LocalFolder, name: str) -> NoReturn:
+    raise OSError(28, "No space left on device", f"{place}/{name}")
+
+
+def test_a_disk_that_is_full_at_the_start_does_not_keep_a_run_from_going_on(
+    tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had filled when the launcher started the run again; where there is nothing to go on from, it is an error."""
+    run = [*tiny_run, f"checkpoint.save_dir={tmp_path / 'run'}", "checkpoint.interval_steps=1"]
+    assert illada("train", *run, "training.exit_steps=1").code == 0
+    replace, times = LocalFolder.replace, [0]
+
+    def full_at_first(place: LocalFolder, name: str, content: bytes) -> None:
+        times[0] += 1
+        if times[0] <= 4:  # as often as it is tried
+            _full(place, name)
+        replace(place, name, content)
+
+    monkeypatch.setattr(LocalFolder, "replace", full_at_first)
+    monkeypatch.setattr(patience, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    outcome = illada("train", *run, "training.exit_steps=2")
+    assert outcome.code == 0, outcome.err
+    assert "run cannot be written to: [Errno 28] No space left" in outcome.out
+    info, _ = newest_complete(tmp_path / "run")
+    assert info is not None
+    assert info.step == 2
+    owner = json.loads((tmp_path / "run" / "owner.json").read_text())["attempt"]
+    assert f"__0_{owner}.distcp" in info.files
+
+    times[0] = 0
+    outcome = illada("train", *tiny_run, f"checkpoint.save_dir={tmp_path / 'new'}")
+    assert outcome.code == 1
+    assert "No space left" in outcome.err
+
+
 def test_a_record_whose_flush_fails_stays(
     tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be durable: the save has failed, the checkpoint is not cleared."""
+    """It may be durable: the save has failed, the checkpoint is not cleared, and not by a second try either, which the
+    disk then has no room for."""
     replace = LocalFolder.replace
 
     def fail(place: LocalFolder, name: str, content: bytes) -> None:
         replace(place, name, content)
         if place.name == "step_00000003":
+            monkeypatch.setattr(LocalFolder, "create", _full)
             raise OSError(5, "Input/output error", str(place))
 
     monkeypatch.setattr(LocalFolder, "replace", fail)
+    monkeypatch.setattr(patience, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
     outcome = illada("train", *tiny_run, f"checkpoint.save_dir={tmp_path}")
     assert outcome.code == 1
     assert "step 3: the run's last state could not be saved" in outcome.err
