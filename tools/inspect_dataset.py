@@ -20,7 +20,7 @@ from illada_megatron.data.shards.inspect import (
 )
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
-from illada_megatron.system.terminal import made_console
+from illada_megatron.system.terminal import fail, made_console
 
 SHOWN_SHARDS = 20
 
@@ -40,7 +40,7 @@ def main(
         shards = find_shards(paths)
         tokenizer = load_tokenizer(tokenizer_model) if tokenizer_model else None
     except (DataError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        fail(error)
     statistics, opened = LengthStatistics(), []
     for shard in shards:
         try:

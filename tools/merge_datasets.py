@@ -1,6 +1,5 @@
 """Several shards -> one, under Megatron's option names; see illada_megatron.data.shards.merge."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.merge import merge, progress_bytes
 from illada_megatron.data.shards.shard_list import find_shards
-from illada_megatron.system.terminal import say
+from illada_megatron.system.terminal import fail, say
 
 
 def main(
@@ -27,7 +26,7 @@ def main(
             task = bar.add_task("merge", total=progress_bytes(shards))
             summary = merge(shards, output_prefix, lambda count: bar.advance(task, count))
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     say(
         f"{output_prefix}: {len(shards)} shards, {summary.documents} documents, {summary.tokens} tokens, "
         f"{summary.bin_bytes} bytes; {summary.seconds:.1f} s ({summary.bin_bytes / summary.seconds / 1e6:.0f} MB/s)"

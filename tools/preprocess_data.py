@@ -1,12 +1,11 @@
 """`illada preprocess` under Megatron's name for it: the same command and options (--input, --output-prefix,
 --tokenizer-model, --json-keys, --append-eod, --workers, ...)."""
 
-import sys
-
 import typer
 
 from illada_megatron.cli.preprocess_command import preprocess
 from illada_megatron.data.errors import DataError
+from illada_megatron.system.terminal import fail
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.command()(preprocess)
@@ -15,4 +14,4 @@ if __name__ == "__main__":
     try:
         app()
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

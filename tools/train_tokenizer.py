@@ -1,6 +1,5 @@
 """Trains a SentencePiece tokenizer on JSON Lines; see illada_megatron.data.preprocessing.train_tokenizer."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
-from illada_megatron.system.terminal import say
+from illada_megatron.system.terminal import fail, say
 
 
 def main(
@@ -21,7 +20,7 @@ def main(
     try:
         path = train_sentencepiece(input, output, vocab_size=vocab_size, text_key=json_keys)
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     say(f"{path}: {vocab_size} pieces")
 
 

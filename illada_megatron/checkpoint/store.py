@@ -125,6 +125,7 @@ def checkpoint_to_continue(settings: CheckpointConfig, good: bool = False) -> tu
             return info, refused
     if load_dir is None:
         return None, refused
+    _seen_by_any(folder(load_dir))
     info, more = newest_complete(load_dir, settings.verify, good)
     if info is None and not good:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")

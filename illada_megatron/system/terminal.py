@@ -6,14 +6,14 @@ import sys
 import traceback
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
 # C0 and C1 but \t and \n, DEL, what turns the direction of text or ends a line, and halves of characters, which cannot
 # be written
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
@@ -24,6 +24,12 @@ def printable(text: str) -> str:
 def say(text: object, error: bool = False) -> None:
     """A line on stdout; error: on stderr."""
     print(printable(str(text)), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def fail(error: object) -> NoReturn:
+    """End the program with 1, and `error` on stderr."""
+    say(f"error: {error}", error=True)
+    raise SystemExit(1)
 
 
 def made_console(**options: Any) -> Console:

@@ -49,7 +49,7 @@ def sync(directory: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # some network file systems cannot flush a directory; they order renames themselves
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP):
             error.filename = str(directory)
             raise
     finally:

@@ -45,7 +45,11 @@ def train(config: RunConfig) -> TrainResult:
     Every rank calls it, under torchrun or alone. Raises ConfigError, CheckpointError or the data package's error, and
     FloatingPointError where too many steps in a row were bad (faults.max_bad_steps).
     """
-    with Watchdog(config.faults.watchdog_seconds, rank_from_environment()) as watchdog, runtime(config) as run:
+    save_seconds = 60 * config.checkpoint.save_timeout_minutes
+    with (
+        Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds) as watchdog,
+        runtime(config) as run,
+    ):
         state = setup(config, run)
         last_step = min(config.training.exit_steps or config.training.train_steps, config.training.train_steps)
         with (

@@ -28,6 +28,7 @@ _OTHER_PHASES = 10
 # A process that is stopped for a while (Ctrl-Z, a frozen virtual machine) does not hang: a thread that looks this often
 # and finds that much more gone has stood still itself.
 _TICK_SECONDS = 1.0
+_WAIT_FOR_SAVES = ("saving", "rollback", "end")
 # If the interpreter itself hangs, no Python thread runs: after so much longer faulthandler's C thread ends the rank. It
 # cannot tell that from being stopped.
 _GRACE_SECONDS = 3600.0
@@ -38,11 +39,13 @@ _SHOWN_COLLECTIVES = 5
 
 class Watchdog:
     """Context of a whole run, which says with `now` what it begins: "start", "first step", "step", "validation",
-    "saving", "rollback", "end". seconds: faults.watchdog_seconds; None: this does nothing."""
+    "saving", "rollback", "end". seconds: faults.watchdog_seconds; None: this does nothing. save_seconds: how long a
+    save may take by its own limit, which is to be heard first."""
 
-    def __init__(self, seconds: float | Literal["auto"] | None, rank: int) -> None:
+    def __init__(self, seconds: float | Literal["auto"] | None, rank: int, save_seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._rank = rank
+        self._save_seconds = save_seconds
         self._phase, self._step = "", 0
         self._lengths = {phase: deque[float](maxlen=_MEASURED) for phase in ("step", "validation")}
         self._since = self._limit = 0.0
@@ -83,8 +86,9 @@ class Watchdog:
         """How long `phase` may take now (s)."""
         assert self._seconds is not None
         if self._seconds == "auto":
-            lengths = self._lengths.get(phase)
-            return max(LEAST_SECONDS, _TIMES_LONGEST * max(lengths)) if lengths else UNMEASURED_SECONDS
+            if lengths := self._lengths.get(phase):
+                return max(LEAST_SECONDS, _TIMES_LONGEST * max(lengths))
+            return max(UNMEASURED_SECONDS, self._save_seconds + LEAST_SECONDS if phase in _WAIT_FOR_SAVES else 0.0)
         if phase == "step":
             return self._seconds
         # the number is of a step; how long a checkpoint takes to load has nothing to do with it

@@ -25,6 +25,8 @@ def test_limits_from_the_runs_own_times(monkeypatch: pytest.MonkeyPatch) -> None
     number says it of a step, and ten times as much of the rest."""
     now = 0.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    patient = Watchdog("auto", rank=0, save_seconds=7200.0)
+    assert (patient.limit("saving"), patient.limit("start")) == (7200.0 + LEAST_SECONDS, UNMEASURED_SECONDS)
     dog = Watchdog("auto", rank=0)
 
     def does(phase: str, seconds: float) -> None:

@@ -24,7 +24,9 @@ def defect_of(info: TensorInfo) -> str | None:
             return f"the piece {_box(piece)} does not lie in it, shape {_short(info.shape)}"
     if (held := sum(math.prod(piece.shape) for piece in filled)) < total:
         return f"{held} of its {total} elements are there"
-    # as many elements as there are, or more, and all within: what is missing is there twice
+    if held > total:
+        return f"its pieces overlap: they hold {held} elements, it has {total}"
+    # as many elements as there are, and all within: what is missing is there twice
     if (pair := _overlapping(filled)) is not None:
         return f"the pieces {_box(pair[0])} and {_box(pair[1])} overlap"
     return None
@@ -36,16 +38,19 @@ def _overlapping(pieces: Sequence[Piece]) -> tuple[Piece, Piece] | None:
         return None
     if not pieces[0].shape:
         return pieces[0], pieces[1]  # a scalar twice
-    ordered = sorted(pieces, key=lambda piece: piece.offset)
-    first = np.array([piece.offset for piece in ordered], dtype=np.int64)
-    end = first + np.array([piece.shape for piece in ordered], dtype=np.int64)
-    # a piece can only meet those behind it that begin above its last row
-    behind = np.searchsorted(first[:, 0], end[:, 0])
-    for one in np.flatnonzero(behind > np.arange(len(ordered)) + 1):
+    first = np.array([piece.offset for piece in pieces], dtype=np.int64)
+    end = first + np.array([piece.shape for piece in pieces], dtype=np.int64)
+    # along the dimension that is cut most often: what is cut into columns would else be compared each with each
+    axis = max(range(first.shape[1]), key=lambda one: len(np.unique(first[:, one])))
+    order = np.argsort(first[:, axis], kind="stable")
+    first, end = first[order], end[order]
+    # a piece can only meet those behind it that begin before its end
+    behind = np.searchsorted(first[:, axis], end[:, axis])
+    for one in np.flatnonzero(behind > np.arange(len(pieces)) + 1):
         others = slice(one + 1, behind[one])
         meets = ((first[others] < end[one]) & (end[others] > first[one])).all(1)
         if meets.any():
-            return ordered[one], ordered[one + 1 + int(meets.argmax())]
+            return pieces[order[one]], pieces[order[one + 1 + int(meets.argmax())]]
     return None
 
 

@@ -20,12 +20,17 @@ from illada_megatron.data.preprocessing.template_sandbox import CountingSandbox
 SPECIAL_IN_CONTENT = "special token in content"
 
 
+# a name as templates make it of a role: <|user|>, [USER]
+_AROUND_A_ROLE = re.compile(r"\W*(\w+)\W*")
+
+
 class ChatRenderer:
     """Renders conversations; special_tokens: names that only the template may write."""
 
     def __init__(self, template: ChatTemplate, special_tokens: Iterable[str]) -> None:
         self._names = sorted(filter(None, set(special_tokens)), key=lambda name: (-len(name), name))
         self._special = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        self._cores = {name: found[1].casefold() for name in self._names if (found := _AROUND_A_ROLE.fullmatch(name))}
         # nobody can guess it, so no content has it
         nonce = secrets.token_hex(16)
         self._marks = {name: f"\ue000{nonce}{number}\ue001" for number, name in enumerate(self._names)}
@@ -65,7 +70,7 @@ class ChatRenderer:
             raise ValueError(f"holds a conversation that the chat template refuses: {reason}") from error
         text = self._unmarked(rendered)
         written = Counter(self._names[int(number)] for number in self._mark.findall(rendered))
-        if Counter(self._special.findall(text)) - written - self._of_roles(messages):
+        if Counter(self._special.findall(text)) - written - self._around_roles(messages, written):
             raise BadConversation(SPECIAL_IN_CONTENT)
         return text
 
@@ -75,10 +80,11 @@ class ChatRenderer:
     def _unmarked(self, text: str) -> str:
         return self._mark.sub(lambda found: self._names[int(found[1])], text)
 
-    def _of_roles(self, messages: list[dict[str, Any]]) -> Counter[str]:
-        """Names that a template may put together around a role, as in '<|' + message.role + '|>': one a message."""
-        roles = [role for message in messages if isinstance(role := message["role"], str) and role]
-        return Counter(name for role in roles for name in self._names if role in name)
+    def _around_roles(self, messages: list[dict[str, Any]], written: Counter[str]) -> Counter[str]:
+        """Names that the template may have put together around a role, as in '<|' + message.role + '|>': one a message,
+        of those that it has not written as they are."""
+        roles = Counter(role.casefold() for message in messages if isinstance(role := message["role"], str))
+        return Counter({name: max(0, roles[core] - written[name]) for name, core in self._cores.items()})
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -48,6 +48,15 @@ def test_what_makes_up_a_tensor(info: TensorInfo, defect: str | None) -> None:
     assert found is None if defect is None else found is not None and defect in found
 
 
+def test_many_pieces_are_not_compared_each_with_each() -> None:
+    """Of columns, all begin in the first row: 100,000 are 5 * 10^9 pairs."""
+    columns = [((0, column), (16, 1)) for column in range(100_000)]
+    assert defect_of(_info((16, 100_000), *columns)) is None
+    moved = [*columns[:-1], ((0, 99_998), (16, 1))]
+    assert "overlap" in str(defect_of(_info((16, 100_000), *moved)))
+    assert "overlap" in str(defect_of(_info((16, 100_000), *columns, ((0, 0), (16, 1)))))
+
+
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_any_division_is_taken_and_any_change_of_it_is_not(dimensions: int) -> None:
     """Boxes cut again and again; then one is moved, or takes the place of another. The truth is a count."""
