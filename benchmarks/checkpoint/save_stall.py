@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -82,6 +83,7 @@ def main(
 
 
 def _variants(state: Any, place: Path) -> dict[str, Callable[[int], Save]]:
+    from illada_megatron.checkpoint.owner import owned
     from illada_megatron.checkpoint.saver import Saver
     from illada_megatron.training.trainer import train_step
 
@@ -92,7 +94,8 @@ def _variants(state: Any, place: Path) -> dict[str, Callable[[int], Save]]:
             # of its own: the saver that comes last owns a directory
             update={"save_dir": str(place / "now" / f"asynchronous_{asynchronous}"), "asynchronous": asynchronous}
         )
-        saver = Saver(state.config.model_copy(update={"checkpoint": settings}), {}, None)
+        ownership = ExitStack().enter_context(owned(settings.save_dir, print))  # to the end of this process
+        saver = Saver(state.config.model_copy(update={"checkpoint": settings}), {}, None, ownership)
 
         def save(number: int) -> Save:
             outcomes = saver.save(number, models, state.optimizer, state.progress())

@@ -1,9 +1,9 @@
-"""Who writes into a save_dir: a file there names the attempt that came last, and an earlier one leaves it alone.
+"""Who writes into a save_dir: a file there names the attempt that does, and gives a sign of its life again and again.
 
-A run that is started again cannot ask a dead one for leave, so whoever comes takes over. The one that was there before,
-a run started on the same save_dir by mistake or a rank 0 that was cut off and is back, sees another's name before it
-deletes or finishes anything, and ends. Files of tensors have the attempt in their names (`TensorWriter`), so that other
-ranks that come back write over nothing.
+A newer attempt of the same run takes over at once: it cannot ask a dead one for leave. Another run, started on the same
+save_dir by mistake, waits for a sign of life, and is refused where one comes. The attempt that was there before, a rank
+0 that was cut off and is back, sees another's name before it deletes or finishes anything, and ends. Files of tensors
+have the attempt in their names (`TensorWriter`), so that other ranks that come back write over nothing.
 
 Between the look and the deed another may take over; the two follow each other at once.
 """
@@ -12,14 +12,28 @@ import json
 import os
 import secrets
 import socket
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 
+import psutil
+
+from illada_megatron.checkpoint.files.agreement import of_first
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.patience import patiently
-from illada_megatron.checkpoint.files.storage import Folder
+from illada_megatron.checkpoint.files.storage import Folder, folder
+from illada_megatron.checkpoint.store import seen_by_any
 
 OWNER = "owner.json"
+_RUN = "ILLADA_RUN"  # the launcher's (runtime/agent.py), where the user gave the run no name
+SIGN_SECONDS, SILENT_SECONDS = 30.0, 120.0
+"""Between two signs of life; how long one without a sign is waited for."""
+_LOOK_SECONDS = 1.0
+_LAST_SIGN_SECONDS = 5.0
+_A_SECOND = timedelta(seconds=1)  # in which `begun` is told
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,10 @@ class Owner:
     """Of rank 0."""
     begun: str
     """UTC."""
+    signs: int = 0
+    """Of life, so far: compared with an earlier look at it and with no clock."""
+    ended: bool = False
+    """It has said that it writes nothing any more."""
 
 
 class TakenOverError(CheckpointError):
@@ -46,64 +64,146 @@ class TakenOverError(CheckpointError):
         """It is one of the same run: the launcher has started it instead of this one."""
 
 
-def new_owner() -> Owner:
-    """Of this process's attempt."""
+@contextmanager
+def owned(save_dir: str | None, tell: Callable[[str], None]) -> Iterator["Ownership | None"]:
+    """This attempt's ownership of `save_dir`; None: nothing is saved. Every rank enters it, before it reads what is
+    there. Raises CheckpointError where another run is at work there, OSError where rank 0 does not see it, but others.
+    """
+    if save_dir is None:
+        yield None
+        return
+    place = folder(save_dir)
+    seen_by_any(place)
+    ownership = Ownership(place, of_first(_new_owner))
+    of_first(lambda: ownership.take(tell))
+    try:
+        yield ownership
+    finally:
+        ownership.end()
+
+
+def _new_owner() -> Owner:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Owner(secrets.token_hex(4), _run(), socket.gethostname(), os.getpid(), now)
 
 
 class Ownership:
-    """Of a save_dir, as rank 0 holds it."""
+    """Of a save_dir. `place` and `owner` are every rank's, all else is rank 0's."""
 
     def __init__(self, place: Folder, owner: Owner) -> None:
-        self.owner = owner
-        self._place = place
+        self.place, self.owner = place, owner
         self._taken = False
+        self._over = threading.Event()
+        self._life = threading.Thread(target=self._give_signs, name="save-dir-owner", daemon=True)
 
-    def take(self) -> None:
-        """Make `owner` the owner. Raises OSError; then `require` does it, as soon as it can be done."""
-        patiently(lambda: _write(self._place, self.owner))
-        self._taken = True
+    def take(self, tell: Callable[[str], None]) -> None:
+        """Become the owner, where the place is there and can be written to; else `require` does it. Raises
+        CheckpointError where another run is, and alive."""
+        with suppress(OSError):
+            if patiently(self.place.exists):
+                found = patiently(self._found)
+                if found is not None and not self._may_follow(found):
+                    self._wait_for_silence(found, tell)
+                patiently(self._write)
+        self._life.start()
 
     def require(self) -> None:
         """Raises TakenOverError where the place has another owner by now; OSError. A file that somebody has cleared
         away is written again."""
-        if not self._taken:
-            self.take()
-            return
+        found = patiently(self._found) if self._taken else None
+        if found is None:
+            patiently(self._write)
+        elif found.attempt != self.owner.attempt:
+            raise _taken_over(self.place, self.owner, found)
+
+    def end(self) -> None:
+        """Say that this attempt writes nothing any more: who comes next need not wait."""
+        self._over.set()
+        if self._life.is_alive():  # on rank 0
+            self._life.join(_LAST_SIGN_SECONDS)  # nobody waits for a disk that does not answer
+
+    def _may_follow(self, found: Owner) -> bool:
+        same_run = bool(self.owner.run) and found.run == self.owner.run
+        return same_run or found.ended or (found.host == self.owner.host and not _lives(found))
+
+    def _wait_for_silence(self, found: Owner, tell: Callable[[str], None]) -> None:
+        tell(
+            f"{self.place}: another run saves there ({_shown(found)}) and has not said that it has ended: waiting "
+            f"{SILENT_SECONDS:.0f} s for a sign of its life"
+        )
+        until = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+            now = patiently(self._found)
+            if now is None or now.ended:
+                return
+            if now != found:
+                raise CheckpointError(
+                    f"{self.place}: another run is saving there ({_shown(now)}): give each run a checkpoint.save_dir "
+                    "of its own, or stop that one first"
+                )
+
+    def _give_signs(self) -> None:
+        signs, over = 0, False
+        while not over:
+            over = self._over.wait(SIGN_SECONDS)
+            signs += 1
+            if self._taken:
+                try:
+                    self.require()
+                    self._write(signs=signs, ended=over)
+                except OSError:
+                    continue  # the saves say so, if it stays
+                except TakenOverError:
+                    return
+
+    def _found(self) -> Owner | None:
+        """Who the file names; None: there is none. Raises OSError where it names nobody."""
         try:
-            content = patiently(lambda: self._place.read(OWNER))
+            return Owner(**json.loads(self.place.read(OWNER)))
         except FileNotFoundError:
-            self.take()
-            return
-        try:
-            found = Owner(**json.loads(content))
+            return None
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(
-                f"{self._place}/{OWNER}: names no owner: {error}: remove it if no other run uses {self._place}"
+                f"{self.place}/{OWNER}: names no owner: {error}: remove it if no other run uses {self.place}"
             ) from error
-        if found.attempt != self.owner.attempt:
-            raise _taken_over(self._place, self.owner, found)
+
+    def _write(self, **changes: bool | int) -> None:
+        self.place.make()
+        self.place.replace(OWNER, json.dumps(asdict(replace(self.owner, **changes)), indent=1).encode())  # type: ignore[arg-type]
+        self._taken = True
 
 
 def _taken_over(place: Folder, owner: Owner, found: Owner) -> TakenOverError:
     same_run = bool(owner.run) and found.run == owner.run
     who = "a newer attempt of this run" if same_run else "another run"
     return TakenOverError(
-        f"{place}: {who} has taken it over (attempt {found.attempt}, on {found.host}, process {found.pid}, begun "
-        f"{found.begun}); this one (attempt {owner.attempt}, begun {owner.begun}) saves nothing there any more, and "
-        "ends" + ("" if same_run else ": give each run a checkpoint.save_dir of its own"),
+        f"{place}: {who} has taken it over ({_shown(found)}); this one (attempt {owner.attempt}, begun {owner.begun}) "
+        "saves nothing there any more, and ends"
+        + ("" if same_run else ": give each run a checkpoint.save_dir of its own"),
         same_run,
     )
 
 
-def _write(place: Folder, owner: Owner) -> None:
-    place.make()
-    place.replace(OWNER, json.dumps(asdict(owner), indent=1).encode())
+def _lives(owner: Owner) -> bool:
+    """Whether a process of this machine is still there, and no later one has its number."""
+    if owner.pid == os.getpid():
+        return False
+    try:
+        process = psutil.Process(owner.pid)
+        began = datetime.fromtimestamp(process.create_time(), UTC)
+        return process.status() != psutil.STATUS_ZOMBIE and began <= datetime.fromisoformat(owner.begun) + _A_SECOND
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _shown(owner: Owner) -> str:
+    return f"attempt {owner.attempt}, on {owner.host}, process {owner.pid}, begun {owner.begun}"
 
 
 def _run() -> str:
-    launched, job = os.environ.get("TORCHELASTIC_RUN_ID", "none"), os.environ.get("SLURM_JOB_ID")
+    launched = os.environ.get(_RUN) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if launched != "none":  # what torchrun calls every run that was not given a name
         return launched
+    job = os.environ.get("SLURM_JOB_ID")
     return f"slurm {job}" if job else ""

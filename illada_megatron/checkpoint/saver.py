@@ -26,9 +26,8 @@ from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.exchange import Exchange
 from illada_megatron.checkpoint.files.agreement import largest, of_first, rank_and_size
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.lazy_snapshot import Handover
-from illada_megatron.checkpoint.owner import Ownership, new_owner
+from illada_megatron.checkpoint.owner import Ownership
 from illada_megatron.checkpoint.sharded import Part, parts_to_save, saved_progress
 from illada_megatron.checkpoint.state import optimizers
 from illada_megatron.checkpoint.writing import Attempt, Job, Writing
@@ -67,19 +66,23 @@ class SaveOutcome:
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one, and calls it in the same order."""
 
-    def __init__(self, config: RunConfig, fingerprints: Mapping[str, Any], last_saved: int | None) -> None:
-        """last_saved: the step of the checkpoint of checkpoint.save_dir that the run continues from; None: none. From
-        now on save_dir is this attempt's (`owner.py`). Raises OSError where it cannot be written to, and none of this
-        run's checkpoints is there: a disk that is full for a while is no reason not to go on."""
-        self.place = folder(config.checkpoint.save_dir) if config.checkpoint.save_dir else None
+    def __init__(
+        self, config: RunConfig, fingerprints: Mapping[str, Any], last_saved: int | None, ownership: Ownership | None
+    ) -> None:
+        """last_saved: the step of the checkpoint of checkpoint.save_dir that the run continues from; None: none.
+        ownership: of save_dir. Raises OSError where that cannot be written to, and none of this run's checkpoints is
+        there: a disk that is full for a while is no reason not to go on."""
+        self.place = ownership.place if ownership is not None else None
         """None: the configuration saves nothing."""
         self.last_saved = last_saved
-        """Step of the newest good checkpoint in `place`; who goes back to an older one sets it."""
+        """Step of the newest good checkpoint in `place`."""
         self.last_error: str | None = None
         """Of the last save that has failed."""
         self.end: OSError | CheckpointError | None = None
         """Why the run cannot go on: another has taken save_dir over, or too many saves in a row have failed. A rank may
         know it before others; after `wait` all do."""
+        self.taken_over = False
+        """By another: this attempt writes nothing there any more."""
         self.warning: str | None = None
         """On rank 0: what the user should hear at the start."""
         self.record_left: int | None = None
@@ -87,9 +90,9 @@ class Saver:
         self._config = config
         self._base, self._saved = last_saved, list[int]()
         self._attempt: Attempt | None = None
-        if (place := self.place) is not None:
-            ownership = Ownership(place, of_first(new_owner))
-            of_first(lambda: self._take(ownership))
+        self._there, self._begun = frozenset[int](), set[int]()
+        if ownership is not None:
+            of_first(lambda: self._look_around(ownership))
             self._attempt = Attempt(config, dict(fingerprints), ownership, Exchange(ownership.owner.attempt))
         self._writing: Writing | None = None
         self._count = self._failures = 0
@@ -99,9 +102,11 @@ class Saver:
         self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._hooks: list[Any] = []
 
-    def _take(self, ownership: Ownership) -> None:
+    def _look_around(self, ownership: Ownership) -> None:
         try:
-            ownership.take()
+            ownership.require()
+            paths = store.checkpoints_newest_first(ownership.place)
+            self._there = frozenset(store.step_of(path.name) for path in paths)
         except OSError as error:
             if self.last_saved is None:
                 raise
@@ -116,7 +121,7 @@ class Saver:
         if self._writing is not None and not self._writing.overdue:
             lost = isinstance(error, RuntimeError) and not isinstance(error, CheckpointError)  # by a collective
             patience = _LOST_WAIT_SECONDS if lost else _LAST_WAIT_SECONDS
-            self._writing.join(patience if error is not None else self._writing.job.deadline - time.monotonic())
+            self._writing.join(patience if error is not None else self._writing.deadline - time.monotonic())
         for hook in self._hooks:
             hook.remove()
 
@@ -132,8 +137,9 @@ class Saver:
         """
         if self._attempt is None or self.place is None:
             return []
-        begin = time.monotonic()
+        called = time.monotonic()
         earlier = self.wait()
+        begin = time.monotonic()
         parts = list(parts_to_save(chunks, optimizer, self._config.model))
         asynchronous = self._config.checkpoint.asynchronous
         if asynchronous:
@@ -142,7 +148,7 @@ class Saver:
                 self._hooks = [one.register_step_pre_hook(self._before_step) for one in inner]
             self._handover = Handover(parts)
         self._count += 1
-        self._forget_what_was_left_behind()
+        self._begun.add(step)
         job = Job(
             number=self._count,
             path=store.step_directory(self.place, step),
@@ -152,20 +158,22 @@ class Saver:
             progress=saved_progress(dict(progress), optimizer),
             saved=(*self._saved, step),
             base=self._base,
+            there=self._there,
+            begun=frozenset(self._begun),
             begin=begin,
-            deadline=begin + 60 * self._config.checkpoint.save_timeout_minutes,
+            limit_seconds=60 * self._config.checkpoint.save_timeout_minutes,
         )
         self._said_overdue = False
         self._writing = Writing(job, self._attempt)
-        self._stall = time.monotonic() - begin
+        self._stall = time.monotonic() - called
         return earlier if asynchronous else [*earlier, *self.wait()]
 
-    def _forget_what_was_left_behind(self) -> None:
-        """Steps that the run has gone back behind are not of its past any more."""
-        known = [step for step in (self._base, *self._saved) if step is not None]
-        if self.last_saved is not None and known and max(known) > self.last_saved:
-            self._saved = [step for step in self._saved if step <= self.last_saved]
-            self._base = self.last_saved if self._base is None else min(self._base, self.last_saved)
+    def went_back(self, step: int, in_place: bool) -> None:
+        """The run has gone back to the checkpoint of `step`; in_place: one of `place`. Those after it are not of its
+        past any more, and go with the next save."""
+        self.last_saved = step if in_place else None
+        self._saved = [saved for saved in self._saved if saved <= step]
+        self._base = None if self._base is None else min(self._base, step)
 
     def news(self) -> list[SaveOutcome]:
         """What has ended since the last call, on this rank, or should have; does not wait."""
@@ -212,6 +220,7 @@ class Saver:
         if taken_over is not None:
             # of this run, the launcher may start it again: it joins the newer attempt. Another's would only come again.
             self.end = OSError(error) if taken_over == "run" else CheckpointError(error)
+            self.taken_over = True
         elif most is not None and self._failures >= most:
             self.end = OSError(
                 f"{self._failures} saves in a row have failed (checkpoint.max_failed_saves), the last with: {error}; "
@@ -234,6 +243,8 @@ class Saver:
             at_fault = stuck and writing is not None and (writing.doing or writing.problem) is not None
             any_unended, any_stuck, culprit = largest([unended, stuck, rank + 1 if at_fault else 0])
             if any_stuck:
+                if writing is not None and writing.word is not None and writing.word.error is None:
+                    self.last_saved = writing.job.step
                 mine = _stuck_text(writing) if stuck and writing is not None else f"rank {rank}: has ended"
                 raise OSError(
                     f"a save does not end; {f'rank {culprit - 1} is stuck' if culprit else 'no rank says why'} ({mine})"
@@ -280,7 +291,7 @@ def _side_stream(parts: Sequence[Part]) -> torch.cuda.Stream | None:
 
 
 def _is_stuck(writing: Writing) -> bool:
-    late = not writing.ended and time.monotonic() > writing.job.deadline + _GRACE_SECONDS
+    late = not writing.ended and time.monotonic() > writing.deadline + _GRACE_SECONDS
     return late or writing.problem is not None
 
 

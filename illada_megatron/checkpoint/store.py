@@ -119,13 +119,13 @@ def checkpoint_to_continue(settings: CheckpointConfig, good: bool = False) -> tu
     """
     save_dir, load_dir = settings.save_dir, settings.load_dir
     refused: list[str] = []
-    if save_dir and _seen_by_any(folder(save_dir)):
+    if save_dir and seen_by_any(folder(save_dir)):
         info, refused = newest_complete(save_dir, settings.verify, good)
         if info is not None:
             return info, refused
     if load_dir is None:
         return None, refused
-    _seen_by_any(folder(load_dir))
+    seen_by_any(folder(load_dir))
     info, more = newest_complete(load_dir, settings.verify, good)
     if info is None and not good:
         raise CheckpointError(f"{load_dir}: holds no checkpoint; leave checkpoint.load_dir out to start from step 0")
@@ -176,8 +176,9 @@ def _candidates(place: Folder) -> list[str]:
     return [path.name for path in checkpoints_newest_first(place)]
 
 
-def _seen_by_any(save_dir: Folder) -> bool:
-    """Raises OSError where others see it, but rank 0 does not: the run would begin anew."""
+def seen_by_any(save_dir: Folder) -> bool:
+    """Whether it is there. Every rank calls it. Raises OSError where others see it, but rank 0 does not: the run would
+    begin anew."""
     seen = of_all(lambda: patiently(save_dir.exists))
     if any(seen) and not seen[0]:
         raise OSError(
@@ -226,12 +227,16 @@ def checkpoints_newest_first(save_dir: Folder) -> list[Folder]:
 
 def read_record(path: Folder) -> CheckpointInfo | Refusal:
     """What the record of `path` says, if it says what it did when it was written; the files are `damage`'s to compare.
-    Raises OSError where it cannot be read, after some tries."""
+    Raises OSError where it cannot be read, after some tries; CheckpointError where another version wrote it."""
     file = f"{path}/{RECORD}"
     try:
         record = json.loads(patiently(lambda: path.read(RECORD)))
-        if record.get("version") != _VERSION:
-            return Refusal(f"{file}: version {record.get('version')}, this program reads {_VERSION}", False)
+        if isinstance(version := record.get("version"), int) and version != _VERSION:
+            # no damage: the run would fall back, and then delete what it cannot read
+            raise CheckpointError(
+                f"{file}: version {version}, this program reads {_VERSION}: use the program that wrote it, or move the "
+                "folder away to go on from an older checkpoint"
+            )
         if record.pop("checksum") != _own_checksum(record):
             return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
         del record["version"]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -48,10 +48,17 @@ class Job:
     saved: Sequence[int]
     """Steps that are saved when this one is, as `retention.prune` has them."""
     base: int | None
-    """As `retention.prune` has it."""
+    """As `retention.prune` has it, as the next."""
+    there: Collection[int]
+    begun: Collection[int]
     begin: float
-    """time.monotonic, as the next."""
-    deadline: float
+    """time.monotonic."""
+    limit_seconds: float
+
+    @property
+    def deadline(self) -> float:
+        """When all have to have written."""
+        return self.begin + self.limit_seconds
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Word:
     """Why there is no checkpoint; None: there is."""
     nbytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    """Known to rank 0 alone."""
     record_left: bool = False
     """Though there is an error, its record may be there, and even durable: nobody may write there again."""
     taken_over: str | None = None
@@ -74,7 +82,9 @@ class Writing:
     def __init__(self, job: Job, attempt: Attempt) -> None:
         self.job = job
         self.word: Word | None = None
-        """None: it has not ended, or the store is lost through which it would be heard."""
+        """None: it has not ended, or the store is lost through which it would be heard. On rank 0 it is there before
+        the thread ends, which then deletes what is not kept: that has a time limit of its own."""
+        self.deadline = job.deadline
         self.problem: str | None = None
         """What happened to the store."""
         self.doing: str | None = None
@@ -91,7 +101,7 @@ class Writing:
     @property
     def overdue(self) -> bool:
         """Its time limit has passed, and it has not ended."""
-        return not self.ended and time.monotonic() > self.job.deadline
+        return not self.ended and time.monotonic() > self.deadline
 
     def join(self, seconds: float) -> None:
         """Wait until it has ended, at most so long."""
@@ -99,7 +109,7 @@ class Writing:
 
     def _run(self) -> None:
         try:
-            self.word = self._write_together()
+            self._write_together()
         except Exception as failure:  # of the store; a thread has nobody to raise to, the run says it in `Saver.wait`
             self.problem = error_text(failure)
         finally:
@@ -108,25 +118,30 @@ class Writing:
             self.doing = None
             self.seconds = time.monotonic() - self.job.begin
 
-    def _write_together(self) -> Word:
+    def _write_together(self) -> None:
         first, exchange = self._exchange.rank == 0, self._exchange
         topic = str(self.job.number)
         refused = exchange.told(f"{topic}/begun", asdict(self._begun()) if first else None)
         if refused["error"] is not None:
-            return Word(**refused)
+            self.word = Word(**refused)
+            return
         own = self._own_part()
         if not first:
             exchange.give(f"{topic}/part", own)
-            return Word(**exchange.told(f"{topic}/word", None))
+            self.word = Word(**exchange.told(f"{topic}/word", None))
+            return
         parts, missing = exchange.take(f"{topic}/part", own, self.job.deadline)
         word, leftover = self._completed(parts, missing)
         exchange.told(f"{topic}/word", asdict(word))
+        self.word = word
+        self.deadline = time.monotonic() + self.job.limit_seconds
         if not missing:  # all have gone on to wait for this word
             exchange.forget(f"{topic}/begun")
             exchange.forget(f"{self.job.number - 1}/word")
         if leftover:
             self._give_back()
-        return word
+        elif word.error is None:
+            self.word = replace(word, warnings=self._tidied())
 
     def _begun(self) -> Word:
         """Make the folder, empty: what lies there was interrupted, damaged, or belongs to steps that are done again."""
@@ -148,6 +163,8 @@ class Writing:
         rank, writer = self._exchange.rank, None
         self.doing = f"writing its part of {self.job.path}"
         try:
+            if self.job.stream is not None:  # a new thread's device is the first: it would make a context there
+                torch.cuda.set_device(self.job.stream.device)
             writer = TensorWriter(self.job.path, rank, attempt=self._attempt.ownership.owner.attempt)
             with torch.cuda.stream(self.job.stream):  # None: no GPU, and nothing happens
                 for part in self.job.parts:
@@ -180,7 +197,7 @@ class Writing:
         except Exception as error:
             left = self._may_have_left_record()
             return replace(_failed(error), record_left=left), not left
-        return Word(nbytes=sum(record["bytes"] for record in files.values()), warnings=self._tidied()), False
+        return Word(nbytes=sum(record["bytes"] for record in files.values())), False
 
     def _too_late(self) -> str:
         minutes = self._attempt.config.checkpoint.save_timeout_minutes
@@ -207,6 +224,7 @@ class Writing:
         self.doing = f"deleting what is not kept in {job.path.parent}"
         warnings = []
         try:
+            self._attempt.ownership.require()
             store.move_pointer(job.path)
         except Exception as error:
             warnings.append(f"`latest` could not be moved to {job.path.name}: {error_text(error)}")
@@ -214,7 +232,9 @@ class Writing:
         keep_last = None if store.in_bad_steps(job.progress) else settings.keep_last
         try:
             self._attempt.ownership.require()
-            return warnings + prune(job.path.parent, job.saved, job.base, keep_last, settings.keep_every)
+            return warnings + prune(
+                job.path.parent, job.saved, job.base, job.there, job.begun, keep_last, settings.keep_every
+            )
         except Exception as error:
             return [*warnings, f"older checkpoints stay: {error_text(error)}"]
 

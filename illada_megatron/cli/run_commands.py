@@ -169,7 +169,7 @@ def _launch_options(
     max_restarts: int,
 ) -> "LaunchOptions":
     """What the command line says of the launch. Raises ConfigError."""
-    from illada_megatron.runtime.launch import LaunchOptions
+    from illada_megatron.runtime.launch import SHARED_ID, LaunchOptions
 
     numbers = nnodes.split(":")
     if not all(number.isdecimal() for number in numbers) or len(numbers) > 2:
@@ -184,7 +184,7 @@ def _launch_options(
     if any(not value for _, _, value in pairs):
         raise ConfigError(f"--rdzv-conf {rdzv_conf}: expected KEY=VALUE,KEY=VALUE")
     settings = {key.strip(): value.strip() for key, _, value in pairs}
-    return replace(options, rdzv_endpoint=rdzv_endpoint, rdzv_id=rdzv_id or "illada", rdzv_conf=settings)
+    return replace(options, rdzv_endpoint=rdzv_endpoint, rdzv_id=rdzv_id or SHARED_ID, rdzv_conf=settings)
 
 
 def _check_launch(config: RunConfig, launch: "LaunchOptions") -> Work:

@@ -349,7 +349,7 @@ class FaultsConfig(Section):
     deviation)."""
     watchdog_seconds: PositiveInt | Literal["auto"] | None = "auto"
     """A rank that makes no progress reports and exits, so that the run can be started again. auto: after ten times the
-    longest of its last hundred steps, or validations, and 120 s at least; an hour for the start, the first step, a
+    longest of its last hundred steps, or validations, and 300 s at least; an hour for the start, the first step, a
     save and a rollback. A number: of seconds for a step; everything else has ten times as long, the start an hour at
     least. None: nobody watches."""
     straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.2

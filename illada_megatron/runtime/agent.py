@@ -4,8 +4,11 @@ import contextlib
 import os
 import signal
 import time
+import uuid
 from collections.abc import Mapping
+from typing import Any, cast
 
+from torch.distributed import PrefixStore
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -15,6 +18,8 @@ from illada_megatron.runtime.tables import tell
 
 # What `illada` exits with where the user has to mend something (cli/main.py).
 USER_ERROR = 2
+RUN = "ILLADA_RUN"
+"""The ranks' variable with the name of the run, where the user gave none."""
 # torch's agents ask the rendezvous for news at most once in this time.
 _NEWS_SECONDS = 1.0
 
@@ -36,9 +41,10 @@ def decisive(failures: Mapping[int, ProcessFailure]) -> ProcessFailure | None:
 class Agent(LocalElasticAgent):
     """Watches the ranks of this machine, and starts them again as `max_restarts` allows."""
 
-    def __init__(self, spec: WorkerSpec, several_nodes: bool) -> None:
+    def __init__(self, spec: WorkerSpec, several_nodes: bool, named: bool = True) -> None:
+        """named: the user has given the run a name (--rdzv-id) that no other has."""
         super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=shutdown_seconds())
-        self._several_nodes = several_nodes
+        self._several_nodes, self._named = several_nodes, named
         self.stop_requested = False
         """A signal asked the ranks to save and leave: nothing is started again after it."""
 
@@ -53,6 +59,14 @@ class Agent(LocalElasticAgent):
             # leave; all ranks did so together. The run is not over: HEALTHY lets torch's loop look at who waits.
             return RunResult(state=WorkerState.HEALTHY)
         return result
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if not self._named:
+            # the first that comes names the run, for as long as its rendezvous lives: by it an attempt that was cut off
+            # and is back is told from another run (`checkpoint/owner.py`)
+            store = cast(PrefixStore, worker_group.store).underlying_store
+            os.environ[RUN] = store.compare_set("illada/run", "", uuid.uuid4().hex).decode()
+        return super()._start_workers(worker_group)
 
     def _others_are_waiting(self) -> bool:
         if not self._several_nodes:

@@ -28,6 +28,8 @@ from illada_megatron.runtime.agent import Agent, decisive, shutdown_seconds
 from illada_megatron.runtime.spares import WithSpares
 from illada_megatron.runtime.tables import tell
 
+SHARED_ID = "illada"
+"""--rdzv-id where several machines are to meet and the user has named none."""
 # torch's own for its stores of rendezvous
 _STORE_TIMEOUT = timedelta(seconds=60)
 
@@ -104,6 +106,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
                 local_addr=options.local_addr,
             ),
             several_nodes=options.max_nodes > 1,
+            named=options.rdzv_id != SHARED_ID,
         )
         result = agent.run()
     except SignalException as error:
@@ -111,7 +114,9 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
     except RendezvousError as error:
         tell(f"illada: error: {_explain(error, options)}")
         return 1
-    if handler is not None:
+    failed = result is not None and result.is_failed()
+    # Where the run may go on with fewer machines, one whose data is not mounted is no reason to end it.
+    if handler is not None and not (failed and options.min_nodes < options.max_nodes):
         handler.shutdown()
     if result is None or not result.is_failed():  # None: a spare machine, when the others have ended the run
         return 0

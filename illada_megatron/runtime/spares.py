@@ -4,7 +4,8 @@ torch's rendezvous makes a world of all machines that come. Where the run works 
 with the highest numbers start no ranks: for their agents the rendezvous has not ended yet. The others see a smaller
 world. Spare machines stay members of the rendezvous, send heartbeats, and hear what happens:
 
-- a machine joins, or has failed and comes back: all agents meet again, the spare ones too, and choose anew;
+- a machine joins with which more can work, or one has failed and comes back: all agents meet again, the spare ones
+  too, and choose anew;
 - one that works is cut off: its heartbeats stop, and a spare one calls the others, long before their collectives end;
 - the run is over: the rendezvous is closed.
 """
@@ -38,6 +39,7 @@ class WithSpares(RendezvousHandler):
         self._leave: SignalException | None = None
         self._leave_at = 0.0
         self._has_spares = False
+        self._working_now = 0
         self.is_spare = False
         """This machine waits."""
 
@@ -50,14 +52,14 @@ class WithSpares(RendezvousHandler):
                 working = self._working(found.world_size)
             except ValueError:  # no number of them can work: the ranks say why
                 working = found.world_size
-            self._has_spares = working < found.world_size
+            self._has_spares, self._working_now = working < found.world_size, working
             if found.rank < working:
                 address = found.bootstrap_store_info  # torch has it as None for other backends than c10d
                 assert address is not None
                 return RendezvousInfo(found.store, found.rank, working, address)
             tell(f"illada: this machine waits as a spare one: of {found.world_size} machines {working} work")
             self.is_spare = True
-            self._wait(working)
+            self._wait()
             self.is_spare = False
 
     def leave(self, number: signal.Signals) -> None:
@@ -65,7 +67,7 @@ class WithSpares(RendezvousHandler):
         self._leave = SignalException(f"got {number.name}", number)
         self._leave_at = time.monotonic() + self._leave_seconds
 
-    def _wait(self, working: int) -> None:
+    def _wait(self) -> None:
         """Until all agents meet again."""
         while True:
             if self._inner.is_closed():
@@ -73,15 +75,15 @@ class WithSpares(RendezvousHandler):
             if self._leave is not None:
                 if time.monotonic() > self._leave_at:
                     raise self._leave
-            elif self._inner.num_nodes_waiting() > 0 or self._lost_one_of(working):
+            elif self.num_nodes_waiting() > 0 or self._lost_one():
                 return
             time.sleep(_NEWS_SECONDS)
 
-    def _lost_one_of(self, working: int) -> bool:
+    def _lost_one(self) -> bool:
         """Whether the heartbeats of a machine that works have stopped. torch's agents do not look at that: they wait
         for what the machine's absence does to their ranks."""
         state = self._inner._state_holder.state
-        return not set(range(working)) <= set(state.participants.values())
+        return not set(range(self._working_now)) <= set(state.participants.values())
 
     def shutdown(self) -> bool:
         """End the run for all machines."""
@@ -104,7 +106,16 @@ class WithSpares(RendezvousHandler):
         self._inner.set_closed()
 
     def num_nodes_waiting(self) -> int:
-        return self._inner.num_nodes_waiting()
+        """Machines for which all meet again: not for one that could only be a spare, as where one comes and goes. It
+        waits in the rendezvous until one that works is lost, or until its join_timeout."""
+        waiting = self._inner.num_nodes_waiting()
+        if waiting == 0 or self._lost_one():
+            return waiting
+        try:
+            working = self._working(len(self._inner._state_holder.state.participants) + waiting)
+        except ValueError:
+            return waiting
+        return waiting if working != self._working_now else 0
 
     def get_run_id(self) -> str:
         return self._inner.get_run_id()

@@ -151,8 +151,8 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     state.bad_steps.load_state_dict(progress.get("bad_steps", {}))
     state.spikes.load_state_dict(progress.get("spikes", {}))
     save_dir = state.config.checkpoint.save_dir
-    if save_dir and str(folder(save_dir)) == str(checkpoint.path.parent):
-        state.saved_step = state.step
+    in_place = bool(save_dir) and str(folder(save_dir or "")) == str(checkpoint.path.parent)
+    state.saved_step = state.step if in_place else None
     state.notes.append(
         f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
     )

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from illada_megatron.checkpoint.files.storage import folder
+from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.config import RunConfig
 from illada_megatron.config.load import to_yaml
 from illada_megatron.runtime import rank_from_environment, runtime
+from illada_megatron.runtime.tables import tell
 from illada_megatron.training.bad_steps import BadStep
 from illada_megatron.training.flops import training_flops
 from illada_megatron.training.metrics import StepSums, reduce_sums
@@ -49,6 +51,7 @@ def train(config: RunConfig) -> TrainResult:
     with (
         Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds) as watchdog,
         runtime(config) as run,
+        owned(config.checkpoint.save_dir, tell) as ownership,
     ):
         state = setup(config, run)
         last_step = min(config.training.exit_steps or config.training.train_steps, config.training.train_steps)
@@ -56,7 +59,7 @@ def train(config: RunConfig) -> TrainResult:
             closing(state),
             Reporter(config, run.is_main, state.step, last_step, state.saved_step is not None) as reporter,
             StopSignals() as signals,
-            Saver(config, state.fingerprints, state.saved_step) as saver,
+            Saver(config, state.fingerprints, state.saved_step, ownership) as saver,
             watchdog.last_phase("end"),
         ):
             _announce(state, reporter)
@@ -74,7 +77,8 @@ def train(config: RunConfig) -> TrainResult:
                     reporter.saves(saver.wait())
                     reporter.rolled_back(recover(state))
                     # where the run is now is saved already, and measured
-                    first_step, saver.last_saved, save_due = state.step, state.saved_step, False
+                    first_step, save_due = state.step, False
+                    saver.went_back(state.step, in_place=state.saved_step == state.step)
                     continue
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
@@ -210,16 +214,15 @@ def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     """
     reporter.saves(saver.wait())
     for _ in range(_LAST_TRIES):
-        if saver.end is not None:
-            raise saver.end
-        if saver.place is None or saver.last_saved == state.step:
-            return
-        if saver.record_left == state.step:
+        # too many failed saves end the run, but what has been trained since may still be saved
+        if saver.place is None or saver.taken_over or state.step in (saver.last_saved, saver.record_left):
             break
         save(state, saver, reporter)
         reporter.saves(saver.wait())
-    if saver.last_saved != state.step:
-        raise saver.end or OSError(
+    if saver.end is not None:
+        raise saver.end
+    if saver.place is not None and saver.last_saved != state.step:
+        raise OSError(
             f"step {state.step}: the run's last state could not be saved in {saver.place}: {saver.last_error}; "
             f"{saver.last_good()}: mend the cause and start the run again, it goes on from there"
         )

@@ -20,7 +20,7 @@ EXIT_CODE = 75
 # limits would only take a slow disk or a neighbour on the network for a hang, and cost a restart of all ranks.
 _TIMES_LONGEST = 10
 _MEASURED = 100
-LEAST_SECONDS = 120.0
+LEAST_SECONDS = 300.0
 UNMEASURED_SECONDS = 3600.0
 """What comes once, or has not been measured yet: process groups are made, kernels are compiled, checkpoints move."""
 # By the configuration's number for a step: all other phases, over it.

@@ -1,23 +1,36 @@
 """Two attempts on one save_dir: the second takes over, the first notices and leaves everything alone."""
 
 import json
+import os
+import secrets
+import signal
 import subprocess
 import sys
+import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from launch import ROOT, launch, wait_for_step
+from launch import ROOT, wait_for_step
 
+from illada_megatron.checkpoint import owner
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.storage import Folder, folder
-from illada_megatron.checkpoint.owner import OWNER, Ownership, TakenOverError, new_owner
+from illada_megatron.checkpoint.owner import OWNER, Ownership, TakenOverError
 from illada_megatron.checkpoint.store import newest_complete
 
 
-def _newcomer(place: Folder) -> Ownership:
-    ownership = Ownership(place, new_owner())
-    ownership.take()
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "SILENT_SECONDS", 3.0)
+
+
+def _newcomer(place: Folder, **who: str | int) -> Ownership:
+    """On another machine than those before, where `who` does not say."""
+    ownership = Ownership(place, replace(owner._new_owner(), **{"host": secrets.token_hex(4), **who}))  # type: ignore[arg-type]
+    ownership.take(print)
     ownership.require()
     return ownership
 
@@ -59,34 +72,79 @@ def test_a_newer_attempt_of_the_same_run(
     assert raised.value.same_run is same_run
 
 
-def test_a_run_whose_save_dir_another_took_ends(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
-    """Started by mistake, while the first goes on saving: one of the two has to end, with a message and a code that no
-    launcher answers with a restart, and what the other has saved is whole."""
+def test_another_run_is_refused_where_the_first_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trial on one machine with the configuration of a thousand GPUs must not end them."""
+    place = folder(tmp_path)
+    monkeypatch.setattr(owner, "SIGN_SECONDS", 0.5)
+    alive = _newcomer(place)
+    with pytest.raises(CheckpointError, match=f"another run is saving there .attempt {alive.owner.attempt}, on "):
+        _newcomer(place)
+    alive.require()
+    assert "waiting 3 s for a sign of its life" in capsys.readouterr().out
+    alive.end()
+    assert json.loads((tmp_path / OWNER).read_text())["ended"]
+    begin = time.monotonic()
+    monkeypatch.setattr(owner, "SIGN_SECONDS", 1000.0)
+    killed = _newcomer(place)
+    assert "waiting" not in capsys.readouterr().out
+    _newcomer(place, host=killed.owner.host)  # its process is this one: nobody else's
+    assert "waiting" not in capsys.readouterr().out
+    _newcomer(place)  # from another machine nobody can tell whether it lives: it gives no sign
+    assert "waiting" in capsys.readouterr().out
+    assert time.monotonic() - begin >= 3.0
+    with pytest.raises(TakenOverError):
+        killed.require()
+
+
+def test_two_runs_on_one_save_dir(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
+    """Started by mistake, while the first goes on saving: it is refused, with a code that no launcher answers with a
+    restart. Where the first gives no sign of life it is taken over, and ends when it is back."""
     save_dir, jsonl = tmp_path / "checkpoints", tmp_path / "steps.jsonl"
     # all are kept: one that the second has begun to load would go otherwise, and it could not start
     arguments = [*tiny_run, f"checkpoint.save_dir={save_dir}", "checkpoint.interval_steps=20"]
     arguments += ["training.train_steps=1000000", "logging.interval_steps=1000"]
+    code = """
+        import socket, sys
+        from illada_megatron.checkpoint import owner
+        owner.SIGN_SECONDS, owner.SILENT_SECONDS = float(sys.argv[1]), 10.0
+        socket.gethostname = lambda: sys.argv[2]
+        sys.argv = ["illada", "train", *sys.argv[3:]]
+        from illada_megatron.cli.main import main
+        main()
+    """
 
-    def start_another(launcher: psutil.Process) -> None:
-        wait_for_step(jsonl, 25, launcher)
-        line = [sys.executable, "-m", "illada_megatron", "train", *arguments]
-        second = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL)
-        try:
-            while launcher.status() != psutil.STATUS_ZOMBIE:
-                assert second.poll() is None, "the second did not start"
-                time.sleep(0.1)
-            second.terminate()
-            assert second.wait() == 0  # it has saved
-        finally:
+    def start(sign_seconds: float, host: str, *more: str) -> "subprocess.Popen[str]":
+        line = [sys.executable, "-c", textwrap.dedent(code), str(sign_seconds), host, *arguments, *more]
+        return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    first = start(1.0, "one", f"logging.jsonl_path={jsonl}")
+    second = None
+    try:
+        wait_for_step(jsonl, 25, psutil.Process(first.pid))
+        refused = start(1.0, "two")
+        _, errors = refused.communicate()
+        assert refused.returncode == 2, errors
+        assert "another run is saving there" in errors
+        assert first.poll() is None
+        os.kill(first.pid, signal.SIGSTOP)
+        second = start(1.0, "two", f"logging.jsonl_path={tmp_path / 'second.jsonl'}")
+        wait_for_step(tmp_path / "second.jsonl", 1, psutil.Process(second.pid))
+        os.kill(first.pid, signal.SIGCONT)
+        _, errors = first.communicate()
+        assert first.returncode == 2, errors
+        assert "another run has taken it over" in errors
+        assert "give each run a checkpoint.save_dir of its own" in errors
+        second.terminate()
+        _, errors = second.communicate()
+        assert second.returncode == 0, errors
+    finally:
+        first.kill()
+        if second is not None:
             second.kill()
-
-    run = launch("train", [*arguments, "--max-restarts", "5"], 2, jsonl, start_another)
-    assert run.process.returncode == 2, run.output
-    assert "start again" not in run.output
-    assert "another run has taken it over" in run.process.stderr
-    assert "give each run a checkpoint.save_dir of its own" in run.process.stderr
-    info, refused = newest_complete(save_dir)
+    info, problems = newest_complete(save_dir)
     assert info is not None
-    assert refused == []
-    owner = json.loads((save_dir / OWNER).read_text())["attempt"]
-    assert f"__0_{owner}.distcp" in info.files
+    assert problems == []
+    attempt = json.loads((save_dir / OWNER).read_text())["attempt"]
+    assert f"__0_{attempt}.distcp" in info.files

@@ -15,9 +15,12 @@ from corpus import write_corpus
 from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from illada_megatron.checkpoint import saver as saver_module
+from illada_megatron.checkpoint import writing
 from illada_megatron.checkpoint.files import patience
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.tensors import TensorReader, TensorWriter
+from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.store import newest_complete
 from illada_megatron.config import load_config
@@ -250,7 +253,11 @@ def test_what_is_kept_when_steps_were_bad_or_come_again(tiny_run: tuple[str, ...
     left behind are not its own any more."""
     config = load_config(None, [*tiny_run, f"checkpoint.save_dir={tmp_path}", "checkpoint.keep_last=1"])
     bad = {"bad_steps": {"streak": [{"step": 2}]}}
-    with runtime(config) as run, Saver(config, {}, None) as saver:
+    with (
+        runtime(config) as run,
+        owned(config.checkpoint.save_dir, print) as owner,
+        Saver(config, {}, None, owner) as saver,
+    ):
         state = setup(config, run)
 
         def save(step: int, **progress: Any) -> list[int]:
@@ -264,11 +271,45 @@ def test_what_is_kept_when_steps_were_bad_or_come_again(tiny_run: tuple[str, ...
         assert save(3, **bad) == [1, 2, 3]
         assert save(4) == [4]
         assert save(5, **bad) == [4, 5]
-        saver.last_saved = 4  # as after a return to it
+        saver.went_back(4, in_place=True)
         assert save(6) == [6]
         assert save(7, **bad) == [6, 7]
-        saver.last_saved = 6
+        saver.went_back(6, in_place=True)
         assert save(8, **bad) == [6, 8]
+        state.close()
+
+
+def test_the_time_limit_begins_when_the_save_before_has_ended(
+    tiny_run: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is deleted afterwards has one of its own: the checkpoint is complete."""
+    config = load_config(None, [*tiny_run, f"checkpoint.save_dir={tmp_path}", "checkpoint.save_timeout_minutes=0.1"])
+    monkeypatch.setattr(saver_module, "_GRACE_SECONDS", 0.0)
+    limit_seconds, ended = 6.0, list[float]()
+    prune = writing.prune
+
+    def slow(*arguments: Any) -> list[str]:
+        job = saver._writing.job  # type: ignore[union-attr]
+        time.sleep(max(0.0, job.deadline - time.monotonic()) + 0.5)
+        ended.append(time.monotonic())
+        return prune(*arguments)
+
+    monkeypatch.setattr(writing, "prune", slow)
+    with (
+        runtime(config) as run,
+        owned(config.checkpoint.save_dir, print) as owner,
+        Saver(config, {}, None, owner) as saver,
+    ):
+        state = setup(config, run)
+        models = [chunk.module for chunk in state.chunks]
+        assert saver.save(1, models, state.optimizer, state.progress()) == []
+        (outcome,) = saver.save(2, models, state.optimizer, state.progress())
+        assert (outcome.step, outcome.error) == (1, None)
+        assert saver._writing is not None
+        assert saver._writing.job.begin >= ended[0]
+        assert saver._writing.job.limit_seconds == limit_seconds
+        (outcome,) = saver.wait()
+        assert (outcome.step, outcome.error) == (2, None)
         state.close()
 
 

@@ -19,6 +19,7 @@ from illada_megatron.checkpoint.exchange import Exchange
 from illada_megatron.checkpoint.files import patience
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.tensors import TensorWriter
+from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import SaveOutcome, Saver
 from illada_megatron.checkpoint.store import newest_complete
 from illada_megatron.config import load_config
@@ -136,7 +137,11 @@ def _steps_until_news(saver: Saver, state: TrainingState) -> SaveOutcome:
 
 def _write_that_hangs(rank: int, arguments: tuple[str, ...], comes_back: bool) -> None:
     storage = _Storage(rank, arguments)
-    with runtime(storage.config) as run, Saver(storage.config, {}, None) as saver:
+    with (
+        runtime(storage.config) as run,
+        owned(storage.config.checkpoint.save_dir, print) as owner,
+        Saver(storage.config, {}, None, owner) as saver,
+    ):
         state = setup(storage.config, run)
         train_step(state)
         if rank == 1:
@@ -173,7 +178,11 @@ def test_a_write_that_hangs(comes_back: bool, tiny_run: tuple[str, ...], tmp_pat
 
 def _synchronous_write_that_hangs(rank: int, arguments: tuple[str, ...]) -> None:
     storage = _Storage(rank, arguments)
-    with runtime(storage.config) as run, Saver(storage.config, {}, None) as saver:
+    with (
+        runtime(storage.config) as run,
+        owned(storage.config.checkpoint.save_dir, print) as owner,
+        Saver(storage.config, {}, None, owner) as saver,
+    ):
         state = setup(storage.config, run)
         train_step(state)
         if rank == 0:  # the one that the others hear from
@@ -197,7 +206,11 @@ def _rank_that_stops(rank: int, arguments: tuple[str, ...], directory: str) -> N
             os.kill(os.getpid(), signal.SIGSTOP)
         return close(writer)
 
-    with runtime(config) as run, Saver(config, {}, None) as saver:
+    with (
+        runtime(config) as run,
+        owned(config.checkpoint.save_dir, print) as owner,
+        Saver(config, {}, None, owner) as saver,
+    ):
         state = setup(config, run)
         train_step(state)
         TensorWriter.close = stop  # type: ignore[method-assign,assignment]

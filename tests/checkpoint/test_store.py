@@ -92,16 +92,41 @@ def _left(save_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in save_dir.glob("step_*"))
 
 
+def _prune(
+    save_dir: Path, saved: list[int], base: int | None, keep_last: int | None, keep_every: int | None
+) -> list[str]:
+    """All but the last was there before."""
+    there = [int(path.name.removeprefix("step_")) for path in save_dir.glob("step_*")]
+    return prune(folder(save_dir), saved, base, {*there} - {*saved}, saved, keep_last, keep_every)
+
+
+def test_what_another_attempt_saves_is_not_touched(tmp_path: Path) -> None:
+    """A rank 0 that was cut off looks at who owns the directory, hangs, and goes on when its successor has saved."""
+    for step in (5, 10, 20, 30):
+        _checkpoint(tmp_path, step)
+    step_directory(folder(tmp_path), 40).make()  # the successor is at it
+    assert prune(folder(tmp_path), [10], 5, {5}, {10}, 1, None) == []
+    assert _left(tmp_path) == [10, 20, 30, 40]
+
+
+def test_what_the_run_went_back_behind_goes_and_what_was_there_stays(tmp_path: Path) -> None:
+    """Begun with load_dir's weights beside an older run's checkpoints, saved 4 and 5, went back, saved 4 again."""
+    for step in (4, 5, 1000):
+        _checkpoint(tmp_path, step)
+    assert prune(folder(tmp_path), [4], None, {1000}, {4, 5}, 1, None) == []
+    assert _left(tmp_path) == [4, 1000]
+
+
 def test_what_is_not_kept_goes(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         _checkpoint(tmp_path, step)
     for step in (35, 60):  # interrupted: whether others are kept or not, nobody will ever complete them
         step_directory(folder(tmp_path), step).make()
-    assert prune(folder(tmp_path), [50], 40, None, 20) == []
+    assert _prune(tmp_path, [50], 40, None, 20) == []
     assert _left(tmp_path) == [10, 20, 30, 40, 50]
-    assert prune(folder(tmp_path), [50], 40, 2, 20) == []
+    assert _prune(tmp_path, [50], 40, 2, 20) == []
     assert _left(tmp_path) == [20, 40, 50]
-    assert prune(folder(tmp_path), [50], 40, 1, None) == []
+    assert _prune(tmp_path, [50], 40, 1, None) == []
     assert _left(tmp_path) == [50]
     assert newest_complete(tmp_path)[0].step == 50  # type: ignore[union-attr]
 
@@ -110,7 +135,7 @@ def test_what_was_just_saved_stays(tmp_path: Path) -> None:
     """After a fall-back those that were refused are newer. They are complete, and neither count nor stay."""
     for step in (10, 20, 30, 25):
         _checkpoint(tmp_path, step)
-    assert prune(folder(tmp_path), [25], 20, 1, 20) == []
+    assert _prune(tmp_path, [25], 20, 1, 20) == []
     assert _left(tmp_path) == [20, 25]
 
 
@@ -119,7 +144,7 @@ def test_steps_that_are_done_again_are_no_checkpoints(keep_last: int | None, tmp
     """Went on from 10, at another interval than the refused ones: a restart would return to what was left behind."""
     for step in (10, 20, 30, 25, 40):
         _checkpoint(tmp_path, step)
-    assert prune(folder(tmp_path), [25], 10, keep_last, None) == []
+    assert _prune(tmp_path, [25], 10, keep_last, None) == []
     assert _left(tmp_path) == ([25] if keep_last else [10, 25])
 
 
@@ -128,7 +153,7 @@ def test_a_run_that_found_nothing_leaves_what_is_newer(tmp_path: Path) -> None:
     for step in (5, 10, 1000):
         _checkpoint(tmp_path, step)
     step_directory(folder(tmp_path), 2000).make()
-    assert prune(folder(tmp_path), [10], None, 1, None) == []
+    assert _prune(tmp_path, [10], None, 1, None) == []
     assert _left(tmp_path) == [10, 1000]
 
 
@@ -139,7 +164,7 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     for step in (10, 20):
         _checkpoint(tmp_path, step)
     monkeypatch.setattr("shutil.rmtree", refuse)
-    (failure,) = prune(folder(tmp_path), [20], 10, 1, None)
+    (failure,) = _prune(tmp_path, [20], 10, 1, None)
     assert "step_00000010 could not be deleted" in failure
     assert newest_complete(tmp_path)[0].step == 20  # type: ignore[union-attr]
 
@@ -156,7 +181,7 @@ def test_what_cannot_be_looked_at_stays(tmp_path: Path, monkeypatch: pytest.Monk
     for step in (10, 15, 20):
         _checkpoint(tmp_path, step)
     monkeypatch.setattr(LocalFolder, "size", fail)
-    (failure,) = prune(folder(tmp_path), [20], 15, 1, None)
+    (failure,) = _prune(tmp_path, [20], 15, 1, None)
     assert "step_00000010 could not be deleted: [Errno 5]" in failure
     assert _left(tmp_path) == [10, 20]
 

@@ -13,6 +13,12 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from illada_megatron.runtime.agent import Agent
 
+NAMES = """
+import os, pathlib, sys
+with pathlib.Path(sys.argv[1]).open("a") as file:
+    file.write(os.environ.get("ILLADA_RUN", "") + "\\n")
+sys.exit(3)
+"""
 LEAVES_A_CHILD = """
 import os, pathlib, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -40,7 +46,7 @@ time.sleep(600)
 """
 
 
-def _run(max_restarts: int, *arguments: str, ranks: int = 1, stop: bool = False) -> RunResult:
+def _run(max_restarts: int, *arguments: str, ranks: int = 1, stop: bool = False, named: bool = True) -> RunResult:
     """Ranks `python -c ARGUMENTS` under the agent."""
     parameters = RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1)
     handler = get_rendezvous_handler(parameters)
@@ -52,7 +58,7 @@ def _run(max_restarts: int, *arguments: str, ranks: int = 1, stop: bool = False)
         rdzv_handler=handler,
         max_restarts=max_restarts,
     )
-    agent = Agent(spec, several_nodes=False)
+    agent = Agent(spec, several_nodes=False, named=named)
     agent.stop_requested = stop
     try:
         return agent.run()
@@ -94,3 +100,18 @@ def test_what_the_others_exit_with_when_a_rank_is_killed(tmp_path: Path) -> None
     result = _run(1, KILLED_BESIDE, str(tmp_path / "started"), ranks=2)
     assert {failure.exitcode for failure in result.failures.values()} == {2, -signal.SIGKILL}
     assert len((tmp_path / "started").read_text().split()) == 4
+
+
+def test_a_run_without_a_name_gets_one_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same over restarts, another for another run: all that are not named meet as "illada"."""
+    monkeypatch.delenv("ILLADA_RUN", raising=False)
+    _run(2, NAMES, str(tmp_path / "first"), named=False)
+    _run(1, NAMES, str(tmp_path / "second"), named=False)
+    monkeypatch.delenv("ILLADA_RUN")
+    _run(0, NAMES, str(tmp_path / "named"))
+    first, second = (tmp_path / "first").read_text().split(), (tmp_path / "second").read_text().split()
+    assert len(first) == 3
+    assert len(second) == 2
+    assert len({*first}) == len({*second}) == 1
+    assert first[0] != second[0]
+    assert (tmp_path / "named").read_text() == "\n"

@@ -17,6 +17,7 @@ import torch
 from launch import Illada, Run, launch, wait_for_step
 from test_layouts import BUCKETS, OVERLAP, PLAIN, PP2, SEQUENCE, TP2
 
+from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.state import held_parameters, optimizer_shards
 from illada_megatron.config import load_config
@@ -73,7 +74,11 @@ def poisoned(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
         return [step for step in range(3, STEPS + 1) if any(token in one for one in seen[8 * step - 8 : 8 * step])]
 
     token = min(range(6, 250), key=lambda one: abs(len(bad(one)) - 4))
-    with runtime(config) as run, Saver(config, {}, None) as saver:
+    with (
+        runtime(config) as run,
+        owned(config.checkpoint.save_dir, print) as owner,
+        Saver(config, {}, None, owner) as saver,
+    ):
         state = setup(config, run)
         for _ in range(2):
             train_step(state)

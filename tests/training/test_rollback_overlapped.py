@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from test_layouts import BUCKETS, OVERLAP, UNTIED
 
+from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.config import load_config
 from illada_megatron.runtime import runtime
@@ -28,7 +29,11 @@ def _worker(rank: int, port: int, arguments: tuple[str, ...], directory: str) ->
     """Two steps, a checkpoint, two steps, and back while every bucket is on its way."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = load_config(None, [*arguments, f"checkpoint.save_dir={directory}/checkpoints"])
-    with runtime(config) as run, Saver(config, {}, None) as saver:
+    with (
+        runtime(config) as run,
+        owned(config.checkpoint.save_dir, print) as owner,
+        Saver(config, {}, None, owner) as saver,
+    ):
         state = setup(config, run)
         for _ in range(2):
             train_step(state)

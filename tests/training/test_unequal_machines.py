@@ -161,3 +161,59 @@ def test_a_spare_machine_may_be_told_to_stop(tiny_run: tuple[str, ...], cluster:
         assert wait_for(run.machines[number], run.log(number)) == 0, run.log(number).read_text()
     assert run.worlds() == [2]
     assert [step["step"] for step in read_steps(jsonl)] == list(range(1, 201))
+
+
+@pytest.mark.slow
+def test_a_machine_that_could_only_be_a_spare_disturbs_nobody(
+    small: tuple[str, ...], cluster: Start, tmp_path: Path
+) -> None:
+    """One that comes and goes would make all save and start again each time. It is taken in when another is lost."""
+    jsonl = tmp_path / "steps.jsonl"
+    training = [*small, "training.train_steps=100000", f"logging.jsonl_path={jsonl}", "training.global_batch_size=4"]
+    training += [f"checkpoint.save_dir={tmp_path / 'save'}", "checkpoint.interval_steps=3"]
+    run = cluster(2, "2:3", *training, "training.micro_batch_size=2")
+
+    def steps(more: int) -> None:
+        before = max((one["step"] for one in read_steps(jsonl)), default=0)
+        wait_until(lambda: max((one["step"] for one in read_steps(jsonl)), default=0) >= before + more, "more steps")
+
+    steps(3)
+    run.start()
+    waiting = psutil.Process(run.machines[2].pid)
+    wait_until(lambda: len(waiting.net_connections()) > 0, "the third has reached the rendezvous")
+    steps(30)
+    assert run.worlds() == [2]
+    run.lose_one()
+    wait_until(lambda: len(run.worlds()) == 2, "the third works")
+    steps(3)
+    assert run.worlds() == [2, 2]
+    for number in (0, 2):
+        run.machines[number].send_signal(signal.SIGTERM)
+    for number in (0, 2):
+        assert wait_for(run.machines[number], run.log(number)) == 0, run.log(number).read_text()
+
+
+@pytest.mark.slow
+def test_a_machine_without_its_data_does_not_end_the_run(
+    small: tuple[str, ...], cluster: Start, tmp_path: Path
+) -> None:
+    """It joins, finds its corpus missing, says so and leaves; the others go on without it."""
+    jsonl, corpus = tmp_path / "steps.jsonl", tmp_path / "corpus"
+    training = [*small, "training.train_steps=100000", f"logging.jsonl_path={jsonl}"]
+    training += [f"checkpoint.save_dir={tmp_path / 'save'}", "checkpoint.interval_steps=3"]
+    run = cluster(1, "1:2", *training)
+
+    def last() -> int:
+        assert run.machines[0].poll() is None, run.log(0).read_text()
+        return max((one["step"] for one in read_steps(jsonl)), default=0)
+
+    wait_until(lambda: last() >= 3, "step 3")
+    run.training.append(f"data.train_paths=[{corpus}]")
+    run.start()
+    assert wait_for(run.machines[1], run.log(1)) == 2
+    assert f"{corpus}" in run.log(1).read_text()
+    wait_until(lambda: 2 in run.worlds() or "start again" in run.log(0).read_text(), "both have met")
+    before = last()
+    wait_until(lambda: last() >= before + 3, "the first goes on")
+    run.machines[0].send_signal(signal.SIGTERM)
+    assert wait_for(run.machines[0], run.log(0)) == 0, run.log(0).read_text()

@@ -129,7 +129,7 @@ def test_it_ends_the_rank_where_nobody_reads_its_report() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_noticed_by_default(small: tuple[str, ...], tmp_path: Path) -> None:
-    """Two ranks with the configuration as it comes; what a run of small steps is given, two minutes, has to pass."""
+    """Two ranks with the configuration as it comes; what a run of small steps is given, five minutes, has to pass."""
     jsonl = tmp_path / "steps.jsonl"
     stopped_at = 0.0
 
