@@ -205,11 +205,10 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 import numpy as np
 from illada_megatron.data.corpus.stream import TokenStream
+from illada_megatron.data.shards import document_index
 from illada_megatron.data.shards._indexed_dataset import TokenReader
 from illada_megatron.data.shards.shard_list import list_shards
 shards = list_shards([sys.argv[1]]).shards
-def files():
-    return len(os.listdir("/proc/self/fd"))
 small = TokenStream(shards)
 holder = TokenReader(["/nowhere"] * 924, ["uint16"] * 924, [1] * 924)
 large = TokenStream(shards)
@@ -225,15 +224,17 @@ def read(stream, shard):
     stream.read(np.array([1000 * shard]), out, 10)
 def documents(shard):
     assert len(small.document_starts(1000 * shard, 1000 * shard + 100)) == 9
-for shard in range(50):
-    read(large, shard)
-for step in (lambda n: read(large, n), documents, lambda n: read(small, n), documents, lambda n: read(large, n)):
-    [documents(shard) for shard in range(10)]
-    for shard in range(50, 70):
+steps = [lambda n: read(large, n), documents, lambda n: read(small, n)]
+for kept in steps[:2]:  # files of shards only, then indexes only
+    for number, step in enumerate(steps):
+        document_index.close_document_indexes()
+        large = TokenStream(shards)
+        for shard in range(20):
+            kept(shard)
         hog()
-        step(shard)
-hog()
-del hogs[:]
+        step(50 + number)
+        [os.close(one) for one in hogs]
+        hogs.clear()
 """
     result = subprocess.run([sys.executable, "-c", script, str(manifest)], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")

@@ -179,13 +179,10 @@ def test_wrong_headers_and_ends_are_refused(write_shard, change: dict[int, bytes
 def test_a_file_that_is_missing_short_or_cannot_be_read_is_named(write_shard, tmp_path: Path) -> None:
     shard = Shard(str(write_shard("shard", [[1] * 5] * 10_000)), "uint16", 50_000)
     path = Path(f"{shard.prefix}.idx")
-    with open_document_index(shard) as index:
+    message = r"shard\.idx: ends at byte 100000, expected 200042 bytes as when it was opened: it was truncated"
+    with pytest.raises(DataError, match=message), open_document_index(shard) as index:
         os.truncate(path, 100_000)
-        with pytest.raises(
-            DataError,
-            match=r"shard\.idx: ends at byte 100000: expected 200042 bytes as when it was opened: it was truncated",
-        ):
-            index.document_starts(49_000, 49_100)
+        index.document_starts(49_000, 49_100)
     os.truncate(path, 20)
     with pytest.raises(DataError, match=r"shard\.idx: is 20 bytes long"), open_document_index(shard):
         pass

@@ -380,7 +380,6 @@ TokenReader(sys.argv[1:], ["uint16"], [1]).read(np.array([0]), np.empty((1, 1), 
 INTERRUPTED = """
 #include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 static int interrupted(void) { static int calls = 0; errno = EINTR; return calls++ % 2 == 0; }
 #define OPEN(name) \\
