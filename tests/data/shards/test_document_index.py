@@ -180,8 +180,9 @@ def test_a_file_that_is_missing_short_or_cannot_be_read_is_named(write_shard, tm
     shard = Shard(str(write_shard("shard", [[1] * 5] * 10_000)), "uint16", 50_000)
     path = Path(f"{shard.prefix}.idx")
     message = r"shard\.idx: ends at byte 100000, expected 200042 bytes as when it was opened: it was truncated"
+    with open_document_index(shard):
+        os.truncate(path, 100_000)  # it stays open
     with pytest.raises(DataError, match=message), open_document_index(shard) as index:
-        os.truncate(path, 100_000)
         index.document_starts(49_000, 49_100)
     os.truncate(path, 20)
     with pytest.raises(DataError, match=r"shard\.idx: is 20 bytes long"), open_document_index(shard):
@@ -192,6 +193,7 @@ def test_a_file_that_is_missing_short_or_cannot_be_read_is_named(write_shard, tm
     path.mkdir()
     with pytest.raises(DataError, match=r"shard\.idx: is no regular file"), open_document_index(shard):
         pass
+    del index
     assert not [link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link).startswith(str(tmp_path))]
 
 
