@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "errors.h"
 #include "index_file.h"
+#include "open_file.h"
 #include "permutation.h"
 #include "token_copy.h"
 #include "token_reader.h"
@@ -61,6 +62,14 @@ void Read(TokenReader& reader, const Array<int64_t>& starts, py::array& out, int
     ReadInto<uint16_t>(reader, starts, out, vocab_size);
   else
     throw py::type_error("out must be int64, int32 or uint16, found " + py::str(out.dtype()).cast<std::string>());
+}
+
+py::bytes ReadBytes(const OpenFile& file, uint64_t offset, size_t count) {
+  py::bytes content(nullptr, count);
+  auto* to = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(content.ptr()));
+  py::gil_scoped_release release;
+  file.Read(offset, count, to);
+  return content;
 }
 
 void CheckTokenIds(const py::array& tokens, int64_t vocab_size, const std::string& bin_path, int64_t offset) {
@@ -129,6 +138,11 @@ void BindReading(py::module_& module) {
       .def("document", &Document, py::arg("index"))
       .def("document_lengths", &DocumentLengths, py::arg("begin"), py::arg("end"))
       .def("check", &IndexFile::Check, py::arg("begin"), py::arg("end"), py::call_guard<py::gil_scoped_release>());
+  py::class_<OpenFile>(module, "OpenFile")
+      .def(py::init<const std::string&>(), py::arg("path"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("size_bytes", &OpenFile::size_bytes)
+      .def("read", &ReadBytes, py::arg("offset"), py::arg("count"));
+  module.def("open_files_limit", &OpenFiles::Limit);
   py::class_<TokenReader>(module, "TokenReader")
       .def(py::init([](const std::vector<std::string>& bin_paths, const std::vector<std::string>& dtypes,
                        const std::vector<int64_t>& num_tokens) {

@@ -1,6 +1,7 @@
 // What can go wrong with a shard. Python sees OSError and illada_megatron.data.DataError.
 #pragma once
 
+#include <cerrno>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -21,6 +22,15 @@ class DiskError : public std::system_error {
  private:
   std::string path_;
 };
+
+// The system call's result; it is made again where a signal interrupted it (EINTR), as one does that checkpoints or a
+// profiler's timer send while a file server is slow.
+template <typename Call>
+int Uninterrupted(const Call& call) {
+  int result = call();
+  while (result < 0 && errno == EINTR) result = call();
+  return result;
+}
 
 // Files or values that cannot be used; the message names the file, what was found and what was expected.
 class DataError : public std::runtime_error {

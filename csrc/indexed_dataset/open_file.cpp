@@ -14,8 +14,25 @@
 
 namespace illada {
 
-OpenFile::OpenFile(const std::string& path) : path_(path), descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-  if (descriptor_ < 0) throw DiskError(errno, path);
+namespace {
+
+int OpenToRead(const std::string& path) {
+  // O_NONBLOCK means nothing to a file; a pipe of a shard's name would be waited for until somebody writes to it
+  const auto attempt = [&path] {
+    return Uninterrupted([&path] { return open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); });
+  };
+  int descriptor = attempt();
+  if (descriptor < 0 && (errno == EMFILE || errno == ENFILE)) {
+    OpenFiles::OfProcess().CloseHalf();
+    descriptor = attempt();
+  }
+  if (descriptor < 0) throw DiskError(errno, path);
+  return descriptor;
+}
+
+}  // namespace
+
+OpenFile::OpenFile(const std::string& path) : path_(path), descriptor_(OpenToRead(path)) {
   try {
     size_bytes_ = SizeNow();
   } catch (...) {
@@ -81,10 +98,22 @@ void OpenFiles::Keep(Key key, std::shared_ptr<const OpenFile> file) {
   if (by_key_.count(key) != 0) return;  // another thread was first
   by_use_.push_front({key, std::move(file)});
   by_key_[key] = by_use_.begin();
-  while (by_use_.size() > limit) {
+  closed = TakeBeyond(limit);
+}
+
+void OpenFiles::CloseHalf() {
+  std::list<Kept> closed;
+  const std::lock_guard lock(mutex_);
+  closed = TakeBeyond(by_use_.size() / 2);
+}
+
+std::list<OpenFiles::Kept> OpenFiles::TakeBeyond(size_t count) {
+  std::list<Kept> taken;
+  while (by_use_.size() > count) {
     by_key_.erase(by_use_.back().key);
-    closed.splice(closed.end(), by_use_, std::prev(by_use_.end()));
+    taken.splice(taken.end(), by_use_, std::prev(by_use_.end()));
   }
+  return taken;
 }
 
 void OpenFiles::Drop(Key key) {

@@ -14,7 +14,8 @@ namespace illada {
 
 class OpenFile {
  public:
-  // Throws DiskError; DataError for something that is no regular file.
+  // Where the process has no descriptor left, half of those in OpenFiles are closed first. Throws DiskError; DataError
+  // for something that is no regular file.
   explicit OpenFile(const std::string& path);
   ~OpenFile();
   OpenFile(const OpenFile&) = delete;
@@ -52,6 +53,8 @@ class OpenFiles {
   std::shared_ptr<const OpenFile> Find(Key key);
   // Keeps `file`, which stays the caller's too.
   void Keep(Key key, std::shared_ptr<const OpenFile> file);
+  // Keeps those no longer whose last use is longest ago.
+  void CloseHalf();
   // Keeps one, or all of a reader, no longer.
   void Drop(Key key);
   void DropAll(uint64_t reader);
@@ -63,6 +66,9 @@ class OpenFiles {
     Key key;
     std::shared_ptr<const OpenFile> file;
   };
+  // All but the last used `count`; the caller has the lock, and closes them without it.
+  std::list<Kept> TakeBeyond(size_t count);
+
   std::mutex mutex_;
   std::list<Kept> by_use_;  // the last used first
   std::map<Key, std::list<Kept>::iterator> by_key_;

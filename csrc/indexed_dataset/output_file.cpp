@@ -8,6 +8,7 @@
 #include <cerrno>
 
 #include "errors.h"
+#include "open_file.h"
 
 namespace illada {
 namespace {
@@ -19,20 +20,10 @@ constexpr uint64_t kCopiedAtATime = uint64_t{16} << 20;
 
 [[noreturn]] void ThrowDiskError(const std::string& path) { throw DiskError(errno, path); }
 
-struct InputFile {
-  explicit InputFile(const std::string& path) : descriptor(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (descriptor < 0) ThrowDiskError(path);
-  }
-  ~InputFile() { close(descriptor); }
-  InputFile(const InputFile&) = delete;
-  InputFile& operator=(const InputFile&) = delete;
-  const int descriptor;
-};
-
 }  // namespace
 
 void OutputFile::Create(const std::string& path) {
-  descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  descriptor_ = Uninterrupted([&] { return open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666); });
   if (descriptor_ < 0) ThrowDiskError(path);
   path_ = path;
   buffer_.reserve(kBufferBytes);
@@ -52,12 +43,12 @@ void OutputFile::Append(const void* bytes, size_t count) {
 void OutputFile::AppendFile(const std::string& path, uint64_t size_bytes,
                             const std::function<void(uint64_t)>& progress) {
   Flush();
-  const InputFile input(path);
+  const OpenFile input(path);
   bool in_kernel = true;
   for (uint64_t left = size_bytes; left > 0;) {
     if (in_kernel) {
       const ssize_t copied =
-          copy_file_range(input.descriptor, nullptr, descriptor_, nullptr, std::min(left, kCopiedAtATime), 0);
+          copy_file_range(input.descriptor(), nullptr, descriptor_, nullptr, std::min(left, kCopiedAtATime), 0);
       if (copied > 0) {
         size_bytes_ += static_cast<uint64_t>(copied);
         StartWriting(static_cast<uint64_t>(copied));
@@ -71,7 +62,7 @@ void OutputFile::AppendFile(const std::string& path, uint64_t size_bytes,
       continue;
     }
     buffer_.resize(std::min<uint64_t>(left, kBufferBytes));
-    const ssize_t count = read(input.descriptor, buffer_.data(), buffer_.size());
+    const ssize_t count = read(input.descriptor(), buffer_.data(), buffer_.size());
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) ThrowDiskError(path);
     if (count == 0)
@@ -114,7 +105,7 @@ void OutputFile::Flush() {
 
 void OutputFile::Sync() {
   Flush();
-  if (fsync(descriptor_) != 0) ThrowDiskError(path_);
+  if (Uninterrupted([&] { return fsync(descriptor_); }) != 0) ThrowDiskError(path_);
   struct stat status;
   if (fstat(descriptor_, &status) != 0) ThrowDiskError(path_);
   if (static_cast<uint64_t>(status.st_size) != size_bytes_)

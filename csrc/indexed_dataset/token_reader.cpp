@@ -46,6 +46,9 @@ class MapBudget {
 
 MapBudget map_budget;
 
+// In place of a map that the system has refused.
+constexpr std::byte kRefused{};
+
 int64_t Bytes(const ShardTokens& shard) { return shard.num_tokens * TokenBytes(shard.token_type); }
 
 }  // namespace
@@ -66,14 +69,13 @@ TokenReader::TokenReader(std::vector<ShardTokens> shards) : number_(NextNumber()
   if (!map_budget.Take(num_shards(), bytes_)) return;
   maps_ = std::make_unique<std::atomic<const std::byte*>[]>(shards_.size());
   for (size_t i = 0; i < shards_.size(); ++i) maps_[i].store(nullptr, std::memory_order_relaxed);
-  InstallBusErrorHandler();
 }
 
 TokenReader::~TokenReader() {
   OpenFiles::OfProcess().DropAll(number_);
   if (maps_ == nullptr) return;
   for (size_t i = 0; i < shards_.size(); ++i)
-    if (const std::byte* map = maps_[i].load(); map != nullptr)
+    if (const std::byte* map = maps_[i].load(); map != nullptr && map != &kRefused)
       munmap(const_cast<std::byte*>(map), static_cast<size_t>(Bytes(shards_[i])));
   map_budget.Return(num_shards(), bytes_);
 }
@@ -96,17 +98,17 @@ std::shared_ptr<const OpenFile> TokenReader::Open(size_t shard) const {
   return file;
 }
 
-// First byte of shard `shard`, or nullptr where the system refuses the map. Threads that come first together each map
-// the file; one of the maps is kept.
+// First byte of shard `shard`, or kRefused where the system refuses the map (file systems that have none, too many
+// maps): it is asked once. Threads that come first together each map the file; one of the maps is kept.
 const std::byte* TokenReader::Map(size_t shard) {
   const std::byte* map = maps_[shard].load(std::memory_order_acquire);
   if (map != nullptr) return map;
+  InstallBusErrorHandler();
   const auto bytes = static_cast<size_t>(Bytes(shards_[shard]));
   void* made = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, Open(shard)->descriptor(), 0);
-  if (made == MAP_FAILED) return nullptr;
-  if (maps_[shard].compare_exchange_strong(map, static_cast<const std::byte*>(made), std::memory_order_acq_rel))
-    return static_cast<const std::byte*>(made);
-  munmap(made, bytes);
+  const std::byte* mine = made == MAP_FAILED ? &kRefused : static_cast<const std::byte*>(made);
+  if (maps_[shard].compare_exchange_strong(map, mine, std::memory_order_acq_rel)) return mine;
+  if (made != MAP_FAILED) munmap(made, bytes);
   return map;
 }
 
@@ -116,7 +118,7 @@ template <typename Out>
 bool TokenReader::ReadMap(size_t shard, int64_t offset, int64_t count, int64_t vocab_size, Out* out) {
   const TokenType type = shards_[shard].token_type;
   const std::byte* map = Map(shard);
-  if (map == nullptr) return false;
+  if (map == &kRefused) return false;
   bool valid = false;
   return CopyWithoutBusError(
              [&] { valid = CopyTokens(type, map + offset * TokenBytes(type), count, vocab_size, out); }) &&

@@ -38,7 +38,8 @@ def sample(
         raise ConfigError("no sample index was given, expected one or more, as `illada sample 81920 --config FILE`")
     resolved, skipped = _resolve(config, checkpoint, overrides)
     words = load_tokenizer(resolved.data.tokenizer_path) if resolved.data.tokenizer_path else None
-    corpus = training_corpus(resolved.data, resolved.training.seed, resolved.model.vocab_size, words)
+    allowed = resolved.checkpoint.allow_mismatch
+    corpus = training_corpus(resolved.data, resolved.training.seed, resolved.model.vocab_size, words, allowed)
     for index in indices:
         say("\n".join([*_described(resolved, corpus, index, words), *_passed_over(index, skipped), ""]))
 

@@ -318,7 +318,8 @@ class CheckpointConfig(Section):
     verify: bool = True
     """Compare the checksum of every file before loading; False: its size only."""
     allow_mismatch: list[Literal["model", "tokenizer", "data"]] = []
-    """What may differ from the run that saved the checkpoint; without it a difference is an error."""
+    """What may differ from the run that saved the checkpoint; without it a difference is an error. tokenizer: from what
+    manifests say, too."""
 
     @validator(mode="after")
     def _check(self) -> Self:

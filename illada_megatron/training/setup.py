@@ -76,7 +76,8 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     Raises ConfigError, CheckpointError or the data package's error, naming what does not fit.
     """
     tokenizer = checked_tokenizer(config)
-    corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer)
+    allowed = config.checkpoint.allow_mismatch
+    corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer, allowed)
     source = BatchSource(corpus, config, runtime, config.training.seed)
     models = build_model_chunks(config, runtime.device)
     checkpoint, refused = checkpoint_to_continue(config.checkpoint)
@@ -97,6 +98,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         clock=ComputeClock(runtime.device.is_cuda),
     )
     models[0].config.timers = state.clock
+    state.notes += [f"warning: {line} (allowed)" for line in corpus.warnings]
     state.notes += [f"refused {reason}" for reason in refused]
     if checkpoint is not None:
         restore(state, checkpoint)
@@ -108,7 +110,8 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
 
 def validation_source(config: RunConfig, runtime: Runtime, tokenizer: Tokenizer | None) -> BatchSource:
     """Held-out samples in their order, with noise of their own seed."""
-    corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size, tokenizer)
+    allowed = config.checkpoint.allow_mismatch
+    corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size, tokenizer, allowed)
     return BatchSource(corpus, config, runtime, config.validation.seed)
 
 

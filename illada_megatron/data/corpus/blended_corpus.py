@@ -13,11 +13,13 @@ from illada_megatron.data.corpus.corpus import Corpus, Origin
 class BlendedCorpus:
     """Sample i is sample j of corpus c, (c, j) = schedule.locate(i). The interface of `Corpus`; one makes a blend too.
 
-    corpora: all with one sequence_length, in the order of the schedule's weights."""
+    corpora: all with one sequence_length, in the order of the schedule's weights.
+    warnings: what the user should know of them."""
 
-    def __init__(self, corpora: Sequence[Corpus], schedule: BlendSchedule) -> None:
+    def __init__(self, corpora: Sequence[Corpus], schedule: BlendSchedule, warnings: Sequence[str] = ()) -> None:
         self.corpora = tuple(corpora)
         self.schedule = schedule
+        self.warnings = tuple(warnings)
         self.sequence_length = corpora[0].sequence_length
         self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
 

@@ -1,6 +1,6 @@
 """The corpora that a configuration describes: what training reads, what is held out of it, and what may not be."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from illada_megatron.config.schema import BlendEntry, DataConfig
@@ -12,30 +12,38 @@ from illada_megatron.data.shards.shard_list import KnownShards, ShardList, list_
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
 
-def training_corpus(data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None) -> BlendedCorpus:
+def training_corpus(
+    data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None, allow_mismatch: Collection[str] = ()
+) -> BlendedCorpus:
     """What `data.train_paths` or `data.blend` names, without what is held out.
+
+    allow_mismatch: `checkpoint.allow_mismatch`; with "tokenizer" in it, other tokenizers are warnings of the corpus.
 
     Raises DataError: no shards, shards that cannot be used, that are validation shards as well, that two corpora have
     where tokens are held out of each, or that a manifest says were made by another tokenizer."""
     entries = _entries(data)
     listed = [list_shards(entry.paths) for entry in entries]
     validation = list_shards(data.validation_paths) if data.validation_paths else None
-    _check_tokenizers([*listed, *([validation] if validation else [])], vocab_size, tokenizer)
+    warnings = _check_tokenizers(
+        [*listed, *([validation] if validation else [])], vocab_size, tokenizer, allow_mismatch
+    )
     if validation:
         _require_unseen(validation, listed)
     if data.holdout_tokens:
         _require_once(listed)
-    return _blend(data, entries, listed, seed, vocab_size, "training")
+    return _blend(data, entries, listed, seed, vocab_size, "training", warnings)
 
 
-def validation_corpus(data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None) -> BlendedCorpus:
+def validation_corpus(
+    data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None, allow_mismatch: Collection[str] = ()
+) -> BlendedCorpus:
     """Held-out windows in stream order: `data.validation_paths`, or the last `data.holdout_tokens` of each training
     corpus in the first phase's proportions. Raises DataError when neither is set, and as `training_corpus`."""
     if data.validation_paths:
         listed = list_shards(data.validation_paths)
-        _check_tokenizers([listed], vocab_size, tokenizer)
+        warnings = _check_tokenizers([listed], vocab_size, tokenizer, allow_mismatch)
         corpus = Corpus(listed, data.sequence_length, seed, shuffle=False, vocab_size=vocab_size)
-        return BlendedCorpus([corpus], BlendSchedule([(0, [1.0])]))
+        return BlendedCorpus([corpus], BlendSchedule([(0, [1.0])]), warnings)
     if not data.holdout_tokens:
         raise DataError(
             "validation was asked for, but data.validation_paths is empty and data.holdout_tokens is 0: name held-out "
@@ -43,8 +51,8 @@ def validation_corpus(data: DataConfig, seed: int, vocab_size: int, tokenizer: T
         )
     entries = _entries(data)
     each = [list_shards(entry.paths) for entry in entries]
-    _check_tokenizers(each, vocab_size, tokenizer)
-    return _blend(data, entries, each, seed, vocab_size, "validation")
+    warnings = _check_tokenizers(each, vocab_size, tokenizer, allow_mismatch)
+    return _blend(data, entries, each, seed, vocab_size, "validation", warnings)
 
 
 def epoch_problems(corpus: BlendedCorpus, data: DataConfig, num_samples: int) -> list[str]:
@@ -76,6 +84,7 @@ def _blend(
     seed: int,
     vocab_size: int,
     part: Literal["training", "validation"],
+    warnings: Sequence[str],
 ) -> BlendedCorpus:
     training = part == "training"
     corpora = [
@@ -95,12 +104,15 @@ def _blend(
     for phase in data.phases if training else []:
         first_sample = -(-phase.from_tokens // data.sequence_length)
         phases.append((first_sample, [phase.weights.get(entry.name, 0.0) for entry in entries]))
-    return BlendedCorpus(corpora, BlendSchedule(phases))
+    return BlendedCorpus(corpora, BlendSchedule(phases), warnings)
 
 
-def _check_tokenizers(listed: Sequence[ShardList], vocab_size: int, tokenizer: Tokenizer | None) -> None:
+def _check_tokenizers(
+    listed: Sequence[ShardList], vocab_size: int, tokenizer: Tokenizer | None, allow_mismatch: Collection[str]
+) -> list[str]:
     """Ids of different tokenizers mean different text: trained on together, or validated on, they would be noise that
-    nothing notices. Known is what manifests say."""
+    nothing notices. Known is what manifests say. Returns what differs and is allowed."""
+    warnings = []
     expected = (
         None if tokenizer is None else (f"data.tokenizer_path is {tokenizer.fingerprint[:16]}…", tokenizer.fingerprint)
     )
@@ -114,11 +126,17 @@ def _check_tokenizers(listed: Sequence[ShardList], vocab_size: int, tokenizer: T
             continue
         if expected is None:
             expected = f"{path} with that of {facts.sha256[:16]}…", facts.sha256
-        if facts.sha256 != expected[1]:
+        if facts.sha256 == expected[1]:
+            continue
+        difference = f"{path}: was written with the tokenizer of SHA-256 {facts.sha256[:16]}…, {expected[0]}"
+        if "tokenizer" not in allow_mismatch:
             raise DataError(
-                f"{path}: was written with the tokenizer of SHA-256 {facts.sha256[:16]}…, {expected[0]}: give shards "
-                "of one tokenizer only, and name that in data.tokenizer_path"
+                f"{difference}: give shards of one tokenizer only, and name that in data.tokenizer_path; if the file "
+                "is the same tokenizer, saved again with the same ids, correct tokenizer_sha256 in the manifest "
+                f'({expected[1]}), or set checkpoint.allow_mismatch=["tokenizer"]'
             )
+        warnings.append(difference)
+    return warnings
 
 
 def _require_unseen(validation: ShardList, training: Sequence[ShardList]) -> None:

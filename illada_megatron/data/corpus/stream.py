@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards._indexed_dataset import TokenReader
-from illada_megatron.data.shards.document_index import DocumentIndex, open_document_index
+from illada_megatron.data.shards.document_index import DocumentIndex, open_document_index, with_descriptors
 from illada_megatron.data.shards.remote import RemoteReader, is_remote, open_remote_index
 from illada_megatron.data.shards.shard_list import Shard
 
@@ -59,7 +59,7 @@ class TokenStream:
         Raises DataError naming shard and offset: an id outside [0, vocab_size), a file that is not as long as it was
         said to be, one that cannot be opened."""
         try:
-            self._reader.read(starts, out, vocab_size)
+            with_descriptors(lambda: self._reader.read(starts, out, vocab_size))
         except ValueError as error:
             raise DataError(str(error)) from error
 

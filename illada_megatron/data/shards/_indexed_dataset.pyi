@@ -35,6 +35,19 @@ class IndexFile:
     def check(self, begin: int, end: int) -> None:
         """Sequences and documents [begin, end), as far as there are; ascending calls from 0 check everything."""
 
+class OpenFile:
+    """A file opened for reading; closed when nobody holds it. Threads and forked processes may share it."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def size_bytes(self) -> int:
+        """When it was opened."""
+    def read(self, offset: int, count: int) -> bytes:
+        """Raises DataError where the file ends before, OSError."""
+
+def open_files_limit() -> int:
+    """How many files TokenReaders keep open: a quarter of `ulimit -n`, at most 1,024."""
+
 class TokenReader:
     """The concatenation of shards. Opens nothing until a read touches a shard; threads may share it."""
 

@@ -2,21 +2,25 @@
 
 The arrays of an index ascend nearly as a straight line does: where a value stands is guessed between two known entries,
 the piece around the guess is read, and the answer is in it, or in the next. That is one or two reads for an index of
-any size, where halving takes one for each doubling (26 for 47 million documents). Nothing is mapped or kept here, so
-that an I/O error is an exception and a hundred thousand indexes cost no memory."""
+any size, where halving takes one for each doubling (26 for 47 million documents). Nothing is mapped, so that an I/O
+error is an exception; of files that are read a bounded number stays open, as opening is what a network file system is
+slow at."""
 
-import os
+import errno
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards._indexed_dataset import OpenFile, open_files_limit
 
+Result = TypeVar("Result")
 Read = Callable[[int, int], bytes]
 """read(offset, length): these bytes of the file."""
 
@@ -35,6 +39,7 @@ class SizedShard(Protocol):
     def dtype(self) -> str: ...
     @property
     def tokens(self) -> int: ...
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -163,34 +168,44 @@ def _descends(entries: NDArray[np.int64]) -> bool:
 
 @contextmanager
 def open_document_index(shard: SizedShard) -> Iterator[DocumentIndex]:
-    """The index of a shard on a disk, open inside the block.
+    """The index of a shard on a disk, open inside the block. The files last used stay open behind it, as many as
+    TokenReaders keep; an error closes them all: whoever tries again opens them anew.
 
     Raises DataError: as `DocumentIndex`, no such file, an index of another number of tokens. OSError."""
+    try:
+        file, header = _opened(shard)
+        yield DocumentIndex(shard, file.size_bytes, lambda at, count: file.read(at, count) if at else header)
+    except (DataError, OSError):
+        close_document_indexes()
+        raise
+
+
+def close_document_indexes() -> None:
+    """All that stay open, but those in use."""
+    _opened.cache_clear()
+
+
+def with_descriptors(call: Callable[[], Result]) -> Result:
+    """call(); where the process has no descriptor left, once more without those of the indexes."""
+    try:
+        return call()
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+    close_document_indexes()
+    return call()
+
+
+@lru_cache(maxsize=open_files_limit())
+def _opened(shard: SizedShard) -> tuple[OpenFile, bytes]:
+    """The index and its header, checked."""
     path = shard.prefix + ".idx"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = with_descriptors(lambda: OpenFile(path))
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; a shard is PREFIX.bin and PREFIX.idx, the .idx is written last: finish writing it "
             "(illada preprocess), or correct the path"
         ) from error
-
-    def read(offset: int, length: int) -> bytes:
-        content = b""
-        while len(content) < length:
-            try:
-                more = os.pread(descriptor, length - len(content), offset + len(content))
-            except OSError as error:  # does not say of which file
-                raise OSError(error.errno, error.strerror, path) from error
-            if not more:
-                size = os.fstat(descriptor).st_size
-                raise DataError(f"{path}: ends at byte {size}: it was truncated while it was read: {_REWRITE}")
-            content += more
-        return content
-
-    try:
-        index = DocumentIndex(shard, os.fstat(descriptor).st_size, read)
-        index.require_end(shard.tokens)
-        yield index
-    finally:
-        os.close(descriptor)
+    DocumentIndex(shard, file.size_bytes, file.read).require_end(shard.tokens)
+    return file, file.read(0, _HEADER.size)

@@ -4,10 +4,10 @@ Credentials, region and endpoint come from the environment as for other S3 clien
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; AWS_ALLOW_HTTP=true for an endpoint without TLS)."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,35 +65,57 @@ class RemoteReader:
     def _read_tokens(self, shard: SizedShard, offset: int, count: int) -> NDArray[Any]:
         dtype = np.dtype(shard.dtype)
         expected = shard.tokens * dtype.itemsize
-        content, _ = _read_range(
+        part = _read_range(
             shard.prefix + ".bin", offset * dtype.itemsize, count * dtype.itemsize, expected_size=expected
         )
-        return np.frombuffer(content, dtype=dtype)
+        return np.frombuffer(part.content, dtype=dtype)
+
+
+class _Part(NamedTuple):
+    """Bytes of an object, the size of the whole, and its ETag (None: the server gives none)."""
+
+    content: bytes
+    size: int
+    version: str | None
 
 
 def open_remote_index(shard: SizedShard) -> DocumentIndex:
-    """The index of a shard in object storage: one request when it is first opened. Raises DataError."""
+    """The index of a shard in object storage: three requests when it is first opened.
+
+    Raises DataError: as `DocumentIndex`, an index of another number of tokens, an object that was replaced since."""
+    return _index(shard, _header(shard), _piece)
+
+
+def _index(shard: SizedShard, header: _Part, piece: Callable[[str, str | None, int, int], bytes]) -> DocumentIndex:
     url = shard.prefix + ".idx"
-    header, size = _header(url)
-
-    def read(offset: int, length: int) -> bytes:
-        return header if offset == 0 else _piece(url, offset, length)
-
-    return DocumentIndex(shard, size, read)
+    return DocumentIndex(
+        shard, header.size, lambda at, count: piece(url, header.version, at, count) if at else header.content
+    )
 
 
 @lru_cache(maxsize=_KEPT_HEADERS)
-def _header(url: str) -> tuple[bytes, int]:
-    return _read_range(url, 0, _HEADER_BYTES)
+def _header(shard: SizedShard) -> _Part:
+    header = _read_range(shard.prefix + ".idx", 0, _HEADER_BYTES)
+    _index(shard, header, _read_piece).require_end(shard.tokens)
+    return header
 
 
-@lru_cache(maxsize=_KEPT_PIECES)
-def _piece(url: str, offset: int, length: int) -> bytes:
-    return _read_range(url, offset, length)[0]
+def _read_piece(url: str, version: str | None, offset: int, length: int) -> bytes:
+    """A piece of the object whose header had this ETag."""
+    part = _read_range(url, offset, length)
+    if part.version != version:
+        raise DataError(
+            f"{url}: has ETag {part.version} at byte {offset}, expected {version} as at its beginning: it was replaced "
+            "while it was read; start the run again, and give new shards names of their own"
+        )
+    return part.content
 
 
-def _read_range(url: str, start: int, length: int, expected_size: int | None = None) -> tuple[bytes, int]:
-    """`length` bytes of an object from `start` on, and the size of the whole: one request.
+_piece = lru_cache(maxsize=_KEPT_PIECES)(_read_piece)
+
+
+def _read_range(url: str, start: int, length: int, expected_size: int | None = None) -> _Part:
+    """`length` bytes of an object from `start` on: one request.
 
     Raises DataError when they cannot be read, or the object is not of the expected size."""
     store, key = _store_and_key(url)
@@ -106,11 +128,11 @@ def _read_range(url: str, start: int, length: int, expected_size: int | None = N
             # beyond the end of an object that is too short: its size says more than "range not satisfiable"
             _require_size(url, int(obstore.head(store, key)["size"]), expected_size)
             raise
-        size, content = int(result.meta["size"]), bytes(result.bytes())
-    _require_size(url, size, expected_size)
-    if len(content) != length:
-        raise DataError(f"{url}: {len(content)} bytes were sent from byte {start} on, expected {length}")
-    return content, size
+        part = _Part(bytes(result.bytes()), int(result.meta["size"]), result.meta["e_tag"])
+    _require_size(url, part.size, expected_size)
+    if len(part.content) != length:
+        raise DataError(f"{url}: {len(part.content)} bytes were sent from byte {start} on, expected {length}")
+    return part
 
 
 def _require_size(url: str, size: int, expected: int | None) -> None:

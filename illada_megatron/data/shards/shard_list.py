@@ -74,12 +74,13 @@ def find_shards(paths: Sequence[str | Path]) -> list[FoundShard]:
     seen: dict[str, str] = {}
     resolved = _Resolver()
     for shard in found:
-        other = seen.setdefault(resolved(shard.prefix), shard.prefix)
-        if other is not shard.prefix:
+        place = resolved(shard.prefix)
+        if (other := seen.get(place)) is not None:
             also = f" (also as {other})" if other != shard.prefix else ""
             raise DataError(
                 f"{shard.prefix}: this shard is listed 2 times{also}, expected once: two of the given paths overlap"
             )
+        seen[place] = shard.prefix
     return found
 
 
@@ -103,25 +104,50 @@ class KnownShards:
     """Finds shards again, whatever they are called: the same file, or the same tokens.
 
     Files are looked for only where the lists do not tell: the same type and number of tokens, and no checksum of one of
-    the two."""
+    the two. What it takes does not grow with the number of known shards."""
 
     def __init__(self, shards: Iterable[Shard] = ()) -> None:
-        self._alike: dict[tuple[str, int], list[Shard]] = defaultdict(list)
-        self._identity = lru_cache(maxsize=None)(_identity)
+        self._by_checksum: dict[tuple[str, int, str], Shard] = {}
+        # by type and number of tokens
+        self._without_checksum: dict[tuple[str, int], _ByFile] = defaultdict(_ByFile)
+        self._with_checksum: dict[tuple[str, int], _ByFile] = defaultdict(_ByFile)
         for shard in shards:
             self.add(shard)
 
     def add(self, shard: Shard) -> None:
-        self._alike[shard.dtype, shard.tokens].append(shard)
+        size = shard.dtype, shard.tokens
+        if shard.checksum is None:
+            self._without_checksum[size].add(shard)
+        else:
+            self._with_checksum[size].add(shard)
+            self._by_checksum.setdefault((*size, shard.checksum), shard)
 
     def find(self, shard: Shard) -> Shard | None:
         """The known shard that is the same as this one."""
-        return next((one for one in self._alike.get((shard.dtype, shard.tokens), ()) if self._same(one, shard)), None)
+        size = shard.dtype, shard.tokens
+        by_file = [self._without_checksum]
+        if shard.checksum is None:
+            by_file.append(self._with_checksum)
+        elif (same := self._by_checksum.get((*size, shard.checksum))) is not None:
+            return same
+        return next((same for one in by_file if size in one and (same := one[size].find(shard)) is not None), None)
 
-    def _same(self, one: Shard, other: Shard) -> bool:
-        if one.checksum is not None and other.checksum is not None:
-            return one.checksum == other.checksum
-        return one.prefix == other.prefix or self._identity(one.prefix) == self._identity(other.prefix)
+
+class _ByFile:
+    """Shards by their files, which are looked for when one is asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[str | tuple[int, int], Shard] = {}
+        self._new: list[Shard] = []
+
+    def add(self, shard: Shard) -> None:
+        self._new.append(shard)
+
+    def find(self, shard: Shard) -> Shard | None:
+        for one in self._new:
+            self._known.setdefault(_identity(one.prefix), one)
+        self._new.clear()
+        return self._known.get(_identity(shard.prefix))
 
 
 class _Resolver:

@@ -163,6 +163,22 @@ def test_shards_of_two_tokenizers_are_refused(
         validation_corpus(data, 1, 29_999, None)
 
 
+def test_a_tokenizer_that_was_saved_again_can_be_allowed(shards, tmp_path: Path, sentencepiece_path: Path) -> None:
+    """Its file has another SHA-256 and the same ids: the error says what to set, and with that it is a warning."""
+    entry = ShardEntry(path="web", dtype="uint16", tokens=3000, documents=1)
+    path, tokenizer = tmp_path / "web.manifest.json", load_tokenizer(sentencepiece_path)
+    write_manifest(Manifest(vocab_size=30_000, tokenizer_sha256="0" * 64, shards=(entry,)), path)
+    data = DataConfig(train_paths=[str(path)], sequence_length=LENGTH, holdout_tokens=100)
+    for make in (training_corpus, validation_corpus):
+        for allowed in ([], ["model", "data"]):
+            with pytest.raises(DataError, match=r"tokenizer_sha256 in the manifest.*allow_mismatch=\[\"tokenizer\"\]"):
+                make(data, 1, 30_000, tokenizer, allowed)
+        (warning,) = make(data, 1, 30_000, tokenizer, ["tokenizer"]).warnings
+        assert re.search(r"web\.manifest\.json: was written with the tokenizer of SHA-256 0{16}…, data\.token", warning)
+        with pytest.raises(DataError, match=r"a vocabulary of 30000, model\.vocab_size is 8000"):
+            make(data, 1, 8000, tokenizer, ["tokenizer"])
+
+
 def test_a_shard_in_two_corpora_would_defeat_the_holdout(shards, tmp_path: Path) -> None:
     """What is held out at the end of one is in the middle of the other: 200 of 400 held-out tokens were trained on."""
     for suffix in (".bin", ".idx"):

@@ -12,7 +12,7 @@ import pytest
 
 from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
-from illada_megatron.data.shards.shard_list import KnownShards, list_shards
+from illada_megatron.data.shards.shard_list import KnownShards, Shard, list_shards
 
 # Reads windows in the corpus's own random order from four threads, and the documents' boundaries of some. Prints what
 # the process holds before, and after each tenth.
@@ -21,9 +21,9 @@ import json, os, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from illada_megatron.data.corpus.corpus import Corpus
 manifest, windows, length, descriptors, every = sys.argv[1], *map(int, sys.argv[2:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from illada_megatron.data.corpus.corpus import Corpus
 def held():
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kilobytes = {name: int(status[name].split()[0]) for name in ("VmRSS", "RssFile", "VmPTE")}
@@ -91,7 +91,7 @@ def require_flat(stages: list[dict[str, int]], descriptors: int) -> None:
     """Page tables and memory (kB), maps and files after the first tenth as after the last; the first maps threads'
     stacks and imports."""
     first, *_, last = stages[1:]
-    assert last["files"] <= stages[0]["files"] + descriptors // 4 + 4
+    assert last["files"] <= stages[0]["files"] + 2 * (descriptors // 4) + 4  # .bin and .idx
     assert last["maps"] <= first["maps"] + 20, stages
     assert last["VmPTE"] <= first["VmPTE"] + 200, stages
     assert last["RssFile"] <= first["RssFile"] + 2000, stages
@@ -151,3 +151,90 @@ def test_opening_by_manifest_looks_for_no_shard(folder: Path, monkeypatch: pytes
             counts.append(len(calls))
     assert len({*counts}) == 1, counts
     assert counts[0] < 100
+
+
+@pytest.mark.parametrize("field", ["checksum", "prefix"])
+def test_comparing_shards_of_equal_size_is_no_search(tmp_path: Path, field: str) -> None:
+    """94,000 shards of one size, as fixed-size shards are, were 4.4 thousand million comparisons."""
+    compared = []
+
+    class Watched(str):
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return str(self) == other
+
+        __hash__ = str.__hash__
+
+    known, count = KnownShards(), 500
+    for number in range(count):
+        text = Watched(f"{tmp_path}/{number}")
+        shard = Shard(text, "int32", 1000) if field == "prefix" else Shard(f"/{number}", "int32", 1000, text)
+        assert known.find(shard) is None
+        known.add(shard)
+    assert known.find(shard) is shard
+    assert len(compared) <= 4 * count
+
+
+def test_a_map_that_is_refused_is_asked_for_once(folder: Path) -> None:
+    """FUSE with direct I/O, or too many maps: a window would open the file and fail again each time."""
+    script = """
+import os, resource, sys
+import numpy as np
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+path, tokens = sys.argv[1], 1 << 31
+with open(path, "wb") as stream:
+    stream.truncate(2 * tokens)
+limit = 4096 * int(open("/proc/self/statm").read().split()[0]) + (1 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+reader, out = TokenReader([path], ["uint16"], [tokens]), np.ones((1, 5000), np.int64)
+assert reader.mapped
+reader.read(np.array([0]), out, 10)
+assert path not in open("/proc/self/maps").read() and not out.any()
+os.unlink(path)  # what is opened again fails
+reader.read(np.array([10**9]), out, 10)
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(folder / "0.bin")], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_where_descriptors_run_out_those_of_shards_are_closed(folder: Path) -> None:
+    """By whatever else the process has opened: windows by pread, through maps and documents' boundaries go on."""
+    manifest = write_sparse_corpus(folder, 100, 1000, 10)
+    script = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+import numpy as np
+from illada_megatron.data.corpus.stream import TokenStream
+from illada_megatron.data.shards import document_index
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+from illada_megatron.data.shards.shard_list import list_shards
+shards = list_shards([sys.argv[1]]).shards
+small = TokenStream(shards)
+holder = TokenReader(["/nowhere"] * 924, ["uint16"] * 924, [1] * 924)
+large = TokenStream(shards)
+assert small._reader.mapped and not large._reader.mapped
+out, hogs = np.empty((1, 100), np.int64), []
+def hog():
+    try:
+        while True:
+            hogs.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+def read(stream, shard):
+    stream.read(np.array([1000 * shard]), out, 10)
+def documents(shard):
+    assert len(small.document_starts(1000 * shard, 1000 * shard + 100)) == 9
+steps = [lambda n: read(large, n), documents, lambda n: read(small, n)]
+for kept in steps[:2]:  # files of shards only, then indexes only
+    for number, step in enumerate(steps):
+        document_index.close_document_indexes()
+        large = TokenStream(shards)
+        for shard in range(20):
+            kept(shard)
+        hog()
+        step(50 + number)
+        [os.close(one) for one in hogs]
+        hogs.clear()
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(manifest)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

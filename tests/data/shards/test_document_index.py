@@ -1,8 +1,11 @@
 """Where documents begin, found in an index that is read in a few pieces."""
 
+import functools
 import os
 import re
 import struct
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -176,17 +179,64 @@ def test_wrong_headers_and_ends_are_refused(write_shard, change: dict[int, bytes
 def test_a_file_that_is_missing_short_or_cannot_be_read_is_named(write_shard, tmp_path: Path) -> None:
     shard = Shard(str(write_shard("shard", [[1] * 5] * 10_000)), "uint16", 50_000)
     path = Path(f"{shard.prefix}.idx")
-    with open_document_index(shard) as index:
-        os.truncate(path, 100_000)
-        with pytest.raises(DataError, match=r"shard\.idx: ends at byte 100000: it was truncated while it was read"):
-            index.document_starts(49_000, 49_100)
+    message = r"shard\.idx: ends at byte 100000, expected 200042 bytes as when it was opened: it was truncated"
+    with open_document_index(shard):
+        os.truncate(path, 100_000)  # it stays open
+    with pytest.raises(DataError, match=message), open_document_index(shard) as index:
+        index.document_starts(49_000, 49_100)
     os.truncate(path, 20)
     with pytest.raises(DataError, match=r"shard\.idx: is 20 bytes long"), open_document_index(shard):
         pass
     path.unlink()
     with pytest.raises(DataError, match=r"shard\.idx: no such file"), open_document_index(shard):
         pass
-    path.mkdir()  # which can be opened, and fails when it is read
-    with pytest.raises(OSError, match=r"Is a directory: .*shard\.idx"), open_document_index(shard):
+    path.mkdir()
+    with pytest.raises(DataError, match=r"shard\.idx: is no regular file"), open_document_index(shard):
         pass
+    del index
     assert not [link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link).startswith(str(tmp_path))]
+
+
+def test_the_last_used_files_stay_open(write_shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening is a round trip of a network file system, for each window. No more than so many; also in a forked child,
+    where neither moves the other's place in the file."""
+    monkeypatch.setattr(document_index, "_opened", functools.lru_cache(3)(document_index._opened.__wrapped__))
+    shards = [Shard(str(write_shard(f"{n}", [[1, 2], [3] * (n + 1)])), "uint16", n + 3) for n in range(8)]
+
+    def starts(shard: Shard) -> list[int]:
+        with open_document_index(shard) as index:
+            return index.document_starts(0, shard.tokens).tolist()
+
+    for shard in shards:
+        assert starts(shard) == [2]
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert sorted(link for link in links if link.startswith(str(tmp_path))) == [
+        f"{one.prefix}.idx" for one in shards[5:]
+    ]
+    for shard in shards:
+        Path(f"{shard.prefix}.idx").unlink()
+    assert starts(shards[6]) == starts(shards[7]) == [2]
+    if (child := os.fork()) == 0:
+        os._exit(0 if starts(shards[5]) == [2] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert starts(shards[5]) == [2]
+    with pytest.raises(DataError, match=r"0\.idx: no such file"):
+        starts(shards[0])
+    with pytest.raises(DataError, match=r"7\.idx: no such file"):  # after an error each is opened anew
+        starts(shards[7])
+
+
+def test_a_pipe_is_no_index(write_shard) -> None:
+    """It was waited for, for ever."""
+    shard = Shard(str(write_shard("shard", [[1, 2]])), "uint16", 2)
+    path = Path(f"{shard.prefix}.idx")
+    path.unlink()
+    os.mkfifo(path)
+    script = """
+import sys
+from illada_megatron.data.corpus.stream import TokenStream
+from illada_megatron.data.shards.shard_list import Shard
+TokenStream([Shard(sys.argv[1], "uint16", 2)]).document_starts(0, 2)
+"""
+    result = subprocess.run([sys.executable, "-c", script, shard.prefix], capture_output=True, text=True, timeout=300)
+    assert "shard.idx: is no regular file" in result.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards._indexed_dataset import IndexFile, TokenReader
-from illada_megatron.data.shards.document_index import open_document_index
+from illada_megatron.data.shards.document_index import close_document_indexes, open_document_index
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.shard_list import Shard
 
@@ -71,6 +71,7 @@ def test_mutated_indexes_are_opened_or_refused(seed: Path, tmp_path: Path) -> No
     for attempt in range(1000):
         content = _mutate(pristine, generator) if attempt else pristine
         idx.write_bytes(content)
+        close_document_indexes()
         with bin_.open("r+b") as stream:
             stream.truncate(_end_bytes(content))
         try:

@@ -323,6 +323,7 @@ def test_find_shards_takes_folders_globs_and_manifests(three: list[str], tmp_pat
         ([tmp_path / "empty"], "no shard is in this folder"),
         ([tmp_path / "none.json"], "no such manifest"),
         ([three[0], f"{folder}/../in/a"], "listed 2 times"),
+        ([three[0], three[0]], "listed 2 times, expected once"),  # one object, as YAML's anchors give
     ]:
         with pytest.raises(DataError, match=message):
             find_shards(paths)

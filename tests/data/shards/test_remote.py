@@ -138,7 +138,7 @@ class _Counting(BaseHTTPRequestHandler):
         if named:
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.send_header("Last-Modified", "Sun, 29 Nov 2026 00:00:00 GMT")
-        self.send_header("ETag", '"0"')
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.end_headers()
         self.wfile.write(content)
 
@@ -194,6 +194,39 @@ def test_requests_of_a_window_are_few(tmp_path: Path, counted: list[tuple[str, s
     assert counted == []
     kept = remote._piece.cache_info()
     assert kept.maxsize * 8 * document_index._PIECE_ENTRIES <= 64 << 20
+
+
+def _write(prefix: Path, lengths: np.ndarray) -> None:
+    with IndexedDatasetWriter(prefix, 1000) as writer:
+        writer.add(np.ones(lengths.sum(), np.uint16), lengths)
+
+
+def test_an_index_of_other_tokens_is_refused_at_its_first_use(
+    tmp_path: Path, counted: list[tuple[str, str, int]]
+) -> None:
+    """An old .idx beside a newer .bin is right in itself: its boundaries were believed."""
+    _write(tmp_path / "stale", np.full(100, 50))
+    stream = TokenStream([Shard("s3://counted/stale", "uint16", 5100)])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"stale\.idx: lists 5000 tokens, expected 5100 as the manifest says"):
+            stream.document_starts(0, 1000)
+
+
+def test_an_index_that_is_replaced_meanwhile_is_an_error(tmp_path: Path, counted: list[tuple[str, str, int]]) -> None:
+    """Pieces of one version and the header of another would be read as one."""
+    lengths = np.random.default_rng(0).integers(1, 100, 50_000)
+    _write(tmp_path / "web", lengths)
+    total, starts = int(lengths.sum()), np.cumsum(lengths) - lengths
+    stream = TokenStream([Shard("s3://counted/web", "uint16", total)])
+    assert np.array_equal(stream.document_starts(0, 1000), starts[(starts > 0) & (starts < 1000)])
+    old = (tmp_path / "web.idx").stat().st_mtime_ns
+    _write(tmp_path / "new", lengths[::-1])
+    (tmp_path / "new.idx").replace(tmp_path / "web.idx")
+    new = (tmp_path / "web.idx").stat().st_mtime_ns
+    with pytest.raises(
+        DataError, match=rf'web\.idx: has ETag "{new}" at byte \d+, expected "{old}" as at its beginning'
+    ):
+        stream.document_starts(total - 1000, total)
 
 
 def test_training_reads_from_the_bucket(both: tuple[str, str], illada, tiny_run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,21 +228,24 @@ def open_files(folder: Path) -> int:
     return sum(os.readlink(link).startswith(f"{folder}/") for link in links if os.path.lexists(link))  # noqa: PTH115
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, when: str) -> None:
     """In a map its lost pages are a SIGBUS, which would end the process (hence one of its own) without a word; an I/O
-    error and a stale file handle are one too. What is still there can be read on."""
+    error and a stale file handle are one too. What is still there can be read on. Also where another handler of the
+    signal is installed after the reader is made."""
     script = f"""
 import faulthandler, os, sys, threading
 import numpy as np
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards._indexed_dataset import TokenReader
-faulthandler.enable()
+{when == "before"} and faulthandler.enable()
 path, tokens = sys.argv[1], 1 << 20
 np.arange(tokens, dtype=np.int32).tofile(path)
 reader = TokenReader([path], ["int32"], [tokens])
 holders = [TokenReader(["/nowhere"] * {MOST_MAPS - 1}, ["uint16"] * {MOST_MAPS - 1}, [1] * {MOST_MAPS - 1})]
 others = TokenReader([path], ["int32"], [tokens])
 assert reader.mapped and not others.mapped
+{when == "after"} and faulthandler.enable()
 def read(one, start):
     out = np.empty((1, 5000), dtype=np.int64)
     one.read(np.array([start]), out, tokens)
@@ -275,7 +279,8 @@ threads = [threading.Thread(target=lost, args=(one,)) for one in (reader, others
 
 @pytest.mark.parametrize("how", ["touch", "kill"])
 @pytest.mark.parametrize("handler", ["faulthandler.enable()", "pass"])
-def test_other_bus_errors_end_the_process_as_before(tmp_path: Path, how: str, handler: str) -> None:
+@pytest.mark.parametrize("later", ["faulthandler.enable()", "pass"])
+def test_other_bus_errors_end_the_process_as_before(tmp_path: Path, how: str, handler: str, later: str) -> None:
     """Swallowing a SIGBUS that is not of a shard's map would repeat it forever, or hide it."""
     script = f"""
 import faulthandler, mmap, os, signal, sys
@@ -284,8 +289,9 @@ import numpy as np
 from illada_megatron.data.shards._indexed_dataset import TokenReader
 shard, other = sys.argv[1:]
 np.arange(10, dtype=np.int32).tofile(shard)
-reader = TokenReader([shard], ["int32"], [10])
-reader.read(np.array([0]), np.empty((1, 10), dtype=np.int64), 10)
+TokenReader([shard], ["int32"], [10]).read(np.array([0]), np.empty((1, 10), dtype=np.int64), 10)
+{later}  # hands it back to ours, before which ours is installed again
+TokenReader([shard], ["int32"], [10]).read(np.array([0]), np.empty((1, 10), dtype=np.int64), 10)
 with open(other, "wb+") as stream:
     stream.truncate(8192)
     view = mmap.mmap(stream.fileno(), 8192)
@@ -295,7 +301,7 @@ view[5000] if {how == "touch"} else os.kill(os.getpid(), signal.SIGBUS)
     paths = [str(tmp_path / name) for name in ("shard", "other")]
     result = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True)
     assert result.returncode == -signal.SIGBUS
-    assert ("Fatal Python error: Bus error" in result.stderr) == (handler != "pass")
+    assert result.stderr.count("Fatal Python error: Bus error") == ({handler, later} != {"pass"})
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -326,3 +332,88 @@ def test_forked_processes_read_on(tmp_path: Path) -> None:
             assert os.waitpid(child, 0)[1] == 0
         stop.set()
         assert all(answer.result() for answer in answers)
+
+
+def test_torchs_workers_take_the_signal_after_the_fork(tmp_path: Path) -> None:
+    """The child has the parent's maps, and torch's handler in its own place, which ends it."""
+    script = """
+import os, sys
+import numpy as np, torch
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+path, tokens = sys.argv[1], 1 << 20
+np.zeros(tokens, dtype=np.int32).tofile(path)
+reader, out = TokenReader([path], ["int32"], [tokens]), np.empty((1, 5000), dtype=np.int64)
+reader.read(np.array([0]), out, tokens)
+class Windows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        os.truncate(path, 1 << 20)
+        try:
+            reader.read(np.array([tokens - 5000]), out, tokens)
+        except DataError as error:
+            return str(error)
+loader = torch.utils.data.DataLoader(Windows(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+print(*loader)
+"""
+    path = tmp_path / "0.bin"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(path)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{path}: is 1048576 bytes long, expected 4194304")
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    """It was waited for, for ever."""
+    os.mkfifo(tmp_path / "0.bin")
+    script = """
+import sys
+import numpy as np
+from illada_megatron.data.shards._indexed_dataset import TokenReader
+TokenReader(sys.argv[1:], ["uint16"], [1]).read(np.array([0]), np.empty((1, 1), dtype=np.int64), 9)
+"""
+    run = [sys.executable, "-c", script, str(tmp_path / "0.bin")]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert "0.bin: is no regular file" in result.stderr
+
+
+INTERRUPTED = """
+#include <dlfcn.h>
+#include <errno.h>
+#include <string.h>
+static int interrupted(void) { static int calls = 0; errno = EINTR; return calls++ % 2 == 0; }
+#define OPEN(name) \\
+  int name(const char *path, int flags, int mode) { \\
+    if (strstr(path, "/shard.") && interrupted()) return -1; \\
+    return ((int (*)(const char *, int, int))dlsym(RTLD_NEXT, #name))(path, flags, mode); \\
+  }
+OPEN(open)
+OPEN(open64)
+int fsync(int file) {
+  return interrupted() ? -1 : ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_calls_that_a_signal_interrupts_are_made_again(tmp_path: Path) -> None:
+    """EINTR from each first open and fsync, as slow file servers give it."""
+    (tmp_path / "shim.c").write_text(INTERRUPTED)
+    build = ["cc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-fno-builtin", "-o", "shim.so", "shim.c"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    script = """
+import sys
+import numpy as np
+from illada_megatron.data.shards._indexed_dataset import IndexedDatasetBuilder, OpenFile, TokenReader
+builder = IndexedDatasetBuilder(sys.argv[1], ".tmp", 100)
+builder.add(np.arange(10), [4, 6])
+builder.finalize()
+reader, out = TokenReader([sys.argv[1] + ".bin.tmp"], ["uint16"], [10]), np.empty((1, 10), dtype=np.int64)
+reader.read(np.array([0]), out, 100)
+assert out[0].tolist() == list(range(10))
+assert OpenFile(sys.argv[1] + ".idx.tmp").read(0, 9) == b"MMIDIDX" + bytes(2)
+"""
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "shim.so")}
+    run = [sys.executable, "-c", script, str(tmp_path / "shard")]
+    result = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
