@@ -231,15 +231,14 @@ def read_record(path: Folder) -> CheckpointInfo | Refusal:
     file = f"{path}/{RECORD}"
     try:
         record = json.loads(patiently(lambda: path.read(RECORD)))
-        if isinstance(version := record.get("version"), int) and version != _VERSION:
-            # no damage: the run would fall back, and then delete what it cannot read
-            raise CheckpointError(
-                f"{file}: version {version}, this program reads {_VERSION}: use the program that wrote it, or move the "
-                "folder away to go on from an older checkpoint"
-            )
         if record.pop("checksum") != _own_checksum(record):
             return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
-        del record["version"]
+        if (found := record.pop("version")) != _VERSION:
+            # no damage: the run would fall back, and then delete what it cannot read
+            raise CheckpointError(
+                f"{file}: version {found}, this program reads {_VERSION}: use the program that wrote it, or move the "
+                "folder away to go on from an older checkpoint"
+            )
         check_record(record)
         return CheckpointInfo(path=path, **record)
     except FileNotFoundError:
