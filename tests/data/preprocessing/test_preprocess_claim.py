@@ -247,7 +247,7 @@ except DataError as error:
 def _start_on(
     host: str, arguments: list[Path], seconds: float, shard: int = 0, overwrite: str = "no"
 ) -> subprocess.Popen[str]:
-    """A job on a machine whose locks other machines do not see; it waits for a line before it publishes so many shards."""
+    """A job on a machine whose locks other machines do not see; it waits for a line before that shard is published."""
     run = [sys.executable, "-c", TWO_MACHINES, *map(str, arguments), host, str(seconds), str(shard), overwrite]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
