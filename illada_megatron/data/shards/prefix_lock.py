@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.durable import name_once
 from illada_megatron.system.terminal import say
-from illada_megatron.system.whole_file import replaced, temporary_suffix
+from illada_megatron.system.whole_file import replaced, sync, temporary_suffix
 
 # what file systems without locks answer
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -83,6 +83,7 @@ class PrefixLock:
             thread.join()
             if self.is_ours():
                 self._path.unlink(missing_ok=True)
+                sync(self._path.parent)  # after a power failure nobody has to wait for this process
 
     def is_ours(self) -> bool:
         """Whether the note is this process's still, which is touched then: for two minutes it stays so. False without
