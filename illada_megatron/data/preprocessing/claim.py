@@ -1,5 +1,5 @@
-"""Whose an output prefix is. PREFIX.lock keeps jobs from each other while they work, PREFIX.job.json is the claim of
-the one that has begun there, and no shard is published without a look at it.
+"""Whose an output prefix is. PREFIX.lock and the note beside it keep jobs from each other while they work,
+PREFIX.job.json is the claim of the one that has begun there, and no shard is published without a look at it.
 
 Where a file system has no locks, several processes may hold the claim of one and the same job: they write the same
 bytes. Nobody removes anything there without --overwrite."""
@@ -13,7 +13,7 @@ from illada_megatron.data.preprocessing.outputs import Outputs
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import JobRecord
 from illada_megatron.data.shards.manifest import read_manifest
-from illada_megatron.data.shards.prefix_lock import locked_prefix
+from illada_megatron.data.shards.prefix_lock import PrefixLock, locked_prefix
 
 
 @contextmanager
@@ -24,38 +24,66 @@ def claimed_prefix(job: Job, tasks: Sequence[ShardTask], overwrite: bool) -> Ite
     overwrite: remove what has been written under the prefix. Without it no shard is ever removed, and DataError is
     raised where another job has written some, and where there are some that no job has written. With or without, it is
     raised while another process is at work, and where a file of another corpus has a name that this job would give."""
-    numbered_tasks = sum(bool(task.name) for task in tasks)
-    with locked_prefix(job.prefix) as locked:
-        outputs = Outputs(job.prefix)
-        if (problem := outputs.in_the_way(numbered_tasks)) is not None:
-            raise DataError(f"{problem}: choose another output prefix, or move it away")
-        # read after what is there was listed: a claim is older than its shards
-        found = records.read_record(records.job_path(job.prefix), JobRecord)
-        if found is not None and found.fingerprint == job.fingerprint and not overwrite:
-            if found.finished is not None:
-                _check_shards(job)
-            record = found
-        else:
-            if overwrite:
-                remove_outputs(job.prefix)
-            else:
-                _check_free(job, found, outputs, locked)
-                if found is not None:  # of a job that ended before its first shard
-                    records.job_path(job.prefix).unlink(missing_ok=True)
-            record = JobRecord(fingerprint=job.fingerprint, options=job.options(), numbered_tasks=numbered_tasks)
-            records.write_record(records.job_path(job.prefix), record, replace=False)
-        if locked:
-            remove_temporaries(job.prefix)
-        try:
-            yield record
-        except BaseException:
-            if locked:
-                _give_up(job)
-            raise
+    with locked_prefix(job.prefix) as lock:
+        found = _checked(job, tasks, overwrite, lock.works)
+        if found is not None and found.finished is not None and not overwrite and not _is_left_over(job, lock):
+            yield found  # there is nothing to change
+            return
+        with lock.noted():
+            if lock.works:
+                found = _checked(job, tasks, overwrite, lock.works)  # what another machine had may have gone on
+            if found is None or found.fingerprint != job.fingerprint or overwrite:
+                found = _claimed(job, tasks, found, overwrite)
+            if lock.works:
+                remove_temporaries(job.prefix)
+            try:
+                yield found
+            except BaseException:
+                if lock.is_ours():  # else what lies there is of another process, which works
+                    _give_up(job)
+                raise
+
+
+def _checked(job: Job, tasks: Sequence[ShardTask], overwrite: bool, locked: bool) -> JobRecord | None:
+    """The record that is there: without overwrite it is this job's, or of one that ended before its first shard.
+    Raises DataError where the job may not go on; nothing is changed."""
+    outputs = Outputs(job.prefix)
+    if (problem := outputs.in_the_way(_numbered(tasks))) is not None:
+        raise DataError(f"{problem}: choose another output prefix, or move it away")
+    # read after what is there was listed: a claim is older than its shards
+    found = records.read_record(records.job_path(job.prefix), JobRecord)
+    if overwrite:
+        return found
+    if found is None or found.fingerprint != job.fingerprint:
+        _check_free(job, found, outputs, locked)
+    elif found.finished is not None:
+        _check_shards(job)
+    return found
+
+
+def _claimed(job: Job, tasks: Sequence[ShardTask], found: JobRecord | None, overwrite: bool) -> JobRecord:
+    if overwrite:
+        remove_outputs(job.prefix)
+    elif found is not None:
+        records.job_path(job.prefix).unlink(missing_ok=True)
+    record = JobRecord(fingerprint=job.fingerprint, options=job.options(), numbered_tasks=_numbered(tasks))
+    records.write_record(records.job_path(job.prefix), record, replace=False)
+    return record
+
+
+def _is_left_over(job: Job, lock: PrefixLock) -> bool:
+    """Whether there is something beside what a finished job has made."""
+    return lock.is_noted or any(output.is_temporary or output.is_record for output in Outputs(job.prefix).own)
+
+
+def _numbered(tasks: Sequence[ShardTask]) -> int:
+    """Those whose shards have a number in their name."""
+    return sum(bool(task.name) for task in tasks)
 
 
 def remove_temporaries(prefix: str) -> None:
-    """What killed writers have left. The lock is held: who is still at work works for a job that has ended."""
+    """What killed writers have left. The prefix is this process's: who is still at work works for a job that has
+    ended."""
     for output in Outputs(prefix).own:
         if output.is_temporary:
             output.path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import orjson
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import chunks
 from illada_megatron.data.preprocessing.chat_template import BadConversation
-from illada_megatron.data.preprocessing.inputs import find_inputs, require_unchanged
+from illada_megatron.data.preprocessing.inputs import InputFile, require_unchanged
 from illada_megatron.data.preprocessing.plan import Piece, Reading
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ def read_batches(job: Reading, piece: Piece, renderer: "ChatRenderer | None") ->
         yield Batch([], read_bytes=read_bytes)
 
 
-def read_texts(paths: Sequence[str | Path], text_key: str) -> Iterator[str]:
-    """The documents of files, globs and directories; the first bad line raises DataError."""
+def read_texts(files: Sequence[InputFile], text_key: str) -> Iterator[str]:
+    """The documents of `files`; the first bad line raises DataError."""
     reading = Reading(text_key=text_key, skip_bad_lines=None, max_document_bytes=_MOST_TEXT_BYTES)
-    for file in find_inputs(paths).files:
+    for file in files:
         for batch in read_batches(reading, Piece(file=file, size_bytes=file.size_bytes), None):
             yield from batch.texts
 

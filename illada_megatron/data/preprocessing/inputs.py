@@ -26,7 +26,10 @@ _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 KNOWN_SUFFIXES = ".jsonl, .ndjson, .json or .txt, each also with .gz or .zst behind it, or .parquet"
 _GLOB_CHARACTERS = frozenset("*?[")
 # what preprocessing writes beside its shards: read as JSON Lines, the next job would be made of the last one
-_WRITTEN_HERE = (".manifest.json", ".job.json", ".done.json", ".lock", ".tmp")
+_WRITTEN_HERE = (".manifest.json", ".job.json", ".done.json", ".lock", ".lock.json", ".tmp")
+
+# of what is left out of a directory for a reason that nobody expects
+_NAMED = 3
 
 
 class InputFile(BaseModel):
@@ -52,12 +55,13 @@ class Inputs:
 
 def find_inputs(paths: Sequence[str | Path], input_format: Format | Literal["auto"] = "auto") -> Inputs:
     """The files of `paths` in the order given: a file, a glob (what it matches, by name) or a directory (its files of
-    a known suffix, however deep and through links, by name). Shards, and what lies beside them, are no input:
-    directories and globs leave them out.
+    a known suffix, however deep, by name; through links that stay within it, for an archive of others may hold links to
+    anywhere). Shards, and what lies beside them, are no input: directories and globs leave them out. Of several links
+    to one file, a directory or glob reads one.
 
     input_format: what the files hold whatever they are called; "auto" goes by the suffix, in capitals too. Compression
     always does. Raises DataError for a path that is not there or matches nothing, for an unknown suffix, and for a file
-    that is reached twice, unless it is named each time."""
+    that two of `paths` reach, unless both name it."""
     if not paths:
         raise DataError("no input was given, expected at least one file, glob or directory")
     inputs = Inputs([])
@@ -66,6 +70,9 @@ def find_inputs(paths: Sequence[str | Path], input_format: Format | Literal["aut
         for found in _expand(path, input_format, inputs.left_out):
             place = os.path.realpath(found)
             other = reached_by.get(place)
+            if other is path:
+                inputs.left_out["links to files that are read already"] += 1
+                continue
             if other is not None and not (other.is_file() and path.is_file()):
                 raise DataError(
                     f"{found}: is reached by {other} and by {path}, expected once: two of the given paths overlap; "
@@ -109,17 +116,40 @@ def _expand(path: Path, input_format: str, left_out: Counter[str]) -> list[Path]
 
 
 def _walk(directory: Path, left_out: Counter[str]) -> list[Path]:
-    """All files, by name; links are followed, and a folder that is reached twice is read once."""
+    """All files, by name. Links are followed where they do not lead out; a folder that is reached twice is read
+    once."""
+    root = Path(os.path.realpath(directory))
     files: list[Path] = []
+    outside: list[Path] = []
+    closed: list[Path] = []
     seen: set[str] = set()
-    for folder, folders, names in os.walk(directory, followlinks=True, onerror=_raise):
+
+    def is_inside(path: Path) -> bool:
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            outside.append(path)
+            return False
+        return True
+
+    def pass_over(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+        closed.append(Path(error.filename))
+
+    for folder, folders, names in os.walk(directory, followlinks=True, onerror=pass_over):
         if (place := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
         seen.add(place)
+        if not os.access(folder, os.X_OK):
+            closed.append(Path(folder))
+            folders.clear()
+            continue
         left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and is_inside(Path(folder, name)))
+        files += [path for name in names if not name.startswith(".") and is_inside(path := Path(folder, name))]
+    for paths, what in ((outside, "links that lead out of the directory"), (closed, "folders without permission")):
+        if paths:
+            left_out[f"{what} ({', '.join(map(str, paths[:_NAMED]))}{', ...' * (len(paths) > _NAMED)})"] += len(paths)
     return _regular(sorted(files), left_out)
 
 
@@ -128,10 +158,6 @@ def _regular(paths: Sequence[Path], left_out: Counter[str]) -> list[Path]:
     left_out["folders"] += (folders := sum(map(Path.is_dir, paths)))
     left_out["no regular files (broken links, pipes)"] += len(paths) - len(files) - folders
     return files
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _is_input(file: Path, input_format: str, left_out: Counter[str]) -> bool:

@@ -12,8 +12,12 @@ from illada_megatron.data.preprocessing.records import JobRecord
 from illada_megatron.data.shards.manifest import read_manifest
 from illada_megatron.system.whole_file import TEMPORARY
 
-# behind a prefix: a shard's numbers (task, and part of a streamed task), what the file is, and that it is being written
-_BEHIND = re.compile(rf"((?:_(\d{{5,}})(?:_\d{{3,}})?)?)\.(bin|idx|done\.json|job\.json|manifest\.json)({TEMPORARY})?")
+# behind a prefix: a shard's numbers (task, and part of a streamed task), what the file is, and that it is being
+# written; of the lock's note only what is being written: the note itself may be another machine's
+_BEHIND = re.compile(
+    rf"((?:_(\d{{5,}})(?:_\d{{3,}})?)?)"
+    rf"\.(bin|idx|done\.json|job\.json|manifest\.json|lock\.json(?={TEMPORARY}))({TEMPORARY})?"
+)
 _NUMBERS = re.compile(r"_(\d{5,})(_\d{3,})?")
 
 

@@ -12,6 +12,7 @@ from illada_megatron.data.shards.durable import write_whole
 from illada_megatron.data.shards.manifest import ShardEntry
 
 _SUFFIX = ".done.json"
+_IDX_HEADER_BYTES = 34
 Record = TypeVar("Record", bound=BaseModel)
 
 
@@ -107,13 +108,14 @@ def _finished(job: Job, name: str) -> TaskRecord | None:
 
 def shard_problem(folder: Path, shard: ShardEntry) -> str | None:
     """What is wrong with the files of a shard by their sizes, nothing being read; None: nothing."""
-    bin_path, idx_path = (folder / f"{shard.path}{end}" for end in (".bin", ".idx"))
-    expected_bytes = shard.tokens * np.dtype(shard.dtype).itemsize
-    for path in (bin_path, idx_path):
+    # a document is one sequence here; the layout of an index: csrc/indexed_dataset/builder.h
+    idx_bytes = _IDX_HEADER_BYTES + shard.documents * (4 + 8) + (shard.documents + 1) * 8
+    for end, expected in ((".bin", shard.tokens * np.dtype(shard.dtype).itemsize), (".idx", idx_bytes)):
+        path = folder / f"{shard.path}{end}"
         if not path.is_file():
             return f"{path}: is missing"
-    if (found_bytes := bin_path.stat().st_size) != expected_bytes:
-        return f"{bin_path}: has {found_bytes} bytes, expected {expected_bytes}"
+        if (found := path.stat().st_size) != expected:
+            return f"{path}: has {found} bytes, expected {expected}"
     return None
 
 

@@ -2,14 +2,15 @@
 
 import io
 import itertools
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.documents import read_texts
-from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.data.preprocessing.inputs import described, find_inputs
+from illada_megatron.system.terminal import say
+from illada_megatron.system.whole_file import replaced
 
 # SentencePiece places control symbols behind the four classic ones in the order given: the mask becomes id 5, as in
 # iLLaDA. <sep> (id 4) is for data that needs a boundary inside a document, such as prompt | response.
@@ -44,7 +45,10 @@ def train_sentencepiece(
     output_path = Path(output_path)
     if output_path.suffix != ".model":
         raise DataError(f"{output_path}: a SentencePiece model is expected to end in .model; choose such a name")
-    passages = _passages(read_texts(jsonl_paths, text_key))
+    inputs = find_inputs(jsonl_paths)
+    if left_out := described(inputs.left_out):
+        say(f"left out of directories and globs: {left_out}", error=True)
+    passages = _passages(read_texts(inputs.files, text_key))
     first = next(passages, None)
     if first is None:
         raise DataError(f"{', '.join(map(str, jsonl_paths))}: no text to train on, expected a line with text in it")
@@ -97,18 +101,15 @@ def _passages(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _write_model(model: bytes, output_path: Path) -> Path:
+    import sentencepiece
+
+    mask_id = sentencepiece.SentencePieceProcessor(model_proto=model).piece_to_id(CONTROL_SYMBOLS[-1])
+    if mask_id != MASK_ID:
+        raise DataError(
+            f"{output_path}: SentencePiece gave the mask token the id {mask_id}, expected {MASK_ID}; "
+            "this release of sentencepiece orders control symbols differently: install another one"
+        )
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_path.with_name(f"tmp.{secrets.token_hex(8)}.{output_path.name}")
-    try:
-        with temporary.open("xb") as file:  # a new file: a link of that name is not followed
-            file.write(model)
-        tokenizer = load_tokenizer(temporary)
-        if tokenizer.mask_id != MASK_ID:
-            raise DataError(
-                f"{output_path}: SentencePiece gave the mask token the id {tokenizer.mask_id}, expected {MASK_ID}; "
-                "this release of sentencepiece orders control symbols differently: install another one"
-            )
-        temporary.replace(output_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(output_path) as file:
+        file.write(model)
     return output_path

@@ -124,14 +124,16 @@ class IndexedDataset:
 
     A file that is truncated in place while it is open ends the process (SIGBUS); replacing it by renaming is safe.
 
+    suffix: behind the names of its files, which have not got their names yet.
+
     Attributes: prefix, dtype, num_tokens, num_documents, sequence_lengths [sequences] int32.
 
     Raises DataError naming the file, what was found and what was expected."""
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, suffix: str = "") -> None:
         self.prefix = str(prefix)
-        self.bin_path = Path(self.prefix + ".bin")
-        self.idx_path = Path(self.prefix + ".idx")
+        self.bin_path = Path(f"{self.prefix}.bin{suffix}")
+        self.idx_path = Path(f"{self.prefix}.idx{suffix}")
         for path in (self.bin_path, self.idx_path):
             if not path.is_file():
                 raise DataError(

@@ -40,16 +40,21 @@ def merge(shards: Sequence[FoundShard], output_prefix: str | Path, progress: Pro
     origin = _common_manifest(shards)
     _require_same_tokenizer(shards)
     prefix, manifest_path = str(output_prefix), Path(f"{output_prefix}.manifest.json") if origin else None
-    with locked_prefix(prefix) as locked:
+    with locked_prefix(prefix) as lock, lock.noted():
         _require_free(prefix)
-        if locked:
+        if lock.works:
             _remove_leftovers(Path(prefix))
         suffix = temporary_suffix()
         _indexed_dataset.merge_shards([shard.prefix for shard in shards], prefix, suffix, progress)
-        publish_shard(prefix, suffix)
-        merged = IndexedDataset(prefix)
-        if origin and manifest_path:
-            _list(merged, origin, manifest_path, progress)
+        try:
+            merged = IndexedDataset(prefix, suffix)
+            listed = _listed(merged, origin, progress) if origin else None
+            publish_shard(prefix, suffix)
+        finally:
+            for end in (".bin", ".idx"):
+                Path(f"{prefix}{end}{suffix}").unlink(missing_ok=True)
+        if listed and manifest_path:
+            write_manifest(listed, manifest_path, replace=False)
     bin_bytes = merged.num_tokens * merged.dtype.itemsize
     return MergeSummary(merged.num_documents, merged.num_tokens, bin_bytes, time.perf_counter() - begin, manifest_path)
 
@@ -62,15 +67,15 @@ def _require_free(prefix: str) -> None:
 
 
 def _remove_leftovers(prefix: Path) -> None:
-    """Of killed merges; the lock is held, so that none is at work."""
-    name = re.compile(rf"{re.escape(prefix.name)}\.(bin|idx|manifest\.json){TEMPORARY}")
+    """Of killed merges; the prefix is this process's, so that none is at work."""
+    name = re.compile(rf"{re.escape(prefix.name)}\.(bin|idx|manifest\.json|lock\.json){TEMPORARY}")
     for path in prefix.parent.iterdir():
         if name.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
-def _list(merged: IndexedDataset, origin: Manifest, path: Path, progress: Progress | None) -> None:
-    """Verify what was merged and write its manifest."""
+def _listed(merged: IndexedDataset, origin: Manifest, progress: Progress | None) -> Manifest:
+    """The manifest of what was merged, which is verified."""
     checksums = merged.verify(origin.vocab_size, progress)
     entry = ShardEntry(
         path=Path(merged.prefix).name,
@@ -80,7 +85,7 @@ def _list(merged: IndexedDataset, origin: Manifest, path: Path, progress: Progre
         bin_xxh3_128=checksums.bin_xxh3_128,
         idx_xxh3_128=checksums.idx_xxh3_128,
     )
-    write_manifest(origin.model_copy(update={"shards": (entry,)}), path, replace=False)
+    return origin.model_copy(update={"shards": (entry,)})
 
 
 def progress_bytes(shards: Sequence[FoundShard]) -> int:

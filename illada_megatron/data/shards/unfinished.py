@@ -26,6 +26,6 @@ def require_finished(prefixes: Iterable[str], given: str) -> None:
 def _has_finished(job: Path) -> bool:
     try:
         record = json.loads(job.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return True  # of another program
     return not (isinstance(record, dict) and "fingerprint" in record and record.get("finished") is None)

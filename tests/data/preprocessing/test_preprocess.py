@@ -1,5 +1,6 @@
 """Text to shards: every document once, in order; every bad line said or counted; nothing half-written."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import tokenizers
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions, preprocess
+from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -170,3 +172,23 @@ def test_tools_from_text_to_shard(jsonl: Path, tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.startswith(f"error: {bad}:1: not valid JSON")
     assert "Traceback" not in failed.stderr
+
+
+def test_a_tokenizer_is_on_the_device_and_says_what_it_was_not_made_of(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the device does not take it, the older model stays."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl.read_bytes()[:100_000].rpartition(b"\n")[0])
+    (tmp_path / "in" / "b.jsonl.bz2").touch()
+    model = train_sentencepiece([tmp_path / "in"], tmp_path / "made" / "t.model", vocab_size=400)
+    assert "left out of directories and globs: 1 .bz2" in capfd.readouterr().err
+    before = model.read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        train_sentencepiece([tmp_path / "in"], model, vocab_size=350)
+    assert [(path.name, path.read_bytes()) for path in model.parent.iterdir()] == [("t.model", before)]

@@ -4,6 +4,7 @@ import codecs
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import zstandard
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import produce_corpus
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
-from illada_megatron.data.preprocessing.inputs import find_inputs
+from illada_megatron.data.preprocessing.inputs import described, find_inputs
 from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions, preprocess
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.manifest import read_manifest
@@ -108,16 +109,16 @@ def test_a_file_that_changes_while_it_is_read(
 
 
 def test_a_directory_gives_all_it_holds_or_says_what_not(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
     folder = tmp_path / "in"
-    for directory in (elsewhere, folder / "sub", folder / ".cache"):
+    elsewhere = folder / ".cache" / "elsewhere"
+    for directory in (elsewhere, folder / "sub"):
         directory.mkdir(parents=True)
     for name in ("a.JSONL", "b.Txt.GZ", "c.jsonl.bz2", "notes.md", "LICENSE", ".hidden.jsonl", ".cache/d.jsonl"):
         (folder / name).touch()
     (elsewhere / "linked.jsonl").touch()
     (folder / "sub" / "to_elsewhere").symlink_to(elsewhere)
     (folder / "sub" / "loop").symlink_to(folder)
-    (folder / "sub" / "broken.jsonl").symlink_to(tmp_path / "nowhere")
+    (folder / "sub" / "broken.jsonl").symlink_to(folder / "nowhere")
     found = find_inputs([folder])
     assert [
         (Path(file.path).relative_to(folder).as_posix(), file.format, file.compression) for file in found.files
@@ -149,10 +150,72 @@ def test_a_file_that_two_paths_reach_is_refused(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.jsonl", ["text"])
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link.jsonl").symlink_to(path)
-    for paths in ([path, tmp_path / "*.jsonl"], [tmp_path / "*.jsonl", path], [tmp_path]):
+    for paths in ([path, tmp_path / "*.jsonl"], [tmp_path / "*.jsonl", path], [tmp_path / "in" / "*", path]):
         with pytest.raises(DataError, match=r"jsonl: is reached by .* and by .*, expected once"):
             find_inputs(paths)
     assert len(find_inputs([path, path]).files) == 2
+
+
+def test_two_links_to_one_file_are_read_once(tmp_path: Path) -> None:
+    """As the cache of Hugging Face has them, where two names have the same content."""
+    for folder in (tmp_path / "blobs", tmp_path / "names"):
+        folder.mkdir()
+    path = _write(tmp_path / "blobs" / "0123", ["text"])
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "names" / name).symlink_to(path)
+    for given in (tmp_path, tmp_path / "names" / "*"):
+        found = find_inputs([given])
+        assert [Path(file.path).name for file in found.files] == ["a.jsonl"]
+        assert found.left_out["links to files that are read already"] == 1
+
+
+def test_links_out_of_a_directory_are_left_out_and_named(tmp_path: Path) -> None:
+    """An archive of others could hold a link to anything; what is given itself is meant."""
+    private, folder = tmp_path / "private", tmp_path / "in"
+    for directory in (private, folder):
+        directory.mkdir()
+    _write(private / "diary.jsonl", ["secret"])
+    _write(folder / "a.jsonl", ["text"])
+    (folder / "part").symlink_to(private)
+    (folder / "part.jsonl").symlink_to(private / "diary.jsonl")
+    (folder / "above").symlink_to("..")
+    (tmp_path / "link").symlink_to(folder)
+    for given in (folder, tmp_path / "link"):
+        found = find_inputs([given])
+        assert [Path(file.path).name for file in found.files] == ["a.jsonl"]
+        said = described(found.left_out)
+        assert said.startswith("3 links that lead out of the directory (")
+        for name in ("part", "part.jsonl", "above"):
+            assert str(given / name) in said
+    assert [Path(file.path).name for file in find_inputs([folder / "part"]).files] == ["diary.jsonl"]
+
+
+FIND = """
+import sys
+from illada_megatron.data.preprocessing.inputs import described, find_inputs
+found = find_inputs([sys.argv[1]])
+print(len(found.files), described(found.left_out))
+"""
+# the administrator may read everything, unless he gives that up
+NOT_ALL = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(NOT_ALL != [] and shutil.which("setpriv") is None, reason="needs setpriv to give up rights")
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_folder_that_may_not_be_read_is_left_out_and_named(mode: int, tmp_path: Path) -> None:
+    """As lost+found is."""
+    folder = tmp_path / "in"
+    (folder / "lost+found").mkdir(parents=True)
+    _write(folder / "a.jsonl", ["text"])
+    _write(folder / "lost+found" / "b.jsonl", ["text"])
+    run, environment = [*NOT_ALL, sys.executable, "-c", FIND, str(folder)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    (folder / "lost+found").chmod(mode)
+    try:
+        done = subprocess.run(run, capture_output=True, text=True, env=environment)
+    finally:
+        (folder / "lost+found").chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"1 1 folders without permission ({folder}/lost+found)\n"
 
 
 @pytest.mark.parametrize("input_format", ["auto", "jsonl"])

@@ -293,6 +293,15 @@ def test_the_corpus_that_is_merged_keeps_its_manifest(three: list[str], tmp_path
     assert _names(tmp_path) == ["in", "web.manifest.json"]
 
 
+def test_what_is_not_as_its_manifest_says_gets_no_name(three: list[str], tmp_path: Path) -> None:
+    """A token outside the vocabulary: found before anything is published, so that the next try is not in its way."""
+    wrong = _manifest(tmp_path / "wrong.json", three, vocab_size=9)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"/out\.bin: .*9"):
+            merge(find_shards([wrong]), tmp_path / "out")
+        assert _names(tmp_path) == ["in", "wrong.json"]
+
+
 def test_tool_says_what_is_wrong(three: list[str], tmp_path: Path) -> None:
     run = [sys.executable, TOOL, "--input", three[0], "--input", three[0], "--output-prefix", tmp_path / "out"]
     failed = subprocess.run(run, capture_output=True, text=True)
