@@ -5,6 +5,7 @@ for a rank which does not answer cannot be given up. The store is one connection
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +31,15 @@ class Exchange:
     def __init__(self, name: str) -> None:
         self.rank, self.size = rank_and_size()
         self._pause_seconds = max(_SHORTEST_PAUSE_SECONDS, self.size / _QUESTIONS)
+        self._closed = threading.Event()
         self._store = None
         if self.size > 1:
             self._store = dist.PrefixStore(f"illada/{name}", dist.distributed_c10d._get_default_store())
+
+    def close(self) -> None:
+        """Whoever waits here gets RuntimeError: a thread that is within the store's C++ when the interpreter ends would
+        abort the process."""
+        self._closed.set()
 
     def told(self, topic: str, value: Any) -> Any:
         """Rank 0's value, on every rank, however long it takes to come."""
@@ -91,5 +98,6 @@ class Exchange:
         while not there():
             if until is not None and time.monotonic() > until:
                 return False
-            time.sleep(self._pause_seconds)
+            if self._closed.wait(self._pause_seconds):
+                raise RuntimeError("the run ends, and does not wait for the other ranks")
         return True

@@ -124,6 +124,10 @@ class Saver:
             self._writing.join(patience if error is not None else self._writing.deadline - time.monotonic())
         for hook in self._hooks:
             hook.remove()
+        if self._attempt is not None:
+            self._attempt.exchange.close()
+        if self._writing is not None:
+            self._writing.join(_LONGEST_SLICE_SECONDS)
 
     def save(
         self, step: int, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, progress: Mapping[str, Any]

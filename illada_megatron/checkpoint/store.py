@@ -231,14 +231,17 @@ def read_record(path: Folder) -> CheckpointInfo | Refusal:
     file = f"{path}/{RECORD}"
     try:
         record = json.loads(patiently(lambda: path.read(RECORD)))
-        if record.pop("checksum") != _own_checksum(record):
-            return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
-        if (found := record.pop("version")) != _VERSION:
+        intact = record.pop("checksum", None) == _own_checksum(record)
+        if (found := record.pop("version", None)) != _VERSION:
+            other = f"{file}: version {found}, this program reads {_VERSION}"
+            if not intact:
+                return Refusal(other, False)
             # no damage: the run would fall back, and then delete what it cannot read
             raise CheckpointError(
-                f"{file}: version {found}, this program reads {_VERSION}: use the program that wrote it, or move the "
-                "folder away to go on from an older checkpoint"
+                f"{other}: use the program that wrote it, or move the folder away to go on from an older checkpoint"
             )
+        if not intact:
+            return Refusal(f"{file}: its bytes have changed: they do not have the checksum that it names", False)
         check_record(record)
         return CheckpointInfo(path=path, **record)
     except FileNotFoundError:

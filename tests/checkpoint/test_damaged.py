@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.owner import OWNER
 from illada_megatron.checkpoint.predictor import find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import check_model
 from illada_megatron.checkpoint.store import _own_checksum, newest_complete
@@ -30,7 +31,7 @@ def save_dir(two_steps: Path, tmp_path: Path) -> Path:
 
 
 def _contents(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != OWNER)
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 

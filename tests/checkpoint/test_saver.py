@@ -16,7 +16,7 @@ from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_s
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from illada_megatron.checkpoint import saver as saver_module
-from illada_megatron.checkpoint import writing
+from illada_megatron.checkpoint import store, writing
 from illada_megatron.checkpoint.files import patience
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.tensors import TensorReader, TensorWriter
@@ -133,12 +133,12 @@ def test_too_many_saves_that_fail_end_the_run(tmp_path: Path, tiny_run: tuple[st
     )
     assert outcome.code == 1  # a launcher may try again
     assert re.search(
-        r"[345] saves in a row have failed \(checkpoint.max_failed_saves\), the last with: rank 0", outcome.err
+        r"\d+ saves in a row have failed \(checkpoint.max_failed_saves\), the last with: rank 0", outcome.err
     )
     assert "there is none yet" in outcome.out
     lines = read_steps(jsonl)
     failed = [one["step"] for line in lines for one in line.get("failed_saves", [])]
-    assert failed == list(range(1, len(failed) + 1))
+    assert [*dict.fromkeys(failed)] == list(range(1, failed[-1] + 1))  # the last one is tried again
     assert 3 <= len(failed) <= 5  # asynchronous: one more may be on its way
 
 
@@ -204,7 +204,7 @@ def test_a_disk_that_is_full_at_the_start_does_not_keep_a_run_from_going_on(
 
     def full_at_first(place: LocalFolder, name: str, content: bytes) -> None:
         times[0] += 1
-        if times[0] <= 4:  # as often as it is tried
+        if times[0] <= 8:  # as often as it is tried, before and after the checkpoint is loaded
             _full(place, name)
         replace(place, name, content)
 
@@ -286,15 +286,19 @@ def test_the_time_limit_begins_when_the_save_before_has_ended(
     config = load_config(None, [*tiny_run, f"checkpoint.save_dir={tmp_path}", "checkpoint.save_timeout_minutes=0.1"])
     monkeypatch.setattr(saver_module, "_GRACE_SECONDS", 0.0)
     limit_seconds, ended = 6.0, list[float]()
-    prune = writing.prune
+    finish, prune = store.finish, writing.prune
 
-    def slow(*arguments: Any) -> list[str]:
-        job = saver._writing.job  # type: ignore[union-attr]
-        time.sleep(max(0.0, job.deadline - time.monotonic()) + 0.5)
+    def slow_finish(*arguments: Any) -> None:
+        time.sleep(2.5)
+        finish(*arguments)
+
+    def slow_prune(*arguments: Any) -> list[str]:
+        time.sleep(4.0)
         ended.append(time.monotonic())
         return prune(*arguments)
 
-    monkeypatch.setattr(writing, "prune", slow)
+    monkeypatch.setattr(store, "finish", slow_finish)
+    monkeypatch.setattr(writing, "prune", slow_prune)
     with (
         runtime(config) as run,
         owned(config.checkpoint.save_dir, print) as owner,

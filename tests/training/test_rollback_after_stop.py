@@ -1,6 +1,5 @@
 """A stop inside a row of bad steps saves weights that may be what is bad: they are not what a rollback returns to."""
 
-import json
 from pathlib import Path
 
 from launch import Illada, read_steps
@@ -39,25 +38,16 @@ def test_rollback_to_the_checkpoint_that_the_run_began_with(
     arguments = [*tiny_run, "training.train_steps=12", "schedule.decay_start=never", "faults.on_bad_steps=rollback"]
     arguments += ["faults.max_bad_steps=3", "faults.rollback_margin_steps=0"]
     assert illada("train", *arguments, f"checkpoint.save_dir={begun_with}", "training.exit_steps=3").code == 0
-    arguments += [f"checkpoint.load_dir={begun_with}", f"checkpoint.save_dir={save_dir}", "checkpoint.keep_last=1"]
+    arguments += [f"checkpoint.load_dir={begun_with}", f"checkpoint.save_dir={save_dir}", "checkpoint.keep_last=2"]
     ruined = illada("train", *arguments, "training.lr=1e30", "training.exit_steps=5")
     assert ruined.code == 0, ruined.err
     assert (save_dir / "latest").read_text() == "step_00000005\n"
 
-    again = illada("train", *arguments, "checkpoint.interval_steps=4", "training.exit_steps=5")
+    again = illada("train", *arguments, "checkpoint.interval_steps=4", "training.exit_steps=8")
     assert again.code == 0, again.err
     assert f"rolled back from step 7 to {begun_with}/step_00000003" in again.out
-    assert [path.name for path in save_dir.glob("step_*")] == ["step_00000005"]
-    assert (save_dir / "latest").read_text() == "step_00000005\n"
-    record = json.loads((save_dir / "step_00000005" / "checkpoint.json").read_text())
-    assert record["progress"]["bad_steps"]["streak"] == []
-
-    # as by a crash between the save of step 4 and the next
-    ruined = illada("train", *arguments, "training.lr=1e30", "training.exit_steps=7")
-    assert ruined.code == 0, ruined.err
-    again = illada("train", *arguments, "checkpoint.interval_steps=6", "training.exit_steps=6")
-    assert again.code == 0, again.err
-    assert [path.name for path in save_dir.glob("step_*")] == ["step_00000006"]
+    assert sorted(path.name for path in save_dir.glob("step_*")) == ["step_00000004", "step_00000008"]
+    assert (save_dir / "latest").read_text() == "step_00000008\n"
 
 
 def test_there_is_nothing_from_before_the_row(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
