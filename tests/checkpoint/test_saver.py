@@ -139,7 +139,7 @@ def test_too_many_saves_that_fail_end_the_run(tmp_path: Path, tiny_run: tuple[st
     lines = read_steps(jsonl)
     failed = [one["step"] for line in lines for one in line.get("failed_saves", [])]
     assert [*dict.fromkeys(failed)] == list(range(1, failed[-1] + 1))  # the last one is tried again
-    assert 3 <= len(failed) <= 5  # asynchronous: one more may be on its way
+    assert 3 <= len(failed) <= 7  # asynchronous: more may be on their way; and the last two tries
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
