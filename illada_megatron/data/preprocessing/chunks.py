@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import itertools
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ def gzip_chunks(path: Path, progress: Progress) -> Iterator[bytes]:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise _damaged(path, "gzip", error) from error
         progress(raw.tell() - told)
+        _require_end(path, raw)
 
 
 def zstd_chunks(path: Path, progress: Progress) -> Iterator[bytes]:
@@ -111,6 +113,7 @@ def _zstd_pieces(path: Path, progress: Progress) -> Iterator[bytes]:
                     frame = None if frame.eof else frame
         except zstandard.ZstdError as error:
             raise _damaged(path, "zstd", error) from error
+        _require_end(path, raw)
     # the library itself takes the end of the file for the end of the data
     if frame is not None:
         raise _damaged(path, "zstd", "the file ends in the middle of a frame")
@@ -120,6 +123,12 @@ def _check_not_empty(path: Path, name: str) -> None:
     """The libraries take an empty file for empty data; a compressor writes a header even for that."""
     if path.stat().st_size == 0:
         raise _damaged(path, name, "an empty file")
+
+
+def _require_end(path: Path, stream: BinaryIO) -> None:
+    """Else what is missing would be a smaller corpus, without a word. Raises OSError."""
+    if (size := os.fstat(stream.fileno()).st_size) != stream.tell():
+        raise OSError(f"{path}: reading ended at byte {stream.tell()} of {size}: the disk has given less than it holds")
 
 
 def _damaged(path: Path, name: str, found: object) -> DataError:

@@ -7,6 +7,7 @@
 A shard's path is the prefix of its `.bin` and `.idx`, relative to the manifest's folder; absolute paths and `s3://`
 URLs stay what they are. Checksums are what `inspect_dataset.py --verify` compares; opening a corpus reads no shard."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,4 +87,8 @@ def file_checksum(path: str | Path) -> str:
         view = memoryview(buffer)
         while count := stream.readinto(buffer):
             state.update(view[:count])
+        if (size := os.fstat(stream.fileno()).st_size) != stream.tell():
+            raise OSError(
+                f"{path}: reading ended at byte {stream.tell()} of {size}: the disk has given less than it holds"
+            )
     return state.hexdigest()

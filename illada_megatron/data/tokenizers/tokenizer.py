@@ -70,10 +70,6 @@ def load_tokenizer(path: str | Path, special_tokens: bool = False) -> Tokenizer:
     )
 
 
-def _fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     """`ids` (numpy and torch integers too) as a list of Python's."""
     checked = [int(token_id) for token_id in ids]
@@ -101,12 +97,15 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         path = Path(path)
+        content = path.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            # not by its name: the library calls an unreadable file a wrong one
+            self._processor.LoadFromSerializedProto(content)
+        except (RuntimeError, ValueError) as error:
             raise DataError(f"{path}: expected a SentencePiece model, the library says: {error}") from error
         self.vocab_size: int = self._processor.get_piece_size()
-        self.fingerprint = _fingerprint(path)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
         self.bos_id = self._declared(self._processor.bos_id(), BOS_NAMES)
         self.eos_id = self._declared(self._processor.eos_id(), EOS_NAMES)
         self.mask_id = self._find(MASK_NAMES)
@@ -204,8 +203,9 @@ class HuggingFaceTokenizer:
         import tokenizers
 
         path = Path(path)
+        content = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             # what the file lacks for a character that it does not know, it would lack in the middle of a corpus
             self._tokenizer.decode(self._tokenizer.encode(_UNKNOWN, add_special_tokens=False).ids)
         except (KeyboardInterrupt, SystemExit):
@@ -219,7 +219,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 1 <= self.vocab_size <= MOST_IDS:
             raise DataError(f"{path}: its largest id is {self.vocab_size - 1}, expected one from 0 to {MOST_IDS - 1}")
-        self.fingerprint = _fingerprint(path)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self.bos_id = self._find(BOS_NAMES)
