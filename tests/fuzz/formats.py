@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.integrity import damage
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.metadata import Piece, TensorInfo, pickled_metadata
 from illada_megatron.checkpoint.files.restricted_unpickler import data_offset, load_plain
@@ -311,7 +312,9 @@ def _read_record(content: bytes, folder: Path) -> None:
     for name in (".metadata", "a/b"):
         (path / name).write_bytes(b"xx")
     (path / RECORD).write_bytes(content)
-    read_record(LocalFolder(path), checksums=True)
+    found = read_record(LocalFolder(path))
+    if isinstance(found, CheckpointInfo):
+        damage(found.path, found.files, checksums=True)
     try:
         record = json.loads(content)
         record = {**record, "version": 3} if isinstance(record, dict) else record
@@ -319,7 +322,7 @@ def _read_record(content: bytes, folder: Path) -> None:
     except (ValueError, RecursionError, TypeError):
         return
     (path / RECORD).write_text(json.dumps(record))
-    found = read_record(LocalFolder(path), checksums=False)
+    found = read_record(LocalFolder(path))
     if isinstance(found, CheckpointInfo):
         load_config(found.config, source="a record")
 
@@ -369,7 +372,7 @@ FORMATS = {
     "safetensors_index": Format(_index_seeds, _read_index, (CheckpointError, OSError), _JSON_WORDS),
     "config_json": Format(_config_json_seeds, _read_config_json, (CheckpointError, OSError), _JSON_WORDS),
     "manifest": Format(_manifest_seeds, _read_manifest, (DataError,), _JSON_WORDS),
-    "record": Format(_record_seeds, _read_record, (ConfigError,), _JSON_WORDS),
+    "record": Format(_record_seeds, _read_record, (CheckpointError, ConfigError), _JSON_WORDS),
     "configuration": Format(
         lambda: {"tiny": to_yaml(load_config("tiny")).encode(), "short": b"base: tiny\ntraining: {lr: 1e-3}\n"},
         _read_yaml,
