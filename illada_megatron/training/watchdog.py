@@ -45,7 +45,7 @@ class Watchdog:
     def __init__(self, seconds: float | Literal["auto"] | None, rank: int, save_seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._rank = rank
-        self._save_seconds = save_seconds
+        self._save_seconds = save_seconds + LEAST_SECONDS if save_seconds else 0.0
         self._phase, self._step = "", 0
         self._lengths = {phase: deque[float](maxlen=_MEASURED) for phase in ("step", "validation")}
         self._since = self._limit = 0.0
@@ -88,7 +88,7 @@ class Watchdog:
         if self._seconds == "auto":
             if lengths := self._lengths.get(phase):
                 return max(LEAST_SECONDS, _TIMES_LONGEST * max(lengths))
-            return max(UNMEASURED_SECONDS, self._save_seconds + LEAST_SECONDS if phase in _WAIT_FOR_SAVES else 0.0)
+            return max(UNMEASURED_SECONDS, self._save_seconds if phase in _WAIT_FOR_SAVES else 0.0)
         if phase == "step":
             return self._seconds
         # the number is of a step; how long a checkpoint takes to load has nothing to do with it
