@@ -158,13 +158,14 @@ from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.new_directory import staged
 from illada_megatron.checkpoint.files.tensors import TensorReader, TensorWriter, write_metadata
 from illada_megatron.data.preprocessing.records import Counts, write_record
-from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter, publish_shard
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, file_checksum, write_manifest
 from illada_megatron.data.shards._indexed_dataset import merge_shards
 for name in ("one", "two"):
     with IndexedDatasetWriter(Path(name), 250) as writer:
         writer.add(np.arange(20), [10, 10])
-merge_shards(["one", "two"], "both")
+merge_shards(["one", "two"], "both", ".tmp")
+publish_shard("both", ".tmp")
 IndexedDataset(Path("both")).num_documents
 file_checksum("both.bin")
 write_record(Path("both.done.json"), Counts())
@@ -217,7 +218,7 @@ def test_journal_has_what_strace_has(faults: Injection, place: Path, tmp_path: P
 
 def _plain(path: str) -> str:
     """Without what is drawn at random."""
-    return re.sub(r"(?<=\.)(?=.*\d|.*_)[0-9a-z_]{8}(?=$|\.)", "*", path)
+    return re.sub(r"(?<=\.)(?=.*\d|.*_)([0-9a-z_]{8}|[0-9a-f]{16})(?=$|\.)", "*", path)
 
 
 def _traced(text: str, root: Path) -> list[tuple[str, str]]:

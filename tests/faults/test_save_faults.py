@@ -202,7 +202,7 @@ class Disturbed:
             self._look(step - 1)
             self._step = step
             more = []
-            if self._left and step > 2 and self._good() == step - 1 and step - 1 not in self._tried:
+            if self._left and step > 2 and self._good() == step - 1 and not {step - 1, step} & {*self._tried}:
                 trial = self._tried[step] = self._left.pop(0)
                 more = [trial.place.fault(step, **trial.how)]
             self._faults.arm(*breakpoints(step), *more)

@@ -38,14 +38,14 @@ def test_limits_from_the_runs_own_times(monkeypatch: pytest.MonkeyPatch) -> None
         assert dog.limit("step") == dog.limit("validation") == UNMEASURED_SECONDS
         does("start", 500.0)
         does("first step", 300.0)
-        does("step", 20.0)
+        does("step", 40.0)
         dog.now("saving", 1)
-        assert dog.limit("step") == 200.0
+        assert dog.limit("step") == 400.0
         does("saving", 400.0)
         for _ in range(99):
             does("step", 2.0)
         does("validation", 50.0)
-        assert dog.limit("step") == 200.0
+        assert dog.limit("step") == 400.0
         does("step", 2.0)
         dog.now("saving", 1)
         assert dog.limit("step") == LEAST_SECONDS

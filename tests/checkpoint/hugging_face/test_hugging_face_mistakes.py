@@ -145,13 +145,13 @@ def test_an_import_that_fails_in_its_last_step(tmp_path: Path, monkeypatch: pyte
     """A checkpoint that no pointer names is one that the next attempt would refuse to overwrite."""
     directory = _exported(tmp_path)
 
-    def full(self: Path, target: Path) -> Path:
-        if self.name == "latest.tmp":
-            raise OSError(28, "No space left on device", str(self))
-        return self.rename(target)
+    def full(source: Path, target: Path) -> None:
+        if target.name == "latest":
+            raise OSError(28, "No space left on device", str(source))
+        source.rename(target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             import_weights(open_source(directory), tmp_path / "start")
     assert not (tmp_path / "start").exists()
