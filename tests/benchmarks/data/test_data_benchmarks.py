@@ -38,9 +38,9 @@ def test_corpora_are_opened_and_read_far_behind(benchmark: Benchmark, tmp_path: 
 
 @pytest.mark.slow
 def test_preprocessing_gives_the_peers_ids(benchmark: Benchmark, tmp_path: Path) -> None:
-    sizes = ("--corpus-mb", 2, "--repeat", 1, "--part-mb", 1, "--vocab-size", 2_000, "--rounds", 1)
+    sizes = ("--size-mb", 2, "--part-mb", 1, "--vocab-size", 2_000, "--rounds", 1)
     report = benchmark("data.preprocess", "--work-dir", tmp_path, *sizes)
-    assert report["tokenizers"].keys() == {"bpe", "sentencepiece"}
+    assert report["tokenizers"].keys() == {"bpe_2_mb", "sentencepiece_2_mb"}
     for found in report["tokenizers"].values():
         assert found["documents_compared"] > 0
         assert found["documents_that_differ"] == 0
