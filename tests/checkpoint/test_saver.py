@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from corpus import write_corpus
-from launch import SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
+from launch import HANG_SECONDS, SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from illada_megatron.checkpoint import saver as saver_module
@@ -26,6 +26,7 @@ from illada_megatron.checkpoint.store import newest_complete
 from illada_megatron.config import load_config
 from illada_megatron.runtime import runtime
 from illada_megatron.training.setup import setup
+from illada_megatron.training.trainer import train_step
 
 
 def assert_same_tensors(found: Path | str, expected: Path | str) -> None:
@@ -314,6 +315,28 @@ def test_the_time_limit_begins_when_the_save_before_has_ended(
         assert saver._writing.job.limit_seconds == limit_seconds
         (outcome,) = saver.wait()
         assert (outcome.step, outcome.error) == (2, None)
+        state.close()
+
+
+def test_a_save_that_fails_before_it_writes_copies_nothing(
+    tiny_run: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of a model and its optimizer would be made, and its memory kept, for nobody."""
+    config = load_config(None, [*tiny_run, f"checkpoint.save_dir={tmp_path}"])
+    (tmp_path / "step_00000001").write_text("in the way")
+    monkeypatch.setattr(Saver, "_copy", lambda _, part: pytest.fail(f"copied {part.name}"))
+    with (
+        runtime(config) as run,
+        owned(config.checkpoint.save_dir, print) as owner,
+        Saver(config, {}, None, owner) as saver,
+    ):
+        state = setup(config, run)
+        assert saver.save(1, [chunk.module for chunk in state.chunks], state.optimizer, state.progress()) == []
+        assert saver._writing is not None
+        saver._writing.join(HANG_SECONDS)
+        train_step(state)
+        (outcome,) = saver.wait()
+        assert "Not a directory" in str(outcome.error)
         state.close()
 
 

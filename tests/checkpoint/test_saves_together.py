@@ -17,12 +17,13 @@ from test_store import _checkpoint
 from illada_megatron.checkpoint import saver as saver_module
 from illada_megatron.checkpoint.exchange import Exchange
 from illada_megatron.checkpoint.files import patience
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.tensors import TensorWriter
 from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import SaveOutcome, Saver
-from illada_megatron.checkpoint.store import newest_complete
-from illada_megatron.config import load_config
+from illada_megatron.checkpoint.store import checkpoint_to_continue, newest_complete
+from illada_megatron.config import CheckpointConfig, load_config
 from illada_megatron.runtime import runtime
 from illada_megatron.training.setup import TrainingState, setup
 from illada_megatron.training.trainer import train_step
@@ -75,6 +76,29 @@ def test_one_rank_that_cannot_read_decides_nothing(tmp_path: Path) -> None:
         path = _checkpoint(tmp_path, step)
         assert {name.name for name in path.iterdir()} == {"a.distcp", "b", "checkpoint.json"}
     run_ranks(_read_together, 2, str(tmp_path))
+
+
+def _look_for_the_past(rank: int, save_dir: str, unseen: int) -> None:
+    """On one rank the file system is not mounted: the directory is not there."""
+    dist.init_process_group("gloo")
+    exists = LocalFolder.exists
+    LocalFolder.exists = lambda place: rank != unseen and exists(place)  # type: ignore[method-assign]
+    for settings in (CheckpointConfig(save_dir=save_dir), CheckpointConfig(load_dir=save_dir)):
+        if unseen == 0:
+            with pytest.raises(OSError, match="is not seen by rank 0, but by rank 1: is this file system mounted"):
+                checkpoint_to_continue(settings)
+        else:  # rank 0 tells the others where to look
+            info, _ = checkpoint_to_continue(settings)
+            assert info is not None
+            assert info.step == 10
+    with pytest.raises(CheckpointError, match="no such directory"):  # nobody sees it: nothing will come of waiting
+        checkpoint_to_continue(CheckpointConfig(load_dir=f"{save_dir}/nowhere"))
+
+
+@pytest.mark.parametrize("unseen", [0, 1])
+def test_a_rank_that_does_not_see_the_directory_lets_no_run_begin_anew(unseen: int, tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 10)
+    run_ranks(_look_for_the_past, 2, str(tmp_path), unseen)
 
 
 def _exchange(rank: int) -> None:
