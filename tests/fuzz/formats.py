@@ -317,7 +317,9 @@ def _read_record(content: bytes, folder: Path) -> None:
         damage(found.path, found.files, checksums=True)
     try:
         record = json.loads(content)
-        record = {**record, "version": 3} if isinstance(record, dict) else record
+        if not isinstance(record, dict):
+            return
+        record = {**record, "version": 3}
         record["checksum"] = _own_checksum({name: one for name, one in record.items() if name != "checksum"})
     except (ValueError, RecursionError, TypeError):
         return
