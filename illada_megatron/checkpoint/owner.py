@@ -64,6 +64,10 @@ class TakenOverError(CheckpointError):
         """It is one of the same run: the launcher has started it instead of this one."""
 
 
+class _NobodyError(OSError):
+    """The file names no owner."""
+
+
 @contextmanager
 def owned(save_dir: str | None, tell: Callable[[str], None]) -> Iterator["Ownership | None"]:
     """This attempt's ownership of `save_dir`; None: nothing is saved. Every rank enters it, before it reads what is
@@ -74,8 +78,8 @@ def owned(save_dir: str | None, tell: Callable[[str], None]) -> Iterator["Owners
         return
     place = folder(save_dir)
     seen_by_any(place)
-    ownership = Ownership(place, of_first(_new_owner))
-    of_first(lambda: ownership.take(tell))
+    ownership = Ownership(place, of_first(_new_owner), tell)
+    of_first(ownership.take)
     try:
         yield ownership
     finally:
@@ -90,27 +94,28 @@ def _new_owner() -> Owner:
 class Ownership:
     """Of a save_dir. `place` and `owner` are every rank's, all else is rank 0's."""
 
-    def __init__(self, place: Folder, owner: Owner) -> None:
-        self.place, self.owner = place, owner
+    def __init__(self, place: Folder, owner: Owner, tell: Callable[[str], None]) -> None:
+        """tell: hears for what the run waits."""
+        self.place, self.owner, self._tell = place, owner, tell
         self._taken = False
         self._over = threading.Event()
         self._life = threading.Thread(target=self._give_signs, name="save-dir-owner", daemon=True)
 
-    def take(self, tell: Callable[[str], None]) -> None:
-        """Become the owner, where the place is there and can be written to; else `require` does it. Raises
+    def take(self) -> None:
+        """Become the owner, where the place is there and its disk answers; else `require` does it. Raises
         CheckpointError where another run is, and alive."""
         with suppress(OSError):
             if patiently(self.place.exists):
-                found = patiently(self._found)
-                if found is not None and not self._may_follow(found):
-                    self._wait_for_silence(found, tell)
-                patiently(self._write)
+                self._follow()
         self._life.start()
 
     def require(self) -> None:
         """Raises TakenOverError where the place has another owner by now; OSError. A file that somebody has cleared
         away is written again."""
-        found = patiently(self._found) if self._taken else None
+        if not self._taken:
+            self._follow()
+            return
+        found = patiently(self._found)
         if found is None:
             patiently(self._write)
         elif found.attempt != self.owner.attempt:
@@ -122,12 +127,20 @@ class Ownership:
         if self._life.is_alive():  # on rank 0
             self._life.join(_LAST_SIGN_SECONDS)  # nobody waits for a disk that does not answer
 
+    def _follow(self) -> None:
+        """Write the file, after a look at who is named there. Raises CheckpointError as `take`, OSError."""
+        with suppress(_NobodyError):  # by a power loss, say: whoever it was has to write it again
+            found = patiently(self._found)
+            if found is not None and not self._may_follow(found):
+                self._wait_for_silence(found)
+        patiently(self._write)
+
     def _may_follow(self, found: Owner) -> bool:
         same_run = bool(self.owner.run) and found.run == self.owner.run
         return same_run or found.ended or (found.host == self.owner.host and not _lives(found))
 
-    def _wait_for_silence(self, found: Owner, tell: Callable[[str], None]) -> None:
-        tell(
+    def _wait_for_silence(self, found: Owner) -> None:
+        self._tell(
             f"{self.place}: another run saves there ({_shown(found)}) and has not said that it has ended: waiting "
             f"{SILENT_SECONDS:.0f} s for a sign of its life"
         )
@@ -158,13 +171,13 @@ class Ownership:
                     return
 
     def _found(self) -> Owner | None:
-        """Who the file names; None: there is none. Raises OSError where it names nobody."""
+        """Who the file names; None: there is none. Raises OSError, _NobodyError where it names nobody."""
         try:
             return Owner(**json.loads(self.place.read(OWNER)))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, RecursionError) as error:
-            raise OSError(
+            raise _NobodyError(
                 f"{self.place}/{OWNER}: names no owner: {error}: remove it if no other run uses {self.place}"
             ) from error
 

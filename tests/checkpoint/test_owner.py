@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 from launch import ROOT, wait_for_step
 
 from illada_megatron.checkpoint import owner
+from illada_megatron.checkpoint.files import patience
 from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.storage import Folder, folder
 from illada_megatron.checkpoint.owner import OWNER, Ownership, TakenOverError
 from illada_megatron.checkpoint.store import newest_complete
@@ -29,8 +32,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _newcomer(place: Folder, **who: str | int) -> Ownership:
     """On another machine than those before, where `who` does not say."""
-    ownership = Ownership(place, replace(owner._new_owner(), **{"host": secrets.token_hex(4), **who}))  # type: ignore[arg-type]
-    ownership.take(print)
+    ownership = Ownership(place, replace(owner._new_owner(), **{"host": secrets.token_hex(4), **who}), print)  # type: ignore[arg-type]
+    ownership.take()
     ownership.require()
     return ownership
 
@@ -96,6 +99,33 @@ def test_another_run_is_refused_where_the_first_gives_signs_of_life(
     assert time.monotonic() - begin >= 3.0
     with pytest.raises(TakenOverError):
         killed.require()
+
+
+def test_a_disk_that_does_not_answer_while_it_waits_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that cannot read the other's signs looks again before it writes, and does not take over meanwhile."""
+    place = folder(tmp_path)
+    monkeypatch.setattr(owner, "SIGN_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "_PAUSES_SECONDS", (0.0, 0.0))
+    alive = _newcomer(place)
+    read, left = LocalFolder.read, [1, 0, 0, 0]  # the first look succeeds, those while it waits do not
+
+    def fail(folder: LocalFolder, name: str) -> bytes:
+        if threading.current_thread() is threading.main_thread() and left and not left.pop(0):
+            raise OSError(5, "Input/output error", name)
+        return read(folder, name)
+
+    monkeypatch.setattr(LocalFolder, "read", fail)
+    other = Ownership(place, replace(owner._new_owner(), host="another"), print)
+    other.take()
+    assert left == []
+    with pytest.raises(CheckpointError, match="another run is saving there"):
+        other.require()
+    alive.require()
+    other.end()
+    alive.end()
+    assert json.loads((tmp_path / OWNER).read_text())["attempt"] == alive.owner.attempt
 
 
 def test_two_runs_on_one_save_dir(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
