@@ -10,22 +10,21 @@ Between the look and the deed another may take over; the two follow each other a
 
 import json
 import os
+import platform
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
-
-import psutil
+from datetime import UTC, datetime
 
 from illada_megatron.checkpoint.files.agreement import of_first
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.storage import Folder, folder
 from illada_megatron.checkpoint.store import seen_by_any
+from illada_megatron.system import process
 
 OWNER = "owner.json"
 _RUN = "ILLADA_RUN"  # the launcher's (runtime/agent.py), where the user gave the run no name
@@ -33,7 +32,6 @@ SIGN_SECONDS, SILENT_SECONDS = 30.0, 120.0
 """Between two signs of life; how long one without a sign is waited for."""
 _LOOK_SECONDS = 1.0
 _LAST_SIGN_SECONDS = 5.0
-_A_SECOND = timedelta(seconds=1)  # in which `begun` is told
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,10 @@ class Owner:
     run: str
     """What the launcher calls the run, over all attempts; empty: nothing that tells it from others."""
     host: str
+    machine: str
+    """As `process.machine` has it, and the next two, of rank 0."""
     pid: int
-    """Of rank 0."""
+    started: str
     begun: str
     """UTC."""
     signs: int = 0
@@ -62,10 +62,6 @@ class TakenOverError(CheckpointError):
         super().__init__(message)
         self.same_run = same_run
         """It is one of the same run: the launcher has started it instead of this one."""
-
-
-class _NobodyError(OSError):
-    """The file names no owner."""
 
 
 @contextmanager
@@ -88,7 +84,8 @@ def owned(save_dir: str | None, tell: Callable[[str], None]) -> Iterator["Owners
 
 def _new_owner() -> Owner:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Owner(secrets.token_hex(4), _run(), socket.gethostname(), os.getpid(), now)
+    pid = os.getpid()
+    return Owner(secrets.token_hex(4), _run(), platform.node(), process.machine(), pid, process.started(pid), now)
 
 
 class Ownership:
@@ -115,9 +112,11 @@ class Ownership:
         if not self._taken:
             self._follow()
             return
-        found = patiently(self._found)
-        if found is None:
+        content = patiently(self._content)
+        if content is None:
             patiently(self._write)
+        elif (found := _parsed(content)) is None:
+            raise OSError(f"{self.place}/{OWNER}: names no owner: remove it if no other run uses {self.place}")
         elif found.attempt != self.owner.attempt:
             raise _taken_over(self.place, self.owner, found)
 
@@ -129,32 +128,36 @@ class Ownership:
 
     def _follow(self) -> None:
         """Write the file, after a look at who is named there. Raises CheckpointError as `take`, OSError."""
-        with suppress(_NobodyError):  # by a power loss, say: whoever it was has to write it again
-            found = patiently(self._found)
-            if found is not None and not self._may_follow(found):
-                self._wait_for_silence(found)
+        content = patiently(self._content)
+        if content is not None and not self._may_follow(_parsed(content)):
+            self._wait_for_silence(content)
         patiently(self._write)
 
-    def _may_follow(self, found: Owner) -> bool:
+    def _may_follow(self, found: Owner | None) -> bool:
+        if found is None:  # a power loss has left that, or a later version of this program writes so
+            return False
         same_run = bool(self.owner.run) and found.run == self.owner.run
-        return same_run or found.ended or (found.host == self.owner.host and not _lives(found))
+        earlier = found.machine == self.owner.machine and found.pid == self.owner.pid  # of this very process
+        return same_run or found.ended or earlier or process.has_ended(found.machine, found.pid, found.started)
 
-    def _wait_for_silence(self, found: Owner) -> None:
+    def _wait_for_silence(self, first: bytes) -> None:
+        """Where the owner is alive, it may be about to end."""
         self._tell(
-            f"{self.place}: another run saves there ({_shown(found)}) and has not said that it has ended: waiting "
-            f"{SILENT_SECONDS:.0f} s for a sign of its life"
+            f"{self.place}: another run saves there ({_shown(_parsed(first))}) and has not said that it has ended: "
+            f"waiting {SILENT_SECONDS:.0f} s for a sign of its life, or its end"
         )
         until = time.monotonic() + SILENT_SECONDS
+        content: bytes | None = first
         while time.monotonic() < until:
             time.sleep(_LOOK_SECONDS)
-            now = patiently(self._found)
-            if now is None or now.ended:
+            content = patiently(self._content)
+            if content is None or ((found := _parsed(content)) is not None and found.ended):
                 return
-            if now != found:
-                raise CheckpointError(
-                    f"{self.place}: another run is saving there ({_shown(now)}): give each run a checkpoint.save_dir "
-                    "of its own, or stop that one first"
-                )
+        if content is not None and content != first:
+            raise CheckpointError(
+                f"{self.place}: another run is saving there ({_shown(_parsed(content))}): give each run a "
+                "checkpoint.save_dir of its own, or stop that one first"
+            )
 
     def _give_signs(self) -> None:
         signs, over = 0, False
@@ -170,16 +173,12 @@ class Ownership:
                 except TakenOverError:
                     return
 
-    def _found(self) -> Owner | None:
-        """Who the file names; None: there is none. Raises OSError, _NobodyError where it names nobody."""
+    def _content(self) -> bytes | None:
+        """Of the file; None: there is none. Raises OSError."""
         try:
-            return Owner(**json.loads(self.place.read(OWNER)))
+            return self.place.read(OWNER)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _NobodyError(
-                f"{self.place}/{OWNER}: names no owner: {error}: remove it if no other run uses {self.place}"
-            ) from error
 
     def _write(self, **changes: bool | int) -> None:
         self.place.make()
@@ -198,19 +197,18 @@ def _taken_over(place: Folder, owner: Owner, found: Owner) -> TakenOverError:
     )
 
 
-def _lives(owner: Owner) -> bool:
-    """Whether a process of this machine is still there, and no later one has its number."""
-    if owner.pid == os.getpid():
-        return False
+def _parsed(content: bytes) -> Owner | None:
+    """Who the file names, whatever else it says; None: nobody."""
     try:
-        process = psutil.Process(owner.pid)
-        began = datetime.fromtimestamp(process.create_time(), UTC)
-        return process.status() != psutil.STATUS_ZOMBIE and began <= datetime.fromisoformat(owner.begun) + _A_SECOND
-    except psutil.NoSuchProcess:
-        return False
+        found = json.loads(content)
+        return Owner(**{name: found[name] for name in Owner.__dataclass_fields__})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
-def _shown(owner: Owner) -> str:
+def _shown(owner: Owner | None) -> str:
+    if owner is None:
+        return "of which the file does not say what this program knows"
     return f"attempt {owner.attempt}, on {owner.host}, process {owner.pid}, begun {owner.begun}"
 
 
@@ -218,5 +216,5 @@ def _run() -> str:
     launched = os.environ.get(_RUN) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if launched != "none":  # what torchrun calls every run that was not given a name
         return launched
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"slurm {job}" if job else ""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "")
+    return f"slurm {job}.{step}" if job else ""

@@ -104,9 +104,10 @@ class Saver:
 
     def _look_around(self, ownership: Ownership) -> None:
         try:
-            ownership.require()
+            # first: where the disk is full, what was there has to go for the next save
             paths = store.checkpoints_newest_first(ownership.place)
             self._there = frozenset(store.step_of(path.name) for path in paths)
+            ownership.require()
         except OSError as error:
             if self.last_saved is None:
                 raise

@@ -112,7 +112,8 @@ class WithSpares(RendezvousHandler):
         if waiting == 0 or self._lost_one():
             return waiting
         try:
-            working = self._working(len(self._inner._state_holder.state.participants) + waiting)
+            there = len(self._inner._state_holder.state.participants) + waiting
+            working = self._working(min(there, self._inner.settings.max_nodes))
         except ValueError:
             return waiting
         return waiting if working != self._working_now else 0

@@ -94,7 +94,7 @@ def train(config: RunConfig) -> TrainResult:
                     save_due = False
                 reporter.saves(saver.news())
             watchdog.now("saving", state.step)
-            save_last(state, saver, reporter)
+            save_last(state, saver, reporter, complete=state.step >= last_step)
             if state.step < last_step:
                 reporter.say(f"stopped by {signals.received or 'a signal to another rank'} after step {state.step}")
             return TrainResult(state.step, state.consumed_samples, signals.received if state.step < last_step else None)
@@ -206,8 +206,9 @@ def save(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     reporter.saves(saver.save(state.step, models, state.optimizer, state.progress()))
 
 
-def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
-    """Before the run ends: its last state is in a checkpoint, or the run says that it is not.
+def save_last(state: TrainingState, saver: Saver, reporter: Reporter, complete: bool) -> None:
+    """Before the run ends: its last state is in a checkpoint, or the run says that it is not. complete: there are no
+    steps left to do.
 
     Raises OSError where it cannot be saved: a launcher that starts the run again lets it try again; CheckpointError
     where another run has taken save_dir over.
@@ -219,8 +220,13 @@ def save_last(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
             break
         save(state, saver, reporter)
         reporter.saves(saver.wait())
-    if saver.end is not None:
+    if saver.end is not None and (saver.taken_over or saver.last_saved != state.step):
         raise saver.end
+    if saver.end is not None and not complete:
+        raise OSError(
+            f"too many saves in a row had failed (checkpoint.max_failed_saves) before this one; {saver.last_good()}: "
+            "start the run again, it goes on from there"
+        )
     if saver.place is not None and saver.last_saved != state.step:
         raise OSError(
             f"step {state.step}: the run's last state could not be saved in {saver.place}: {saver.last_error}; "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import secrets
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ from illada_megatron.checkpoint.files.local_files import LocalFolder
 from illada_megatron.checkpoint.files.storage import Folder, folder
 from illada_megatron.checkpoint.owner import OWNER, Ownership, TakenOverError
 from illada_megatron.checkpoint.store import newest_complete
+from illada_megatron.system import process
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _newcomer(place: Folder, **who: str | int) -> Ownership:
     """On another machine than those before, where `who` does not say."""
-    ownership = Ownership(place, replace(owner._new_owner(), **{"host": secrets.token_hex(4), **who}), print)  # type: ignore[arg-type]
+    ownership = Ownership(
+        place, replace(owner._new_owner(), **{"host": (name := secrets.token_hex(4)), "machine": name, **who}), print
+    )  # type: ignore[arg-type]
     ownership.take()
     ownership.require()
     return ownership
@@ -54,6 +58,7 @@ def test_the_last_who_comes_owns_it(where: str, tmp_path: Path, request: pytest.
     place.replace(OWNER, b"\0" * 20)
     with pytest.raises(OSError, match="names no owner"):  # no other's name: a restart mends it
         second.require()
+    _newcomer(place).require()
 
 
 @pytest.mark.parametrize(
@@ -92,13 +97,47 @@ def test_another_run_is_refused_where_the_first_gives_signs_of_life(
     monkeypatch.setattr(owner, "SIGN_SECONDS", 1000.0)
     killed = _newcomer(place)
     assert "waiting" not in capsys.readouterr().out
-    _newcomer(place, host=killed.owner.host)  # its process is this one: nobody else's
+    _newcomer(place, machine=killed.owner.machine, pid=killed.owner.pid)  # of one process
     assert "waiting" not in capsys.readouterr().out
     _newcomer(place)  # from another machine nobody can tell whether it lives: it gives no sign
     assert "waiting" in capsys.readouterr().out
     assert time.monotonic() - begin >= 3.0
     with pytest.raises(TakenOverError):
         killed.require()
+
+
+def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves, and gives signs of its life meanwhile: the next job of a chain has come a little early."""
+    place = folder(tmp_path)
+    monkeypatch.setattr(owner, "SIGN_SECONDS", 0.2)
+    monkeypatch.setattr(owner, "SILENT_SECONDS", 60.0)
+    first = _newcomer(place)
+    ending = threading.Timer(2.5, first.end)
+    ending.start()
+    second = _newcomer(place)
+    ending.join()
+    second.require()
+    second.end()
+
+
+def test_numbers_of_processes_say_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a container beside this one, with the same host's name: its process 1 is not this one's."""
+    place, pid = folder(tmp_path), os.getppid()
+    alive = {"host": platform.node(), "machine": process.machine(), "pid": pid, "started": process.started(pid)}
+    for other in ({**alive, "machine": "another namespace", "pid": 2**22}, alive):
+        ownership = _newcomer(place, **other)
+        ownership.end()
+        (tmp_path / OWNER).write_text(json.dumps({**asdict(ownership.owner), "of_a_later_version": 1}))
+        begin = time.monotonic()
+        _newcomer(place).end()
+        assert time.monotonic() - begin >= 3.0
+    gone = _newcomer(place, **{**alive, "started": "1"})  # its number is another's now
+    gone.end()
+    (tmp_path / OWNER).write_text(json.dumps(asdict(gone.owner)))
+    ours = Ownership(place, replace(owner._new_owner(), run="another"), pytest.fail)
+    ours.take()
+    ours.require()
+    ours.end()
 
 
 def test_a_disk_that_does_not_answer_while_it_waits_is_no_silence(
@@ -117,7 +156,7 @@ def test_a_disk_that_does_not_answer_while_it_waits_is_no_silence(
         return read(folder, name)
 
     monkeypatch.setattr(LocalFolder, "read", fail)
-    other = Ownership(place, replace(owner._new_owner(), host="another"), print)
+    other = Ownership(place, replace(owner._new_owner(), machine="another"), print)
     other.take()
     assert left == []
     with pytest.raises(CheckpointError, match="another run is saving there"):
@@ -136,10 +175,11 @@ def test_two_runs_on_one_save_dir(tiny_run: tuple[str, ...], tmp_path: Path) -> 
     arguments = [*tiny_run, f"checkpoint.save_dir={save_dir}", "checkpoint.interval_steps=20"]
     arguments += ["training.train_steps=1000000", "logging.interval_steps=1000"]
     code = """
-        import socket, sys
+        import platform, sys
         from illada_megatron.checkpoint import owner
         owner.SIGN_SECONDS, owner.SILENT_SECONDS = float(sys.argv[1]), 10.0
-        socket.gethostname = lambda: sys.argv[2]
+        host = sys.argv[2]
+        platform.node = lambda: host
         sys.argv = ["illada", "train", *sys.argv[3:]]
         from illada_megatron.cli.main import main
         main()

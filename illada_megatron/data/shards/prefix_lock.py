@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.durable import name_once
+from illada_megatron.system import process
 from illada_megatron.system.terminal import say
 from illada_megatron.system.whole_file import replaced, sync, temporary_suffix
 
@@ -41,11 +42,10 @@ class _Holder(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     host: str
-    boot: str
-    """Drawn by the kernel when it started: two machines may have one name."""
+    machine: str
+    """As `process.machine` has it, and the next two."""
     pid: int
     started: str
-    """When the process did, as the kernel counts: numbers of processes are given again."""
     since: str
     token: str
 
@@ -121,9 +121,10 @@ class PrefixLock:
         holder = _parsed(found[0], self._path)
         whose = f"process {holder.pid} on {holder.host}, which has been making this corpus since {holder.since}"
         deadline = time.monotonic() + _DEAD_SECONDS
-        if not _has_ended(holder):
+        # the lock, which is ours, says so of this machine, unless it is none: then the process is there
+        if not process.has_ended(holder.machine, holder.pid, holder.started):
             say(f"{self._path}: of {whose}: looking for up to {_DEAD_SECONDS:.0f} s whether it is alive", error=True)
-        while not _has_ended(holder) and time.monotonic() < deadline:
+        while not process.has_ended(holder.machine, holder.pid, holder.started) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
             if (now := _read(self._path)) != found:
                 if not now[0]:
@@ -230,33 +231,12 @@ def _note_of_this_process() -> bytes:
     return (
         _Holder(
             host=platform.node(),
-            boot=_boot(),
+            machine=process.machine(),
             pid=pid,
-            started=_started(pid),
+            started=process.started(pid),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
             token=secrets.token_hex(16),
         )
         .model_dump_json()
         .encode()
     )
-
-
-def _has_ended(holder: _Holder) -> bool:
-    """For sure. The lock, which is ours, says so of this machine, unless it is none: then the process is there."""
-    here = (holder.host, holder.boot) == (platform.node(), _boot())
-    return here and _started(holder.pid) != holder.started
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # a sandbox without
-        return ""
-
-
-def _started(pid: int) -> str:
-    """ "" where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    except OSError:
-        return ""

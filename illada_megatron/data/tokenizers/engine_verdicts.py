@@ -15,10 +15,11 @@ from pathlib import Path
 import pydantic
 from platformdirs import user_cache_path
 
-from illada_megatron.data.tokenizers import engine_libraries, engine_probes
 from illada_megatron.data.tokenizers.engine_libraries import library_version
 from illada_megatron.system.whole_file import replaced
 
+# the texts, how libraries are opened and compared, and what the reference is
+_DECISIVE_MODULES = ("engine_probes", "engine_libraries", "engines", "tokenizer")
 # of the reference, whichever it is
 _REFERENCES = ("tokenizers", "sentencepiece")
 
@@ -60,7 +61,7 @@ class Verdicts:
 def _surroundings() -> Sequence[str]:
     """What else decides: the texts, which are made of Unicode's tables, how libraries are opened, and the processor,
     for whose instructions they may have code of its own."""
-    sources = [Path(module.__file__).read_bytes() for module in (engine_probes, engine_libraries) if module.__file__]
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in _DECISIVE_MODULES]
     return [*(hashlib.sha256(source).hexdigest() for source in sources), unicodedata.unidata_version, _processor()]
 
 
