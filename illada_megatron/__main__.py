@@ -1,6 +1,41 @@
-"""`python -m illada_megatron`: the same as `illada`."""
+"""`illada`, and `python -m illada_megatron`: a command as a process of its own."""
 
-from illada_megatron.cli.main import main
+import atexit
+import os
+import sys
+
+
+def program() -> None:
+    """The command that sys.argv names; the process ends with its exit code, and without taking the interpreter apart.
+
+    Gloo's threads live as long as the model does, which its own hooks keep alive, and may hold the last reference to a
+    tensor of a collective that has ended. Where the interpreter is being taken apart at that moment the process aborts
+    (pytorch/pytorch#179291): a rank that has done all its work, or has said what the user has to mend, would be one
+    that crashed, and be started again.
+    """
+    code = 1  # of an exception, whose traceback the interpreter shows
+
+    def end() -> None:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            os._exit(code or 1)
+        os._exit(code)
+
+    atexit.register(end)  # before all else is imported: what is registered first runs last
+    from illada_megatron.cli.main import main
+
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    except KeyboardInterrupt:
+        atexit.unregister(end)  # the interpreter ends by the signal itself, which tells a shell to stop as well
+        raise
+
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,3 +34,7 @@ def run_ranks(worker: Callable[..., None], size: int, *arguments: Any) -> None:
 def _rank(rank: int, size: int, port: int, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     worker(rank, *arguments)
+    # As `illada` does (illada_megatron/__main__.py): gloo's threads may abort an interpreter that is taken apart.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from illada_megatron.runtime.device import Device, select_device, set_threads
 from illada_megatron.runtime.megatron import import_megatron
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_LEFT = "illada/ranks that have left"
+_LEAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,21 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
 def _leave() -> None:
     from megatron.core import parallel_state
 
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    if size > 1:
+        _let_the_others_go_first(store, rank, size)
+
+
+def _let_the_others_go_first(store: dist.Store, rank: int, size: int) -> None:
+    """Rank 0 holds the store, unless an agent does: where it ended first, a rank that still hears from it what became
+    of the last save, or NCCL's monitor, would find the connection lost. A rank that does not come is not waited for
+    long."""
+    with contextlib.suppress(dist.DistError):  # whoever held it has ended: nobody has to be waited for
+        until = time.monotonic() + _LEAVE_SECONDS
+        while store.add(_LEFT, int(rank != 0)) < size - 1 and rank == 0 and time.monotonic() < until:
+            time.sleep(0.02)
 
 
 def allow_many_files() -> None:

@@ -181,8 +181,8 @@ def test_two_runs_on_one_save_dir(tiny_run: tuple[str, ...], tmp_path: Path) -> 
         host = sys.argv[2]
         platform.node = lambda: host
         sys.argv = ["illada", "train", *sys.argv[3:]]
-        from illada_megatron.cli.main import main
-        main()
+        from illada_megatron.__main__ import program
+        program()
     """
 
     def start(sign_seconds: float, host: str, *more: str) -> "subprocess.Popen[str]":

@@ -110,6 +110,7 @@ def _exchange(rank: int) -> None:
     if rank:
         exchange.give("parts", {"rank": rank, "text": long})
         exchange.told("all", None)
+        dist.barrier()
         return
     values, missing = exchange.take("parts", "own", time.monotonic() + HANG_SECONDS)
     assert values == ["own", *({"rank": other, "text": long} for other in (1, 2))]
@@ -119,6 +120,7 @@ def _exchange(rank: int) -> None:
     assert not exchange._store.check(["first"])  # type: ignore[union-attr]
     assert len(psutil.Process().net_connections()) == sockets  # a group of its own would connect it to every rank
     exchange.told("all", None)
+    dist.barrier()  # it holds the store
 
 
 def test_ranks_tell_each_other_through_their_store() -> None:

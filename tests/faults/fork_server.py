@@ -133,9 +133,9 @@ def _become(environment: Mapping[str, str], output: str) -> None:
 
 
 if __name__ == "__main__":
+    from illada_megatron.__main__ import program
     from illada_megatron.checkpoint import owner
-    from illada_megatron.cli.main import main
 
     owner.SIGN_SECONDS = 1e6  # its signs of life are calls at no certain place
     sys.argv = ["illada", *serve(sys.argv[1:])]
-    main()
+    program()

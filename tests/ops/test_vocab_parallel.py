@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from illada_megatron.ops import masked_linear_cross_entropy
 
@@ -75,7 +75,7 @@ def few_real_rows(group=None):
 def ranks(request, tmp_path_factory):
     tp = request.param
     folder = tmp_path_factory.mktemp(f"tp{tp}")
-    mp.spawn(worker, args=(tp, str(folder)), nprocs=tp)
+    run_ranks(worker, tp, tp, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(tp)]
 
 

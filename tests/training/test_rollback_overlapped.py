@@ -1,12 +1,10 @@
 """A return to a checkpoint while weights are being gathered, on two real ranks."""
 
 import math
-import os
-import socket
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from test_layouts import BUCKETS, OVERLAP, UNTIED
 
 from illada_megatron.checkpoint.owner import owned
@@ -25,9 +23,8 @@ def _weights(state: TrainingState) -> dict[str, torch.Tensor]:
     return {name: one.detach().clone() for name, one in state.chunks[0].module.named_parameters()}
 
 
-def _worker(rank: int, port: int, arguments: tuple[str, ...], directory: str) -> None:
+def _worker(rank: int, arguments: tuple[str, ...], directory: str) -> None:
     """Two steps, a checkpoint, two steps, and back while every bucket is on its way."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = load_config(None, [*arguments, f"checkpoint.save_dir={directory}/checkpoints"])
     with (
         runtime(config) as run,
@@ -56,11 +53,8 @@ def _worker(rank: int, port: int, arguments: tuple[str, ...], directory: str) ->
 def test_rollback_waits_for_gathers(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
     """A forced gather that meets one under way takes it for its own: a rank would go on with what the others held
     before they went back."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     arguments = (*tiny_run, *ROLLBACK, *OVERLAP, BUCKETS, UNTIED)
-    mp.spawn(_worker, args=(port, arguments, str(tmp_path)), nprocs=2)
+    run_ranks(_worker, 2, arguments, str(tmp_path))
     for rank in range(2):
         saved, under_way, found = torch.load(tmp_path / f"{rank}.pt")
         assert len(under_way) > 5

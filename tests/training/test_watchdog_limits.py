@@ -64,8 +64,8 @@ def _train(arguments: list[str], before: str) -> subprocess.CompletedProcess[str
         from illada_megatron.training import watchdog
         {before}
         sys.argv = ["illada", "train", *sys.argv[1:]]
-        from illada_megatron.cli.main import main
-        main()
+        from illada_megatron.__main__ import program
+        program()
     """
     line = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,56 @@
+"""`illada` as a process: how it ends."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+_ENDINGS = {"pass": 0, "sys.exit()": 0, "sys.exit(3)": 3, "sys.exit('words')": 1, "1 / 0": 1}
+
+
+def _run(does: str) -> "subprocess.CompletedProcess[str]":
+    """A process of `illada` whose command does that, with something that tells when it is taken apart."""
+    code = f"""
+        import atexit, os, sys, illada_megatron.cli.main as cli
+        from illada_megatron.__main__ import program
+        class Told:
+            def __del__(self, write=os.write):
+                write(2, b"taken apart")
+        told = Told()
+        def main():
+            atexit.register(print, "what was registered is done")
+            {does}
+        cli.main = main
+        program()
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("does", _ENDINGS)
+def test_it_ends_at_once_and_with_its_code(does: str) -> None:
+    """A thread of gloo's that lets go of a tensor while the interpreter is being taken apart would abort it."""
+    ended = _run(does)
+    assert ended.returncode == _ENDINGS[does], ended.stderr
+    assert ended.stdout == "what was registered is done\n"
+    assert "taken apart" not in ended.stderr
+    assert ("words" in ended.stderr) == ("words" in does)
+    assert ("ZeroDivisionError" in ended.stderr) == ("/" in does)
+
+
+def test_an_interrupt_ends_it_by_the_signal() -> None:
+    """So that a shell's loop over commands ends as well."""
+    ended = _run("os.kill(os.getpid(), 2)")
+    assert ended.returncode == -2
+    assert "KeyboardInterrupt" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    code = "import illada_megatron.cli.main as cli\nfrom illada_megatron.__main__ import program\n"
+    code += "cli.main = lambda: print('unsaid')\nprogram()"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.DEVNULL, check=False)
+    assert ended.returncode == 1
