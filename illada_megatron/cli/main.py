@@ -58,8 +58,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 def main() -> None:
-    """Entry point; exits with 2 on what the user can mend, which the launcher does not try again, with 1 on errors of
-    the system that may pass."""
+    """Entry point; exits with 2 on what the user can mend, which the launcher does not try again, with 3 on what ends
+    the run on all machines, with 1 on errors of the system that may pass."""
     # The start-up table says once what is missing; megatron-core warns at every import of it, in every rank. Commands
     # import it only when they run, so that this comes first.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -80,4 +80,6 @@ def main() -> None:
             where = f" (rank {rank} on {socket.gethostname()})" if rank is not None else ""
             with suppress(OSError):  # a full disk or a closed terminal changes no exit code
                 say(f"illada: error{where}: {error}", error=True)
+        if isinstance(error, FloatingPointError):
+            sys.exit(3)
         sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _LASTING) else 2)

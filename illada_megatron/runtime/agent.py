@@ -16,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from illada_megatron.runtime.tables import tell
 
-# What `illada` exits with where the user has to mend something (cli/main.py).
-USER_ERROR = 2
+# What `illada` exits with where the user has to mend something, and where no machine of the run could go on: all ranks
+# have found together that its steps are bad (cli/main.py).
+USER_ERROR, END_OF_RUN = 2, 3
 RUN = "ILLADA_RUN"
 """The ranks' variable with the name of the run, where the user gave none."""
 # torch's agents ask the rendezvous for news at most once in this time.
@@ -35,7 +36,8 @@ def decisive(failures: Mapping[int, ProcessFailure]) -> ProcessFailure | None:
     codes = [failure.exitcode for failure in failures.values()]
     if any(code < 0 and code != -signal.SIGTERM for code in codes):
         return None
-    return next((failure for failure in failures.values() if failure.exitcode == USER_ERROR), None)
+    final = [failure for failure in failures.values() if failure.exitcode in (USER_ERROR, END_OF_RUN)]
+    return max(final, key=lambda failure: failure.exitcode, default=None)
 
 
 class Agent(LocalElasticAgent):

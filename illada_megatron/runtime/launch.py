@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from illada_megatron.runtime import loopback
-from illada_megatron.runtime.agent import Agent, decisive, shutdown_seconds
+from illada_megatron.runtime.agent import END_OF_RUN, Agent, decisive, shutdown_seconds
 from illada_megatron.runtime.spares import WithSpares
 from illada_megatron.runtime.tables import tell
 
@@ -63,7 +63,7 @@ def launch_ranks(options: LaunchOptions, arguments: Sequence[str], working: Call
     The same as `python -m torch.distributed.run --rdzv-backend c10d ... -m illada_megatron ARGUMENTS`, except that
     SIGTERM and SIGINT are handed on to the ranks, which save and leave with 0 in their own time, where torch's launcher
     kills them after 30 seconds and fails; that nothing of a failed rank lives on; and that an error which would only
-    come again (exit code 2) is not met with a restart.
+    come again (exit codes 2 and 3) is not met with a restart.
     """
     # Else an agent goes on telling its ranks the address of the first rank 0 when that machine is lost:
     # https://github.com/pytorch/pytorch/issues/135712
@@ -115,15 +115,17 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
         tell(f"illada: error: {_explain(error, options)}")
         return 1
     failed = result is not None and result.is_failed()
+    final = decisive(result.failures) if result is not None else None
     # Where the run may go on with fewer machines, one whose data is not mounted is no reason to end it.
-    if handler is not None and not (failed and options.min_nodes < options.max_nodes):
+    alone = failed and options.min_nodes < options.max_nodes and (final is None or final.exitcode != END_OF_RUN)
+    if handler is not None and not alone:
         handler.shutdown()
-    if result is None or not result.is_failed():  # None: a spare machine, when the others have ended the run
+    if not failed:  # no result: a spare machine, when the others have ended the run
         return 0
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     # The rank has said why; a traceback of the launcher would only bury it.
     tell(f"rank {rank} failed first, with exit code {failure.exitcode}")
-    failure = decisive(result.failures) or failure
+    failure = final or failure
     return failure.exitcode if failure.exitcode > 0 else 1
 
 

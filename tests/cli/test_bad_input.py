@@ -113,7 +113,7 @@ def test_loss_that_is_not_a_number(tmp_path: Path, tiny_run: tuple[str, ...], il
     outcome = illada(
         "train", *tiny_run, *settings, "training.lr=1e30", "faults.max_bad_steps=1", f"logging.jsonl_path={jsonl}"
     )
-    assert outcome.code == 2
+    assert outcome.code == 3
     assert "step 3: the loss is" in outcome.err  # step 2 makes the weights huge, step 3's gradient is not a number
     assert "samples 8 to 11)" in outcome.err
     assert "a lower training.lr" in outcome.err

@@ -17,7 +17,7 @@ NAMES = """
 import os, pathlib, sys
 with pathlib.Path(sys.argv[1]).open("a") as file:
     file.write(os.environ.get("ILLADA_RUN", "") + "\\n")
-sys.exit(3)
+sys.exit(1)
 """
 LEAVES_A_CHILD = """
 import os, pathlib, signal, subprocess, sys
@@ -85,8 +85,8 @@ def test_what_a_killed_rank_has_started_ends_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "stop", "attempts"),
-    [(1, False, 3), (2, False, 1), (1, True, 1), (0, False, 1)],
-    ids=["a failure that may pass", "the user has to mend it", "told to stop", "success"],
+    [(1, False, 3), (2, False, 1), (3, False, 1), (1, True, 1), (0, False, 1)],
+    ids=["a failure that may pass", "the user has to mend it", "bad steps", "told to stop", "success"],
 )
 def test_attempts(code: int, stop: bool, attempts: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = _run(2, EXITS, str(tmp_path / "started"), str(code), stop=stop)

@@ -298,24 +298,24 @@ def test_a_learning_rate_that_overflows(tiny_run: tuple[str, ...], tmp_path: Pat
     save_dir = tmp_path / "checkpoints"
     arguments = [*tiny_run, "training.train_steps=40", "training.lr=1e30", "faults.max_bad_steps=2"]
     stopped = illada("train", *arguments, f"checkpoint.save_dir={save_dir}", "checkpoint.interval_steps=1")
-    assert stopped.code == 2
+    assert stopped.code == 3
     assert "which makes 2 bad steps in a row (faults.max_bad_steps; samples 4 to 11)" in stopped.err
     assert (save_dir / "latest").read_text() == "step_00000001\n"
     record = (save_dir / "step_00000001" / "checkpoint.json").read_bytes()
 
     rollback = [*arguments, "faults.on_bad_steps=rollback", f"checkpoint.save_dir={save_dir}"]
     again = illada("train", *rollback, "checkpoint.interval_steps=1", "faults.max_rollbacks=2")
-    assert again.code == 2
+    assert again.code == 3
     assert again.out.count("rolled back from step 3 to") == 2
     assert "samples 4 to 19 are passed over" in again.out
     assert "after 2 returns to" in again.err
     assert (save_dir / "step_00000001" / "checkpoint.json").read_bytes() == record
 
     nothing = illada("train", *arguments, "faults.on_bad_steps=rollback", f"checkpoint.save_dir={tmp_path / 'new'}")
-    assert nothing.code == 2
+    assert nothing.code == 3
     assert "there is no checkpoint of this run to roll back to" in nothing.err
     unsaved = illada("train", *arguments, "faults.on_bad_steps=rollback")
-    assert unsaved.code == 2
+    assert unsaved.code == 3
     assert "faults.on_bad_steps rollback needs a checkpoint" in unsaved.err
 
 

@@ -46,6 +46,6 @@ def test_before_they_have_met(tiny_run: tuple[str, ...]) -> None:
 
 def test_what_all_have_agreed_on_is_said_once(tiny_run: tuple[str, ...]) -> None:
     run = launch("train", [*tiny_run, "training.lr=1e30", "training.train_steps=9", "faults.max_bad_steps=2"], 2)
-    assert run.process.returncode == 2, run.output
+    assert run.process.returncode == 3, run.output
     assert run.process.stderr.count("illada: error") == 1
     assert "2 bad steps in a row" in run.process.stderr

@@ -146,6 +146,14 @@ def test_a_spare_machine_leaves_with_the_others(tiny_run: tuple[str, ...], clust
     assert run.worlds() == [2]
 
 
+def test_bad_steps_end_the_run_on_all_machines(tiny_run: tuple[str, ...], cluster: Start) -> None:
+    """A spare machine would only do the same steps once more, and the next one after it."""
+    run = cluster(3, "1:3", *tiny_run, "training.lr=1e30", "training.train_steps=9", "faults.max_bad_steps=2")
+    codes = [wait_for(machine, run.log(number)) for number, machine in enumerate(run.machines)]
+    assert sorted(codes) == [0, 3, 3], [run.log(number).read_text() for number in range(3)]
+    assert run.worlds() == [2]
+
+
 @pytest.mark.slow
 def test_a_spare_machine_may_be_told_to_stop(tiny_run: tuple[str, ...], cluster: Start, tmp_path: Path) -> None:
     """It leaves with the signal's status; the others do not notice."""
