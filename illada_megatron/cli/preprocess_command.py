@@ -10,6 +10,9 @@ from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions,
 from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
 from illada_megatron.system.terminal import say
 
+# typer looks whether a path can be read and, whatever the system answers, calls it the user's mistake: a disk that may
+# come back is none
+_TOLD_HERE = False
 # Megatron's --tokenizer-type -> how the file's name has to end
 _TOKENIZER_TYPES = {
     "HuggingFaceTokenizer": ".json",
@@ -23,10 +26,19 @@ def preprocess(
     output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX.manifest.json and PREFIX[_00000].bin/.idx.")],
     tokenizer: Annotated[
         Path,
-        typer.Option("--tokenizer", "--tokenizer-model", help="A SentencePiece .model or Hugging Face tokenizer.json."),
+        typer.Option(
+            "--tokenizer",
+            "--tokenizer-model",
+            help="A SentencePiece .model or Hugging Face tokenizer.json.",
+            readable=_TOLD_HERE,
+        ),
     ],
-    inputs: Annotated[list[Path] | None, typer.Argument(help="Files, globs or directories, in this order.")] = None,
-    input: Annotated[list[Path] | None, typer.Option(help="The same as INPUTS; may be repeated.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help="Files, globs or directories, in this order.", readable=_TOLD_HERE)
+    ] = None,
+    input: Annotated[
+        list[Path] | None, typer.Option(help="The same as INPUTS; may be repeated.", readable=_TOLD_HERE)
+    ] = None,
     tokenizer_type: Annotated[str | None, typer.Option(help="Megatron's name for it; checked, not needed.")] = None,
     json_keys: Annotated[
         list[str] | None,
@@ -42,7 +54,8 @@ def preprocess(
     ] = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="The key holds conversations, for SFT.")] = False,
     chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file; default: of tokenizer_config.json beside the tokenizer.")
+        Path | None,
+        typer.Option(help="Jinja file; default: of tokenizer_config.json beside the tokenizer.", readable=_TOLD_HERE),
     ] = None,
     append_eod: Annotated[bool, typer.Option(help="End each document with EOS.")] = True,
     skip_bad_lines: Annotated[

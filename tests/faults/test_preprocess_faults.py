@@ -217,6 +217,19 @@ def test_a_sample_of_faults(corpora: Corpora, clean: Clean) -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_a_disk_that_is_full_for_a_worker(corpora: Corpora, clean: Clean) -> None:
+    """Other processes do the work: what the system refuses them ends the command as if it had been refused itself."""
+    write_tree(clean.before, corpora.out)
+    corpora.faults.arm(Fault("write", "out/web_*", error=errno.ENOSPC, times=None))
+    code, said = corpora.run("--workers", "2")
+    assert corpora.faults.fired() > 0
+    corpora.faults.arm()
+    assert code == 1, said
+    assert "No space left on device" in said
+    assert corpora.run("--workers", "2")[0] == 0
+    assert read_tree(corpora.out) == clean.tree
+
+
 @pytest.mark.slow
 def test_every_fault(corpora: Corpora, clean: Clean) -> None:
     problems = disturb(corpora, clean, trials(clean.places))

@@ -1,8 +1,9 @@
-"""A worker process: `python -m illada_megatron.data.preprocessing.worker THREADS`, started by worker_pool.py.
+"""A worker process: `python -m illada_megatron.data.preprocessing.worker THREADS [choose]`, started by worker_pool.py.
 
 Reads a job, then tasks, one JSON object a line, from stdin; answers with messages on stdout. It imports the data side
 only. When stdin ends, the parent is gone or wants no more: the task at hand is given up and what it wrote removed."""
 
+import ctypes
 import gc
 import os
 import queue
@@ -20,6 +21,8 @@ from illada_megatron.data.preprocessing.shard_task import run_task
 
 ENGINE_IS_CHOSEN = b'"engine is chosen"'
 """A line on stdin: the engine that the job names is the one to use. Before it no shard is finished."""
+CHOOSES = "choose"
+"""An argument: this worker chooses the engine and answers with it; the job says how."""
 
 
 class _GivenUpError(Exception):
@@ -49,24 +52,36 @@ class _Worker:
         first = self._lines.get()
         if first is None:
             return
-        job = Job.model_validate_json(first)
-        try:
-            encoder = DocumentEncoder(job, int(sys.argv[1]))
-        except (DataError, OSError) as error:
-            self._chosen.wait()  # with another engine it may be none
-            self._answer({"error": str(error)})
+        job, task = Job.model_validate_json(first), self._next_task()
+        if task is None:
             return
+        chooses = CHOOSES in sys.argv
+        try:
+            encoder = DocumentEncoder(job, int(sys.argv[1]), sample=task if chooses else None)
+        except (DataError, OSError) as error:
+            if not chooses:
+                self._chosen.wait()  # with another engine it may be none
+            self._answer(_told(error))
+            return
+        if chooses:
+            _return_memory()
+            self._answer({"engine": encoder.engine_name, "report": encoder.report})
         encoder.wait_until_chosen = self._wait_until_chosen
-        while (line := self._lines.get()) is not None and not self._ended.is_set():
-            task = ShardTask.model_validate_json(line)
+        while task is not None:
             try:
                 record = run_task(job, task, encoder, self._report)
             except _GivenUpError:
                 return
             except (DataError, OSError) as error:
-                self._answer({"error": str(error)})
+                self._answer(_told(error))
             else:
                 self._answer({"done": record.model_dump(mode="json")})
+            task = self._next_task()
+
+    def _next_task(self) -> ShardTask | None:
+        """None: the parent wants no more."""
+        line = self._lines.get()
+        return None if line is None or self._ended.is_set() else ShardTask.model_validate_json(line)
 
     def _wait_until_chosen(self) -> None:
         self._chosen.wait()
@@ -84,6 +99,23 @@ class _Worker:
             self._answers.flush()
         except BrokenPipeError as error:
             raise _GivenUpError from error
+
+
+def _return_memory() -> None:
+    """What choosing took is free, but glibc keeps it: some 50 MB, for as long as this process works."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _told(error: DataError | OSError) -> dict[str, object]:
+    """As a message. What the system has failed at may pass: the parent raises the same error."""
+    if isinstance(error, DataError):
+        return {"error": str(error)}
+    if error.errno is None:
+        return {"system_error": [str(error)]}
+    name = [] if error.filename is None else [os.fsdecode(error.filename)]
+    return {"system_error": [error.errno, error.strerror, *name]}
 
 
 def main() -> None:

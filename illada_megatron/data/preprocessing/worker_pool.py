@@ -3,7 +3,6 @@
 They are plain commands and not multiprocessing's children: those would import the caller's main module (with torch,
 for the `illada` command) once in each process."""
 
-import ctypes
 import os
 import queue
 import signal
@@ -21,7 +20,7 @@ from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard_task import Report, run_task
-from illada_megatron.data.preprocessing.worker import ENGINE_IS_CHOSEN
+from illada_megatron.data.preprocessing.worker import CHOOSES, ENGINE_IS_CHOSEN
 from illada_megatron.data.tokenizers.engines import likely_engine
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
@@ -43,39 +42,33 @@ def run_workers(
 ) -> Iterator[tuple[ShardTask, TaskRecord]]:
     """All tasks in `workers` processes with engines of `threads` threads, as they finish.
 
-    Comparing engines with the reference takes a second. Meanwhile the workers have begun with the engine that is likely
-    to be chosen; no shard is finished before it is. Where another is chosen they begin anew. `say` is told.
+    Comparing engines with the reference takes a second or more, and opening one half a second. So the first worker
+    chooses, by texts of its own task. Meanwhile the others have begun with the engine that is likely to be chosen; no
+    shard is finished before it is. Where another is chosen all begin anew. `say` is told.
 
-    Raises DataError when a task fails or a worker dies; the other workers then give up what they are at."""
+    Raises DataError when a task fails or a worker dies, OSError where the system has failed; the other workers then
+    give up what they are at."""
     likely = job.engine
     if not job.chat:
         likely = likely_engine(Path(job.tokenizer_path), job.tokenizer_sha256, job.engine)
-    pool = _Pool(job.model_copy(update={"engine": likely}), tasks, workers, threads)
+    pool = _Pool(job, likely, tasks, workers, threads)
     try:
-        encoder = DocumentEncoder(job, threads, sample=tasks[0])
-        chosen, chosen_report = encoder.engine_name, encoder.report
-        del encoder
-        _return_memory()
+        chosen, chosen_report = pool.choice()
         say(*chosen_report)
         if chosen != likely and not job.chat:
             pool.close()
-            pool = _Pool(job.model_copy(update={"engine": chosen}), tasks, workers, threads)
+            pool = _Pool(job.model_copy(update={"engine": chosen}), None, tasks, workers, threads)
         yield from pool.run(report)
     finally:
         pool.close()
 
 
-def _return_memory() -> None:
-    """What choosing took is free, but glibc keeps it: some 50 MB, for as long as the workers run."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 class _Pool:
     """Workers that have begun, but finish no shard before `run`."""
 
-    def __init__(self, job: Job, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
+    def __init__(self, job: Job, likely: str | None, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
+        """likely: the first worker chooses as job.engine says, the others begin with this one; None: job.engine is
+        chosen. There are no more workers than tasks."""
         defaults = {"RAYON_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": _MALLOC_ARENAS}
         environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}
         self._waiting = list(reversed(tasks))
@@ -83,31 +76,51 @@ class _Pool:
         self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
+        self._early: list[tuple[int, dict[str, Any] | None]] = []
         for number in range(workers):
+            chooses = number == 0 and likely is not None
+            command = [*_COMMAND, str(threads), *([CHOOSES] if chooses else [])]
             process = subprocess.Popen(
-                [*_COMMAND, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
             )
             self._processes.append(process)
             self._threads.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
             self._threads[-1].start()
-            self._send(number, job.model_dump_json().encode())
+            own = job if chooses or likely is None else job.model_copy(update={"engine": likely})
+            self._send(number, own.model_dump_json().encode())
             self._next_task(number)
 
+    def choice(self) -> tuple[str, list[str]]:
+        """The engine that the first worker has chosen, and what it says of it."""
+        while True:
+            number, message = self._messages.get()
+            if number != 0:
+                self._early.append((number, message))
+            elif message is None:
+                raise self._death(number)
+            elif "engine" in message:
+                return message["engine"], message["report"]
+            else:
+                _raise_if_failed(message)
+                self._early.append((number, message))
+
     def run(self, report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
-        """All tasks, with the engine that the job names."""
+        """All tasks, with the engine that is chosen."""
         for number in range(len(self._processes)):
             self._send(number, ENGINE_IS_CHOSEN)
+        for early in self._early:
+            self._messages.put(early)
         while self._at_work:
             number, message = self._messages.get()
             if message is None:
                 if number in self._at_work:
                     raise self._death(number)
-            elif "done" in message:
+                continue
+            _raise_if_failed(message)
+            if "done" in message:
                 task = self._at_work.pop(number)
                 self._next_task(number)
                 yield task, TaskRecord.model_validate_json(orjson.dumps(message["done"]))
-            elif "error" in message:
-                raise DataError(message["error"])
             else:
                 report(message["read_bytes"], message["tokens"])
 
@@ -161,6 +174,13 @@ class _Pool:
             f"a worker {how}{reason} while it made shard {task.name or 'PREFIX'} from {task.pieces[0].file.path}; "
             "finished shards are kept: run the same command again to continue"
         )
+
+
+def _raise_if_failed(message: dict[str, Any]) -> None:
+    if "error" in message:
+        raise DataError(message["error"])
+    if "system_error" in message:
+        raise OSError(*message["system_error"])
 
 
 def _import_path() -> str:

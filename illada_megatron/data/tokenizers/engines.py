@@ -61,6 +61,7 @@ def choose_engine(
     name: str = "auto",
     sample_texts: Sequence[str] | None = None,
     threads: int = 1,
+    tokenizer: Tokenizer | None = None,
 ) -> Engine:
     """The engine to encode with, compared with the reference first.
 
@@ -68,13 +69,14 @@ def choose_engine(
     sample_texts: the first few MB of the corpus, compared in addition to the built-in texts.
     threads: of the library in this process. The Rust libraries size their pool once a process, from RAYON_NUM_THREADS,
         which is set here unless it is set already.
+    tokenizer: of this path; None: it is loaded.
 
     Call it in the process that encodes: thread pools do not survive a fork.
     Raises DataError: unusable tokenizer, unknown name, or an engine asked for by name that cannot serve or differs."""
     path = Path(tokenizer_path)
     if name not in ENGINE_NAMES:
         raise DataError(f"tokenizer engine is {name!r}, expected one of {', '.join(ENGINE_NAMES)}")
-    tokenizer = load_tokenizer(path)
+    tokenizer = tokenizer or load_tokenizer(path)
     reference = open_reference(tokenizer)
     if name == "reference":
         return CheckedEngine(reference, reference, ["tokenizer engine reference: asked for"])
@@ -108,12 +110,12 @@ def likely_engine(tokenizer_path: Path, tokenizer_fingerprint: str, name: str) -
     return next(iter(possible), "reference")
 
 
-def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engine:
+def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1, tokenizer: Tokenizer | None = None) -> Engine:
     """The engine `name` without comparing it: where choose_engine has done that, or is about to.
 
-    The audit goes on. Raises DataError when it cannot be opened here."""
+    tokenizer: of this path; None: it is loaded. The audit goes on. Raises DataError when it cannot be opened here."""
     path = Path(tokenizer_path)
-    reference = open_reference(load_tokenizer(path))
+    reference = open_reference(tokenizer or load_tokenizer(path))
     if name == "reference":
         return CheckedEngine(reference, reference)
     try:
