@@ -23,7 +23,9 @@ _TOKENIZER_TYPES = {
 
 
 def preprocess(
-    output_prefix: Annotated[Path, typer.Option(help="Writes PREFIX.manifest.json and PREFIX[_00000].bin/.idx.")],
+    output_prefix: Annotated[
+        Path, typer.Option(help="Writes PREFIX.manifest.json and PREFIX[_00000].bin/.idx.", readable=_TOLD_HERE)
+    ],
     tokenizer: Annotated[
         Path,
         typer.Option(

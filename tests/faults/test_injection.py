@@ -212,6 +212,8 @@ def test_journal_has_what_strace_has(faults: Injection, place: Path, tmp_path: P
     expected = Counter(_traced(trace.read_text(), traced))
     names = {*WRITING, "open", "read", "pread", "flock", "unlink"} - {"rmdir"}
     only_strace = {key: count - found[key] for key, count in expected.items() if key[0] in names and count > found[key]}
+    # libraries that the dynamic loader looks for in the working directory, as torch's CUDA build makes it do
+    only_strace = {(name, path): n for (name, path), n in only_strace.items() if not re.search(r"\.so(\.\d+)*$", path)}
     assert not only_strace, only_strace
     assert sum(count for key, count in found.items() if key[0] in WRITING) > 50
 

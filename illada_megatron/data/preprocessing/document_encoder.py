@@ -49,17 +49,16 @@ class DocumentEncoder:
             self._encode = open_reference(load_tokenizer(job.tokenizer_path, special_tokens=True)).encode
             self.renderer = _renderer(job.chat, tokenizer)
         else:
-            self._open_engine(job, tokenizer, sample)
+            self._open_engine(job, threads, sample)
         self._eos = tokenizer.eos_id if job.append_eod else None
         self.end_token = self._eos if self.renderer is None else None
         """What the writer puts behind each document."""
 
-    def _open_engine(self, job: Job, tokenizer: Tokenizer, sample: ShardTask | None) -> None:
+    def _open_engine(self, job: Job, threads: int, sample: ShardTask | None) -> None:
         if sample is None:
-            engine = open_engine(job.tokenizer_path, job.engine, self.threads, tokenizer)
+            engine = open_engine(job.tokenizer_path, job.engine, threads)
         else:
-            texts = _first_texts(job, sample)
-            engine = choose_engine(job.tokenizer_path, job.engine, texts, self.threads, tokenizer)
+            engine = choose_engine(job.tokenizer_path, job.engine, _first_texts(job, sample), threads)
             self.report = tuple(engine.report)
         self.engine_name = engine.name
         self._encode = engine.encode

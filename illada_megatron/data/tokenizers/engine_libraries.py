@@ -3,7 +3,6 @@
 Nothing here is trusted: engines.py compares ids with the reference's before and while it uses one of these."""
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from illada_megatron.data.errors import DataError
@@ -96,7 +96,7 @@ def _use_threads(threads: int) -> None:
 
 def _untrimmed(path: Path) -> dict[str, Any]:
     """A tokenizer.json without its length limit and padding: they would change documents without a word."""
-    definition: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    definition: dict[str, Any] = orjson.loads(path.read_bytes())
     return {**definition, "truncation": None, "padding": None}
 
 
@@ -104,7 +104,7 @@ def _open_fastokens(path: Path, threads: int) -> Library:
     import fastokens
 
     _use_threads(threads)
-    tokenizer = fastokens.Tokenizer.from_json_str(json.dumps(_untrimmed(path)))
+    tokenizer = fastokens.Tokenizer.from_json_str(orjson.dumps(_untrimmed(path)).decode())
 
     def encode(texts: list[str]) -> FlatIds:
         # split_special_tokens: "</s>" in a text is four characters
@@ -131,7 +131,7 @@ def _open_gigatoken_model(path: Path, threads: int) -> Library:
     pieces = range(processor.get_piece_size())
     if any(map(processor.is_unused, pieces)):
         raise UnsuitableError("the model has unused pieces, which it would use")
-    definition = json.loads(sentencepiece_to_tokenizer_json(content))
+    definition = orjson.loads(sentencepiece_to_tokenizer_json(content))
     # SentencePiece makes no control, byte or unknown piece by merging: "<s>" in a text is three characters
     unmergeable = {
         processor.id_to_piece(piece)
@@ -149,7 +149,7 @@ def _gigatoken(definition: dict[str, Any], threads: int, leaves_out: str | None)
     import gigatoken
 
     _use_threads(threads)
-    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(definition))
+    tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(definition).decode())
 
     def encode(texts: list[str]) -> FlatIds:
         layout = tokenizer.encode_batch(texts, parallel=threads > 1).layout

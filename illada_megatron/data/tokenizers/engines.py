@@ -36,6 +36,7 @@ AUDITED_SHARE = 1 / 1000
 """Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
 
 _SHOWN_CHARACTERS = 30
+_DIGESTED_CHARACTERS = 500
 
 
 class OtherIdsError(DataError):
@@ -61,7 +62,6 @@ def choose_engine(
     name: str = "auto",
     sample_texts: Sequence[str] | None = None,
     threads: int = 1,
-    tokenizer: Tokenizer | None = None,
 ) -> Engine:
     """The engine to encode with, compared with the reference first.
 
@@ -69,14 +69,13 @@ def choose_engine(
     sample_texts: the first few MB of the corpus, compared in addition to the built-in texts.
     threads: of the library in this process. The Rust libraries size their pool once a process, from RAYON_NUM_THREADS,
         which is set here unless it is set already.
-    tokenizer: of this path; None: it is loaded.
 
     Call it in the process that encodes: thread pools do not survive a fork.
     Raises DataError: unusable tokenizer, unknown name, or an engine asked for by name that cannot serve or differs."""
     path = Path(tokenizer_path)
     if name not in ENGINE_NAMES:
         raise DataError(f"tokenizer engine is {name!r}, expected one of {', '.join(ENGINE_NAMES)}")
-    tokenizer = tokenizer or load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     reference = open_reference(tokenizer)
     if name == "reference":
         return CheckedEngine(reference, reference, ["tokenizer engine reference: asked for"])
@@ -110,12 +109,12 @@ def likely_engine(tokenizer_path: Path, tokenizer_fingerprint: str, name: str) -
     return next(iter(possible), "reference")
 
 
-def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1, tokenizer: Tokenizer | None = None) -> Engine:
+def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engine:
     """The engine `name` without comparing it: where choose_engine has done that, or is about to.
 
-    tokenizer: of this path; None: it is loaded. The audit goes on. Raises DataError when it cannot be opened here."""
+    The audit goes on. Raises DataError when it cannot be opened here."""
     path = Path(tokenizer_path)
-    reference = open_reference(tokenizer or load_tokenizer(path))
+    reference = open_reference(load_tokenizer(path))
     if name == "reference":
         return CheckedEngine(reference, reference)
     try:
@@ -237,7 +236,7 @@ class CheckedEngine:
     def _audit(self, texts: list[str], tokens: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
         """Encode the chosen ones of `texts` again, with the reference."""
         limit = int(AUDITED_SHARE * 2**64)
-        chosen = [i for i, text in enumerate(texts) if xxhash.xxh3_64_intdigest(text.encode()) < limit]
+        chosen = [i for i, text in enumerate(texts) if _digest(text) < limit]
         if not chosen:
             return
         ends = np.cumsum(lengths)
@@ -250,6 +249,13 @@ class CheckedEngine:
                     f"{_shown(texts[i])}: run again with --tokenizer-engine reference"
                 )
             start += length
+
+
+def _digest(text: str) -> int:
+    """64 bits of it; of a long one both ends."""
+    if len(text) > 2 * _DIGESTED_CHARACTERS:
+        text = text[:_DIGESTED_CHARACTERS] + text[-_DIGESTED_CHARACTERS:]
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def _first_difference(found: FlatIds, expected: FlatIds) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ Text is only ever text: a document that contains the characters of a special tok
 encoded as those characters, so the mask and the end of a document cannot be forged by the corpus. Only what a chat
 template has rendered is encoded otherwise: load_tokenizer(path, special_tokens=True)."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -60,14 +61,19 @@ def load_tokenizer(path: str | Path, special_tokens: bool = False) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file, expected a tokenizer: correct data.tokenizer_path")
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path, special_tokens)
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, special_tokens)
-    raise DataError(
-        f"{path}: the name ends in {path.suffix!r}, expected `.model` (SentencePiece) or `.json` (a Hugging Face "
-        "tokenizer.json): correct data.tokenizer_path"
-    )
+    if path.suffix not in (".model", ".json"):
+        raise DataError(
+            f"{path}: the name ends in {path.suffix!r}, expected `.model` (SentencePiece) or `.json` (a Hugging Face "
+            "tokenizer.json): correct data.tokenizer_path"
+        )
+    return _parsed(path, path.read_bytes(), special_tokens)
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(path: Path, content: bytes, special_tokens: bool) -> Tokenizer:
+    """Whoever reads the same file again gets the same tokenizer: parsing one takes a tenth of a second."""
+    kind = SentencePieceTokenizer if path.suffix == ".model" else HuggingFaceTokenizer
+    return kind(path, content, special_tokens)
 
 
 def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -93,11 +99,10 @@ def _replaced(ids: list[int], old: list[int], new: list[int]) -> list[int]:
 class SentencePieceTokenizer:
     """A SentencePiece model (https://github.com/google/sentencepiece)."""
 
-    def __init__(self, path: str | Path, special_tokens: bool = False) -> None:
+    def __init__(self, path: Path, content: bytes, special_tokens: bool) -> None:
+        """content: the file's."""
         import sentencepiece
 
-        path = Path(path)
-        content = path.read_bytes()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             # not by its name: the library calls an unreadable file a wrong one
@@ -199,11 +204,10 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json, read by the `tokenizers` library."""
 
-    def __init__(self, path: str | Path, special_tokens: bool = False) -> None:
+    def __init__(self, path: Path, content: bytes, special_tokens: bool) -> None:
+        """content: the file's."""
         import tokenizers
 
-        path = Path(path)
-        content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             # what the file lacks for a character that it does not know, it would lack in the middle of a corpus
