@@ -213,7 +213,12 @@ def _read(path: Path) -> tuple[bytes, int]:
     except PermissionError as error:
         raise _unusable(path, "may not be read by this user") from error
     with os.fdopen(descriptor, "rb") as file:
-        return file.read(), os.fstat(descriptor).st_mtime_ns
+        note, about = file.read(), os.fstat(descriptor)
+    if len(note) < about.st_size:  # no note that is empty, which would be nobody's
+        raise OSError(
+            f"{path}: reading ended at byte {len(note)} of {about.st_size}: the disk has given less than it holds"
+        )
+    return note, about.st_mtime_ns
 
 
 def _parsed(note: bytes, path: Path) -> _Holder:
