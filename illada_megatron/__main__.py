@@ -1,7 +1,9 @@
 """`illada`, and `python -m illada_megatron`: a command as a process of its own."""
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 
 
@@ -16,14 +18,19 @@ def program() -> None:
     code = 1  # of an exception, whose traceback the interpreter shows
 
     def end() -> None:
+        unsaid = False
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            os._exit(code or 1)
-        os._exit(code)
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    if stream is not None and not stream.closed:
+                        stream.flush()
+                except (OSError, ValueError):
+                    unsaid = True
+            ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+        finally:
+            os._exit(code or int(unsaid))
 
-    atexit.register(end)  # before all else is imported: what is registered first runs last
+    atexit.register(end)  # before all else of this program: what is registered first runs last
     from illada_megatron.cli.main import main
 
     try:
@@ -33,7 +40,7 @@ def program() -> None:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     except KeyboardInterrupt:
-        atexit.unregister(end)  # the interpreter ends by the signal itself, which tells a shell to stop as well
+        code = 128 + signal.SIGINT  # as for one that typer has met
         raise
 
 

@@ -34,6 +34,10 @@ _LOOK_SECONDS = 1.0
 _LAST_SIGN_SECONDS = 5.0
 
 
+# by the files of an earlier version
+_LACKED_BEFORE = {"machine": "", "started": ""}
+
+
 @dataclass(frozen=True)
 class Owner:
     """An attempt to do a run."""
@@ -85,7 +89,7 @@ def owned(save_dir: str | None, tell: Callable[[str], None]) -> Iterator["Owners
 def _new_owner() -> Owner:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     pid = os.getpid()
-    return Owner(secrets.token_hex(4), _run(), platform.node(), process.machine(), pid, process.started(pid), now)
+    return Owner(secrets.token_hex(4), _run(), platform.node(), process.machine(), pid, process.started(pid) or "", now)
 
 
 class Ownership:
@@ -137,7 +141,8 @@ class Ownership:
         if found is None:  # a power loss has left that, or a later version of this program writes so
             return False
         same_run = bool(self.owner.run) and found.run == self.owner.run
-        earlier = found.machine == self.owner.machine and found.pid == self.owner.pid  # of this very process
+        here = found.machine != "" and found.machine == self.owner.machine
+        earlier = here and found.pid == self.owner.pid  # of this very process
         return same_run or found.ended or earlier or process.has_ended(found.machine, found.pid, found.started)
 
     def _wait_for_silence(self, first: bytes) -> None:
@@ -201,7 +206,8 @@ def _parsed(content: bytes) -> Owner | None:
     """Who the file names, whatever else it says; None: nobody."""
     try:
         found = json.loads(content)
-        return Owner(**{name: found[name] for name in Owner.__dataclass_fields__})
+        known = {name: found[name] for name in Owner.__dataclass_fields__ if name in found}
+        return Owner(**(_LACKED_BEFORE | known))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,12 +120,19 @@ def _leave() -> None:
 
 def _let_the_others_go_first(store: dist.Store, rank: int, size: int) -> None:
     """Rank 0 holds the store, unless an agent does: where it ended first, a rank that still hears from it what became
-    of the last save, or NCCL's monitor, would find the connection lost. A rank that does not come is not waited for
-    long."""
-    with contextlib.suppress(dist.DistError):  # whoever held it has ended: nobody has to be waited for
-        until = time.monotonic() + _LEAVE_SECONDS
-        while store.add(_LEFT, int(rank != 0)) < size - 1 and rank == 0 and time.monotonic() < until:
-            time.sleep(0.02)
+    of the last save, or NCCL's monitor, would find the connection lost. Nobody waits long for a rank, or a store, that
+    does not answer."""
+
+    def leave() -> None:
+        with contextlib.suppress(dist.DistError):  # whoever held it has ended: nobody has to be waited for
+            until = time.monotonic() + _LEAVE_SECONDS
+            while store.add(_LEFT, int(rank != 0)) < size - 1 and rank == 0 and time.monotonic() < until:
+                time.sleep(0.02)
+
+    # the store's own timeout does not end a call whose answer does not come
+    thread = threading.Thread(target=leave, name="leaving", daemon=True)
+    thread.start()
+    thread.join(_LEAVE_SECONDS)
 
 
 def allow_many_files() -> None:

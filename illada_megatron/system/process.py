@@ -16,16 +16,27 @@ def machine() -> str:
         return ""
 
 
-def started(pid: int) -> str:
+def started(pid: int) -> str | None:
     """When the process did, as the kernel counts: numbers are given again. "" where there is none, or only its exit
-    status."""
+    status; None where this user is not told."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (OSError, ValueError):
+        return "" if state in "ZX" else fields[18]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:  # /proc may hide other users' processes
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return ""
-    return "" if state in "ZX" else fields[18]
+    except (OSError, OverflowError):
+        return None
+    return None
 
 
 def has_ended(where: str, pid: int, since: str) -> bool:
-    """Whether the process of number `pid`, which `started` `since` on the `machine` `where`, surely has."""
-    return where != "" and where == machine() and started(pid) != since
+    """Whether the process of number `pid`, which `started` `since` ("": not known) on the `machine` `where`, surely
+    has."""
+    if where == "" or where != machine() or pid <= 0:
+        return False
+    now = started(pid)
+    return now == "" or (now is not None and since != "" and now != since)

@@ -17,7 +17,7 @@ from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
 from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
-from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.bad_steps import BadSteps
@@ -97,6 +97,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         spikes=SpikeDetector(config.faults),
         clock=ComputeClock(runtime.device.is_cuda),
     )
+    forget_tokenizers()  # by now it is compared with all that it has to fit
     models[0].config.timers = state.clock
     state.notes += [f"warning: {line} (allowed)" for line in corpus.warnings]
     state.notes += [f"refused {reason}" for reason in refused]

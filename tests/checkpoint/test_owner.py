@@ -61,6 +61,28 @@ def test_the_last_who_comes_owns_it(where: str, tmp_path: Path, request: pytest.
     _newcomer(place).require()
 
 
+def test_numbers_of_processes_say_nothing_where_the_machine_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two containers without boot_id the run may be process 1 of both."""
+    place = folder(tmp_path / "new")
+    _newcomer(place, machine="", pid=1)
+    assert "waiting" not in capsys.readouterr().out
+    _newcomer(place, machine="", pid=1)
+    assert "waiting" in capsys.readouterr().out
+
+
+def test_the_file_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no machine, but says that it has ended."""
+    place = folder(tmp_path / "new")
+    place.make()
+    old = {**asdict(owner._new_owner()), "ended": True}
+    del old["machine"], old["started"]
+    place.replace(OWNER, json.dumps(old).encode())
+    _newcomer(place)
+    assert "waiting" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "same_run"),
     [("TORCHELASTIC_RUN_ID", "ours", True), ("SLURM_JOB_ID", "7", True), ("TORCHELASTIC_RUN_ID", "none", False)],

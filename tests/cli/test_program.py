@@ -40,11 +40,21 @@ def test_it_ends_at_once_and_with_its_code(does: str) -> None:
     assert ("ZeroDivisionError" in ended.stderr) == ("/" in does)
 
 
-def test_an_interrupt_ends_it_by_the_signal() -> None:
-    """So that a shell's loop over commands ends as well."""
+def test_an_interrupt() -> None:
     ended = _run("os.kill(os.getpid(), 2)")
-    assert ended.returncode == -2
+    assert ended.returncode == 130
     assert "KeyboardInterrupt" in ended.stderr
+
+
+def test_what_c_libraries_have_printed_is_said() -> None:
+    ended = _run("import ctypes; ctypes.CDLL(None).printf(b'from C')")
+    assert ended.returncode == 0
+    assert "from C" in ended.stdout
+
+
+def test_without_a_place_to_speak_to() -> None:
+    line = f"exec {sys.executable} -m illada_megatron --help >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], check=False).returncode in (0, 1)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

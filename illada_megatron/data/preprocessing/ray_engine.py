@@ -13,6 +13,7 @@ from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard_task import Report, run_task
+from illada_megatron.data.preprocessing.worker import parts_of
 
 # a node that dies takes its tasks with it: Ray does them again on another
 _RETRIES = 10
@@ -61,8 +62,10 @@ def _drain(
             try:
                 record = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, DataError | OSError):
+                if isinstance(error.cause, DataError):
                     raise DataError(str(error.cause)) from error
+                if isinstance(error.cause, OSError):  # Ray's class of it holds the remote traceback as its text
+                    raise OSError(*parts_of(error.cause)) from error
                 raise
             report(task.size_bytes, sum(part.counts.tokens for part in record.parts))
             yield task, record

@@ -10,7 +10,8 @@ import queue
 import signal
 import sys
 import threading
-from typing import BinaryIO
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -110,12 +111,14 @@ def _return_memory() -> None:
 
 def _told(error: DataError | OSError) -> dict[str, object]:
     """As a message. What the system has failed at may pass: the parent raises the same error."""
-    if isinstance(error, DataError):
-        return {"error": str(error)}
+    return {"error": str(error)} if isinstance(error, DataError) else {"system_error": parts_of(error)}
+
+
+def parts_of(error: OSError) -> list[Any]:
+    """What OSError is made of again elsewhere, of the same class and with the same words."""
     if error.errno is None:
-        return {"system_error": [str(error)]}
-    name = [] if error.filename is None else [os.fsdecode(error.filename)]
-    return {"system_error": [error.errno, error.strerror, *name]}
+        return [str(error)]
+    return [error.errno, error.strerror, *([] if error.filename is None else [os.fsdecode(error.filename)])]
 
 
 def main() -> None:
@@ -126,7 +129,8 @@ def main() -> None:
     # what a library prints must not get between the messages
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    _Worker(answers).run()
+    with suppress(_GivenUpError):
+        _Worker(answers).run()
 
 
 if __name__ == "__main__":

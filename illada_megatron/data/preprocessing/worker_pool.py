@@ -22,6 +22,7 @@ from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard_task import Report, run_task
 from illada_megatron.data.preprocessing.worker import CHOOSES, ENGINE_IS_CHOSEN
 from illada_megatron.data.tokenizers.engines import likely_engine
+from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
@@ -51,6 +52,7 @@ def run_workers(
     likely = job.engine
     if not job.chat:
         likely = likely_engine(Path(job.tokenizer_path), job.tokenizer_sha256, job.engine)
+    forget_tokenizers()  # the workers load their own
     pool = _Pool(job, likely, tasks, workers, threads)
     try:
         chosen, chosen_report = pool.choice()

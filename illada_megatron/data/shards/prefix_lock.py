@@ -40,12 +40,12 @@ def lock_path(prefix: str) -> Path:
 class _Holder(BaseModel):
     """PREFIX.lock.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
     host: str
-    machine: str
-    """As `process.machine` has it, and the next two."""
+    machine: str = ""
+    """As `process.machine` has it, and the next two. An earlier version's note lacks it."""
     pid: int
-    started: str
+    started: str = ""
     since: str
     token: str
 
@@ -238,7 +238,7 @@ def _note_of_this_process() -> bytes:
             host=platform.node(),
             machine=process.machine(),
             pid=pid,
-            started=process.started(pid),
+            started=process.started(pid) or "",
             since=datetime.now(UTC).isoformat(timespec="seconds"),
             token=secrets.token_hex(16),
         )

@@ -69,6 +69,11 @@ def load_tokenizer(path: str | Path, special_tokens: bool = False) -> Tokenizer:
     return _parsed(path, path.read_bytes(), special_tokens)
 
 
+def forget_tokenizers() -> None:
+    """Where this process needs the tokenizers that it has loaded no more: one takes some 50 MB."""
+    _parsed.cache_clear()
+
+
 @functools.lru_cache(maxsize=2)
 def _parsed(path: Path, content: bytes, special_tokens: bool) -> Tokenizer:
     """Whoever reads the same file again gets the same tokenizer: parsing one takes a tenth of a second."""
