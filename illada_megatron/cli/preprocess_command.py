@@ -1,7 +1,10 @@
 """`illada preprocess`, and tools/preprocess_data.py under Megatron's option names: one command."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -106,7 +109,26 @@ def preprocess(
             overwrite=overwrite,
             log_interval_seconds=log_interval,
         )
-        say(_told(run_preprocess([*(inputs or []), *(input or [])], prefix, tokenizer, options)))
+        with _stoppable():
+            summary = run_preprocess([*(inputs or []), *(input or [])], prefix, tokenizer, options)
+        say(_told(summary))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, as batch systems send it, ends the block as Ctrl-C does: workers are ended, the prefix is let go."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        say("illada: stopped; finished shards are kept: run the same command again to go on", error=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:

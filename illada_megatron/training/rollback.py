@@ -24,8 +24,9 @@ def recover(state: TrainingState) -> Rollback:
     config, streak = state.config, state.bad_steps.streak
     if config.faults.on_bad_steps == "stop":
         raise FloatingPointError(
-            f"{_told(state)}; weights and the last checkpoint are untouched: continue from it with a lower "
-            "training.lr, or let the run go back by itself (faults.on_bad_steps=rollback)"
+            f"{_told(state)}; weights and the last checkpoint, where there is one, are untouched: start the run again "
+            "with a lower training.lr, which continues from it, or, where one is saved before such steps, let the run "
+            "go back by itself (faults.on_bad_steps=rollback)"
         )
     checkpoint, refused = checkpoint_to_continue(config.checkpoint, good=True)
     if checkpoint is None or checkpoint.progress is None:

@@ -131,6 +131,8 @@ def main() -> None:
     os.dup2(2, 1)
     with suppress(_GivenUpError):
         _Worker(answers).run()
+    # the thread that listens may hold stdin, for which an interpreter that is taken apart would wait, and abort
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,30 @@ def test_workers_begin_anew_where_the_likely_engine_is_refused(inputs: list[Path
     assert _contents(tmp_path / "auto") == _contents(tmp_path / "reference")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop(
+    number: signal.Signals, workers: int, inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
+) -> None:
+    """By a batch system, or at the keyboard: it lets go of the prefix, so that the next one waits for nobody."""
+    command = _command(inputs, tmp_path / "out", sentencepiece_path, workers)
+    process = _start(command)
+    while not _finished(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert "stopped; finished shards are kept: run the same command again" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out.lock.json").exists()
+    assert not any(child.is_running() for child in children)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "were finished before" in again.stdout
+
+
 def test_a_dead_worker_ends_the_run_with_a_message(
     inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
 ) -> None:
