@@ -1,7 +1,6 @@
 """Shared fixtures."""
 
 import gc
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from launch import Illada, Outcome
 from illada_megatron.cli.main import main
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.runtime import Runtime, runtime
+from illada_megatron.runtime.loopback import quiet_port
 
 _MANY_THREADS = 100
 
@@ -60,9 +60,7 @@ def s3() -> Iterator[str]:
     """URL of a bucket on a real S3 server of this machine; the environment says where it is, as a user's would."""
     pytest.importorskip("moto.server")
     pytest.importorskip("obstore")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = quiet_port()
     endpoint = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

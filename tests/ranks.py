@@ -2,18 +2,17 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from illada_megatron.runtime.loopback import quiet_port
 
 
 def start_ranks(worker: Callable[..., None], size: int, *arguments: Any) -> list[Any]:
     """Processes that call worker(rank, *arguments), with what a launcher puts into the environment. `worker` is at the
     top of its module; an exception in it is the process's exit code 1, with a traceback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = quiet_port()
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=_rank, args=(rank, size, port, worker, arguments), daemon=True) for rank in range(size)

@@ -14,6 +14,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from illada_megatron.runtime import loopback
 from illada_megatron.runtime.tables import tell
 
 # What `illada` exits with where the user has to mend something, and where no machine of the run could go on: all ranks
@@ -68,6 +69,9 @@ class Agent(LocalElasticAgent):
             # and is back is told from another run (`checkpoint/owner.py`)
             store = cast(PrefixStore, worker_group.store).underlying_store
             os.environ[RUN] = store.compare_set("illada/run", "", uuid.uuid4().hex).decode()
+        if not self._several_nodes:
+            # torch's may be another's before rank 0 listens there, which takes seconds
+            worker_group.master_port = loopback.quiet_port()  # type: ignore[assignment]  # torch's is declared None
         return super()._start_workers(worker_group)
 
     def _others_are_waiting(self) -> bool:

@@ -4,14 +4,32 @@ torch's own store listens at every address of the machine and asks nobody who he
 who reaches it runs code in the run (docs/security.md).
 """
 
+import contextlib
 import os
+import random
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
 ADDRESS = "127.0.0.1"
+_FIRST_PORT, _TRIES = 10_000, 100
+
+
+def quiet_port() -> int:
+    """A free port of this machine for a rank that is yet to start: none that the system gives to connections, one of
+    which would have it by then."""
+    lowest = 32768
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    quiet = range(_FIRST_PORT, max(_FIRST_PORT, lowest))
+    for port in [*random.SystemRandom().sample(quiet, min(_TRIES, len(quiet))), 0]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((ADDRESS, port))
+            return int(probe.getsockname()[1])
+    raise OSError(f"no port of {ADDRESS} is free")
 
 
 def hosted_store(port: int, timeout: timedelta) -> TCPStore:

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from launch import SMALL
 
 from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.store import newest_complete
+from illada_megatron.runtime.loopback import quiet_port
 
 MODULES = ("illada_megatron.training.trainer", "illada_megatron.checkpoint.saver")
 # Far above what anything here takes on a loaded machine: who is not done by then hangs.
@@ -51,9 +51,7 @@ class Ranks:
         self._files = [faults.shared / f"rank_{rank}" for rank in range(2)]
         for file in self._files:
             file.unlink(missing_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(quiet_port())
         line = ["train", *arguments, f"checkpoint.save_dir={root / SAVE_DIR}"]
         line.append(f"logging.jsonl_path={root / 'steps.jsonl'}")
         world = {**faults.environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

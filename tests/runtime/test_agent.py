@@ -11,8 +11,13 @@ from torch.distributed.elastic.agent.server import RunResult, WorkerSpec
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from illada_megatron.runtime import loopback
 from illada_megatron.runtime.agent import Agent
 
+PORT = """
+import os, pathlib, sys
+pathlib.Path(sys.argv[1]).write_text(os.environ["MASTER_PORT"])
+"""
 NAMES = """
 import os, pathlib, sys
 with pathlib.Path(sys.argv[1]).open("a") as file:
@@ -115,3 +120,9 @@ def test_a_run_without_a_name_gets_one_of_its_own(tmp_path: Path, monkeypatch: p
     assert len({*first}) == len({*second}) == 1
     assert first[0] != second[0]
     assert (tmp_path / "named").read_text() == "\n"
+
+
+def test_the_port_of_the_ranks_is_given_to_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loopback, "quiet_port", lambda: 12345)
+    assert not _run(0, PORT, str(tmp_path / "port")).is_failed()
+    assert (tmp_path / "port").read_text() == "12345"

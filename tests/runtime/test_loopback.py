@@ -66,3 +66,16 @@ def test_a_port_that_is_taken_is_an_error() -> None:
     host = loopback.hosted_store(0, timedelta(seconds=60))
     with pytest.raises(OSError, match="in use"):
         loopback.hosted_store(host.port, timedelta(seconds=60))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads which ports the system gives")
+def test_a_port_for_a_rank_that_is_yet_to_start() -> None:
+    """None of those that connections get, which on a busy machine are soon taken."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if lowest < 11_000:
+        pytest.skip("connections may get any port here")
+    ports = [loopback.quiet_port() for _ in range(50)]
+    assert all(10_000 <= port < lowest for port in ports)
+    assert len(set(ports)) > 40
+    store = loopback.hosted_store(ports[0], timedelta(seconds=5))
+    assert store.port == ports[0]

@@ -1,7 +1,6 @@
 """Ranks that srun starts: Slurm's variables in torch's names. They are those of srun's manual; no Slurm runs here."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from launch import HANG_SECONDS, ROOT, read_steps
 
+from illada_megatron.runtime.loopback import quiet_port
 from illada_megatron.runtime.slurm import first_host, rank_variables
 
 TASK = {
@@ -87,9 +87,7 @@ def test_counts_that_are_none() -> None:
 
 def test_two_tasks_train_together(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
     """Two processes with what srun sets, and nothing else: one run on two ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = quiet_port()
     jsonl = tmp_path / "steps.jsonl"
     tasks = []
     for rank in range(2):

@@ -2,19 +2,18 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from launch import ROOT, launch
 
+from illada_megatron.runtime.loopback import quiet_port
+
 
 def _two_ranks(*arguments: Sequence[str]) -> list[tuple[int, str]]:
     """(exit code, stderr) of two ranks, each with its own arguments: as two machines with other files would be."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = quiet_port()
     ranks = []
     for rank, own in enumerate(arguments):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -94,17 +94,16 @@ def test_first_of_three_machines_is_lost_and_comes_back(
 
 
 @pytest.mark.parametrize(
-    ("nnodes", "micro_batch_size", "worlds"),
+    ("nnodes", "micro_batch_size"),
     [
-        pytest.param("2", 1, [2, 2], id="beyond the maximum"),
-        # two micro-batches: a third machine has nothing to do
-        pytest.param("2:3", 24, [2, 2, 2], id="beyond what the batch divides"),
+        pytest.param("2", 1, id="beyond the maximum"),
+        # two micro-batches: a third machine has nothing to do, and nobody starts again for it
+        pytest.param("2:3", 24, id="beyond what the batch divides"),
     ],
 )
 def test_a_spare_machine_takes_the_place_of_a_lost_one(
     nnodes: str,
     micro_batch_size: int,
-    worlds: list[int],
     small: tuple[str, ...],
     undisturbed: list[dict],
     tmp_path: Path,
@@ -126,7 +125,6 @@ def test_a_spare_machine_takes_the_place_of_a_lost_one(
         processes = {machine.address: start(machine) for machine in (lost, host)}
         wait_until(lambda: _logged(jsonl) >= 1, "step 1")
         processes[spare.address] = start(spare)
-        wait_until(lambda: len(_worlds(tmp_path)) == len(worlds) - 1, "the run with a spare machine")
         wait_until(lambda: _logged(jsonl) >= 12, "step 12")
         lost.pull_the_cable()
         at_the_cut = _logged(jsonl)
@@ -136,7 +134,7 @@ def test_a_spare_machine_takes_the_place_of_a_lost_one(
         for machine in (host, spare):
             log = tmp_path / f"{machine.address}.log"
             assert wait_for(processes[machine.address], log) == 0, log.read_text()
-    assert _worlds(tmp_path) == worlds
+    assert _worlds(tmp_path) == [2, 2]
     assert_same_training(read_steps(jsonl), undisturbed, RELATIVE)
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ import pytest
 from launch import ROOT, launch, read_steps
 from network import wait_for, wait_until
 from test_layouts import RELATIVE, assert_same_training
+
+from illada_megatron.runtime.loopback import quiet_port
 
 
 @dataclass
@@ -29,9 +30,7 @@ class _Cluster:
 
     def start(self) -> None:
         if not self.machines:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.port = probe.getsockname()[1]
+            self.port = quiet_port()
         number = len(self.machines)
         line = [sys.executable, "-m", "illada_megatron", "train", "--nnodes", self.nnodes, "--max-restarts", "9"]
         line += ["--rdzv-endpoint", f"127.0.0.1:{self.port}", "--local-addr", "127.0.0.1"]
