@@ -88,6 +88,8 @@ class Watchdog:
         if self._seconds == "auto":
             if lengths := self._lengths.get(phase):
                 return max(LEAST_SECONDS, _TIMES_LONGEST * max(lengths))
+            if phase == "end" and self._save_seconds:  # a save is the longest that it waits for
+                return self._save_seconds
             return max(UNMEASURED_SECONDS, self._save_seconds if phase in _WAIT_FOR_SAVES else 0.0)
         if phase == "step":
             return self._seconds

@@ -51,6 +51,7 @@ def test_limits_from_the_runs_own_times(monkeypatch: pytest.MonkeyPatch) -> None
         assert dog.limit("step") == LEAST_SECONDS
         assert dog.limit("validation") == 500.0
         assert {dog.limit(one) for one in ("start", "first step", "saving", "rollback", "end")} == {UNMEASURED_SECONDS}
+        assert Watchdog("auto", rank=0, save_seconds=6.0).limit("end") == 6.0 + LEAST_SECONDS
         by_hand = Watchdog(30, rank=0)
         assert (by_hand.limit("step"), by_hand.limit("saving"), by_hand.limit("start")) == (30, 300, UNMEASURED_SECONDS)
     finally:
