@@ -26,7 +26,9 @@ def _run(does: str) -> "subprocess.CompletedProcess[str]":
         program()
     """
     line = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    # with it C's output would not wait in a buffer
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.parametrize("does", _ENDINGS)
