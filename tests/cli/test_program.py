@@ -1,5 +1,6 @@
 """`illada` as a process: how it ends."""
 
+import os
 import subprocess
 import sys
 import textwrap
