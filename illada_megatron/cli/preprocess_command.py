@@ -125,7 +125,8 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        say("illada: stopped; finished shards are kept: run the same command again to go on", error=True)
+        kept = "finished shards are kept: run the same command again, without --overwrite, to continue"
+        say(f"illada: stopped; {kept}", error=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

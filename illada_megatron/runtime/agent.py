@@ -24,6 +24,7 @@ RUN = "ILLADA_RUN"
 """The ranks' variable with the name of the run, where the user gave none."""
 # torch's agents ask the rendezvous for news at most once in this time.
 _NEWS_SECONDS = 1.0
+_PORT = "illada/port of rank 0"
 
 
 def shutdown_seconds() -> int:
@@ -69,9 +70,11 @@ class Agent(LocalElasticAgent):
             # and is back is told from another run (`checkpoint/owner.py`)
             store = cast(PrefixStore, worker_group.store).underlying_store
             os.environ[RUN] = store.compare_set("illada/run", "", uuid.uuid4().hex).decode()
-        if not self._several_nodes:
-            # torch's may be another's before rank 0 listens there, which takes seconds
-            worker_group.master_port = loopback.quiet_port()  # type: ignore[assignment]  # torch's is declared None
+        # torch's may be another's before rank 0 listens there, which takes seconds; the store is of this round alone
+        if worker_group.group_rank == 0:
+            port = loopback.quiet_port("" if self._several_nodes else loopback.ADDRESS)
+            worker_group.store.set(_PORT, str(port))  # type: ignore[attr-defined]  # torch declares both None
+        worker_group.master_port = int(worker_group.store.get(_PORT))  # type: ignore
         return super()._start_workers(worker_group)
 
     def _others_are_waiting(self) -> bool:

@@ -15,21 +15,21 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 ADDRESS = "127.0.0.1"
-_FIRST_PORT, _TRIES = 10_000, 100
+_LEAST_PORT, _FIRST_PORT, _TRIES = 1024, 10_000, 100
 
 
-def quiet_port() -> int:
-    """A free port of this machine for a rank that is yet to start: none that the system gives to connections, one of
-    which would have it by then."""
+def quiet_port(address: str = ADDRESS) -> int:
+    """A port that is free at `address` ("": at all), for a rank that is yet to start: none that the system gives to
+    connections, one of which would have it by then; unless it gives all."""
     lowest = 32768
     with contextlib.suppress(OSError, ValueError, IndexError):
         lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    quiet = range(_FIRST_PORT, max(_FIRST_PORT, lowest))
+    quiet = range(min(_FIRST_PORT, max(_LEAST_PORT, lowest - _FIRST_PORT // 2)), max(_LEAST_PORT, lowest))
     for port in [*random.SystemRandom().sample(quiet, min(_TRIES, len(quiet))), 0]:
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((ADDRESS, port))
+            probe.bind((address, port))
             return int(probe.getsockname()[1])
-    raise OSError(f"no port of {ADDRESS} is free")
+    raise OSError(f"no port of {address or 'this machine'} is free")
 
 
 def hosted_store(port: int, timeout: timedelta) -> TCPStore:

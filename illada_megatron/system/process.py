@@ -2,7 +2,10 @@
 
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
+
+_ENDED = ("Z", "X")
 
 
 def machine() -> str:
@@ -20,17 +23,23 @@ def started(pid: int) -> str | None:
     """When the process did, as the kernel counts: numbers are given again. "" where there is none, or only its exit
     status; None where this user is not told."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]
+        state, *fields = _stat(Path(f"/proc/{pid}"))
+        # its first thread may have ended before one that is in the middle of a call, as for a file server
+        ended = state in _ENDED and all(_stat(task)[0] in _ENDED for task in Path(f"/proc/{pid}/task").iterdir())
+        return "" if ended else fields[18]
     except (OSError, ValueError, IndexError):
         pass
-    try:  # /proc may hide other users' processes
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except (OSError, OverflowError):
-        return None
+    with suppress(OSError, OverflowError):  # /proc may hide other users' processes
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
     return None
+
+
+def _stat(of: Path) -> list[str]:
+    """The fields of a process or thread from its state on (proc(5))."""
+    return (of / "stat").read_text(errors="replace").rpartition(")")[2].split()
 
 
 def has_ended(where: str, pid: int, since: str) -> bool:

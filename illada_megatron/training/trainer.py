@@ -75,6 +75,7 @@ def train(config: RunConfig) -> TrainResult:
                 if state.bad_steps.too_many:
                     watchdog.now("rollback", state.step)
                     reporter.saves(saver.wait())
+                    watchdog.now("rollback", state.step)  # the checkpoint is loaded
                     reporter.rolled_back(recover(state))
                     # where the run is now is saved already, and measured
                     first_step, save_due = state.step, False
@@ -93,8 +94,7 @@ def train(config: RunConfig) -> TrainResult:
                     save(state, saver, reporter)
                     save_due = False
                 reporter.saves(saver.news())
-            watchdog.now("saving", state.step)
-            save_last(state, saver, reporter, complete=state.step >= last_step)
+            save_last(state, saver, reporter, watchdog, complete=state.step >= last_step)
             if state.step < last_step:
                 reporter.say(f"stopped by {signals.received or 'a signal to another rank'} after step {state.step}")
             return TrainResult(state.step, state.consumed_samples, signals.received if state.step < last_step else None)
@@ -206,18 +206,20 @@ def save(state: TrainingState, saver: Saver, reporter: Reporter) -> None:
     reporter.saves(saver.save(state.step, models, state.optimizer, state.progress()))
 
 
-def save_last(state: TrainingState, saver: Saver, reporter: Reporter, complete: bool) -> None:
+def save_last(state: TrainingState, saver: Saver, reporter: Reporter, watchdog: Watchdog, complete: bool) -> None:
     """Before the run ends: its last state is in a checkpoint, or the run says that it is not. complete: there are no
     steps left to do.
 
     Raises OSError where it cannot be saved: a launcher that starts the run again lets it try again; CheckpointError
     where another run has taken save_dir over.
     """
+    watchdog.now("saving", state.step)
     reporter.saves(saver.wait())
     for _ in range(_LAST_TRIES):
         # too many failed saves end the run, but what has been trained since may still be saved
         if saver.place is None or saver.taken_over or state.step in (saver.last_saved, saver.record_left):
             break
+        watchdog.now("saving", state.step)  # each has a limit of its own
         save(state, saver, reporter)
         reporter.saves(saver.wait())
     if saver.end is not None and (saver.taken_over or saver.last_saved != state.step):

@@ -45,7 +45,8 @@ class Watchdog:
     def __init__(self, seconds: float | Literal["auto"] | None, rank: int, save_seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._rank = rank
-        self._save_seconds = save_seconds + LEAST_SECONDS if save_seconds else 0.0
+        # a save has its limit, and what is deleted behind it the same again (checkpoint/writing.py)
+        self._save_seconds = 2 * save_seconds + LEAST_SECONDS if save_seconds else 0.0
         self._phase, self._step = "", 0
         self._lengths = {phase: deque[float](maxlen=_MEASURED) for phase in ("step", "validation")}
         self._since = self._limit = 0.0
@@ -93,8 +94,9 @@ class Watchdog:
             return max(UNMEASURED_SECONDS, self._save_seconds if phase in _WAIT_FOR_SAVES else 0.0)
         if phase == "step":
             return self._seconds
-        # the number is of a step; how long a checkpoint takes to load has nothing to do with it
-        return max(_OTHER_PHASES * self._seconds, UNMEASURED_SECONDS if phase == "start" else 0.0)
+        # the number is of a step; how long a checkpoint takes to load or to save has nothing to do with it
+        at_least = UNMEASURED_SECONDS if phase == "start" else self._save_seconds if phase in _WAIT_FOR_SAVES else 0.0
+        return max(_OTHER_PHASES * self._seconds, at_least)
 
     @contextmanager
     def last_phase(self, phase: str) -> Iterator[None]:

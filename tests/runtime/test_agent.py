@@ -123,6 +123,6 @@ def test_a_run_without_a_name_gets_one_of_its_own(tmp_path: Path, monkeypatch: p
 
 
 def test_the_port_of_the_ranks_is_given_to_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loopback, "quiet_port", lambda: 12345)
+    monkeypatch.setattr(loopback, "quiet_port", lambda *_: 12345)
     assert not _run(0, PORT, str(tmp_path / "port")).is_failed()
     assert (tmp_path / "port").read_text() == "12345"

@@ -2,10 +2,13 @@
 in the other, the next one waits."""
 
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from illada_megatron.system import process
@@ -57,3 +60,25 @@ def test_a_process_that_is_hidden(error: type[OSError], monkeypatch: pytest.Monk
         assert not has_ended("here", child.pid, since)
         child.communicate("")
         assert has_ended("here", child.pid, since)
+
+
+_LEADER_ENDS = """
+import ctypes, threading, time
+threading.Thread(target=lambda: (print("there", flush=True), time.sleep(600)), daemon=True).start()
+time.sleep(0.5)
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[__import__("platform").machine()], 0)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="knows the number of exit there")
+def test_a_thread_that_is_left_is_the_process() -> None:
+    """As of a rank that was killed while one of its threads waits in the kernel for a file server."""
+    child = subprocess.Popen([sys.executable, "-c", _LEADER_ENDS], stdout=subprocess.PIPE, text=True)
+    since = started(child.pid)
+    assert since
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    assert not has_ended(machine(), child.pid, since)
+    child.kill()
+    child.wait()
+    assert has_ended(machine(), child.pid, since)

@@ -26,7 +26,7 @@ def test_limits_from_the_runs_own_times(monkeypatch: pytest.MonkeyPatch) -> None
     now = 0.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
     patient = Watchdog("auto", rank=0, save_seconds=7200.0)
-    assert (patient.limit("saving"), patient.limit("start")) == (7200.0 + LEAST_SECONDS, UNMEASURED_SECONDS)
+    assert (patient.limit("saving"), patient.limit("start")) == (14400.0 + LEAST_SECONDS, UNMEASURED_SECONDS)
     dog = Watchdog("auto", rank=0)
 
     def does(phase: str, seconds: float) -> None:
@@ -51,9 +51,11 @@ def test_limits_from_the_runs_own_times(monkeypatch: pytest.MonkeyPatch) -> None
         assert dog.limit("step") == LEAST_SECONDS
         assert dog.limit("validation") == 500.0
         assert {dog.limit(one) for one in ("start", "first step", "saving", "rollback", "end")} == {UNMEASURED_SECONDS}
-        assert Watchdog("auto", rank=0, save_seconds=6.0).limit("end") == 6.0 + LEAST_SECONDS
+        assert Watchdog("auto", rank=0, save_seconds=6.0).limit("end") == 12.0 + LEAST_SECONDS
         by_hand = Watchdog(30, rank=0)
         assert (by_hand.limit("step"), by_hand.limit("saving"), by_hand.limit("start")) == (30, 300, UNMEASURED_SECONDS)
+        by_hand = Watchdog(30, rank=0, save_seconds=3600.0)
+        assert {by_hand.limit(one) for one in ("saving", "rollback", "end")} == {7200.0 + LEAST_SECONDS}
     finally:
         watchdog.faulthandler.cancel_dump_traceback_later()
 

@@ -4,7 +4,9 @@ All nodes must see inputs, tokenizer and output under the same paths (a shared f
 
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,7 +39,10 @@ def run_ray(
         ) from error
     started = not ray.is_initialized()
     if started:
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # which Ray has made its own
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
     try:
         yield from _drain(ray, remote, job, tasks, report)

@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.shard_task import run_task
+from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
 
 ENGINE_IS_CHOSEN = b'"engine is chosen"'
 """A line on stdin: the engine that the job names is the one to use. Before it no shard is finished."""
@@ -64,6 +66,7 @@ class _Worker:
                 self._chosen.wait()  # with another engine it may be none
             self._answer(_told(error))
             return
+        forget_tokenizers()  # the encoder has what it needs
         if chooses:
             _return_memory()
             self._answer({"engine": encoder.engine_name, "report": encoder.report})
@@ -118,7 +121,11 @@ def parts_of(error: OSError) -> list[Any]:
     """What OSError is made of again elsewhere, of the same class and with the same words."""
     if error.errno is None:
         return [str(error)]
-    return [error.errno, error.strerror, *([] if error.filename is None else [os.fsdecode(error.filename)])]
+    first, second = (
+        name if name is None or isinstance(name, int) else os.fsdecode(name)
+        for name in (error.filename, error.filename2)
+    )
+    return [error.errno, error.strerror, first, None, second]
 
 
 def main() -> None:
@@ -129,10 +136,18 @@ def main() -> None:
     # what a library prints must not get between the messages
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    with suppress(_GivenUpError):
-        _Worker(answers).run()
-    # the thread that listens may hold stdin, for which an interpreter that is taken apart would wait, and abort
-    os._exit(0)
+    code = 1
+    try:
+        with suppress(_GivenUpError):
+            _Worker(answers).run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # the thread that listens may hold stdin, for which an interpreter that is taken apart would wait, and abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class _Pool:
         task = self._at_work[number]
         return DataError(
             f"a worker {how}{reason} while it made shard {task.name or 'PREFIX'} from {task.pieces[0].file.path}; "
-            "finished shards are kept: run the same command again to continue"
+            "finished shards are kept: run the same command again, without --overwrite, to continue"
         )
 
 

@@ -1,5 +1,6 @@
 """Killed at any moment and started again: the same bytes as a run that nobody disturbed, whoever did the work."""
 
+import errno
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import zstandard
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions, preprocess
+from illada_megatron.data.preprocessing.worker import parts_of
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.manifest import read_manifest
 
@@ -140,13 +143,48 @@ def test_told_to_stop(
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 128 + number, errors
-    assert "stopped; finished shards are kept: run the same command again" in errors
+    assert "stopped; finished shards are kept: run the same command again, without --overwrite, to continue" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out.lock.json").exists()
     assert not any(child.is_running() for child in children)
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "were finished before" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error", "a", None, "b"),
+        OSError(errno.EIO, "Input/output error", 7),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", b"a"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError("words alone"),
+    ],
+    ids=str,
+)
+def test_an_error_of_the_system_is_the_same_elsewhere(error: OSError) -> None:
+    again = OSError(*parts_of(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error).replace("b'a'", "'a'")
+
+
+def test_a_defect_in_a_worker_is_told() -> None:
+    """An interpreter that is taken apart while a thread waits for stdin aborts: "killed by SIGABRT" says nothing."""
+    code = """
+        from illada_megatron.data.preprocessing import worker
+        def run(self):
+            import threading
+            threading.Thread(target=self.listen, daemon=True).start()
+            raise MemoryError("as it happens")
+        worker._Worker.run = run
+        worker.main()
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code), "1"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "MemoryError: as it happens" in process.stderr.read()
+        assert process.wait() == 1
 
 
 def test_a_dead_worker_ends_the_run_with_a_message(
@@ -162,7 +200,7 @@ def test_a_dead_worker_ends_the_run_with_a_message(
     _, errors = process.communicate()
     assert process.returncode == 1
     assert "a worker was killed by SIGKILL (out of memory?" in errors
-    assert "run the same command again to continue" in errors
+    assert "run the same command again, without --overwrite, to continue" in errors
     assert "Traceback" not in errors
     again = _start(command)
     output, errors = again.communicate()
