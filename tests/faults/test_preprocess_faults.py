@@ -217,6 +217,18 @@ def test_a_sample_of_faults(corpora: Corpora, clean: Clean) -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_a_note_that_reads_as_nothing(corpora: Corpora, clean: Clean) -> None:
+    """It is nobody else's for that: it would stay behind, and the next job would look for its owner."""
+    row = [
+        trial
+        for trial in trials(clean.places)
+        if (trial.place.name, trial.place.path) == ("read", "out/web.lock.json") and trial.how.get("action") == "short"
+    ]
+    assert row
+    problems = disturb(corpora, clean, row)
+    assert not problems, "\n".join(problems)
+
+
 def test_a_disk_that_is_full_for_a_worker(corpora: Corpora, clean: Clean) -> None:
     """Other processes do the work: what the system refuses them ends the command as if it had been refused itself."""
     write_tree(clean.before, corpora.out)
