@@ -20,7 +20,8 @@ from illada_megatron.data.shards.inspect import (
 )
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
-from illada_megatron.system.terminal import fail, made_console
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import fail
 
 SHOWN_SHARDS = 20
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from illada_megatron.checkpoint.tools.processes import prepare
 from illada_megatron.config import ConfigError
-from illada_megatron.system.terminal import made_console, say
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import say
 
 if TYPE_CHECKING:
     from illada_megatron.checkpoint.tools.opening import OpenCheckpoint

@@ -11,7 +11,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada_megatron.config import ConfigError
-from illada_megatron.system.terminal import made_console, say
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable

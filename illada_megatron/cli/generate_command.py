@@ -8,7 +8,8 @@ import typer
 
 from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.system.terminal import made_console, say
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import say
 
 if TYPE_CHECKING:
     import torch

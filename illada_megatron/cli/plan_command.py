@@ -19,7 +19,7 @@ from illada_megatron.planning import (
     simulate,
     young_interval,
 )
-from illada_megatron.system.terminal import made_console
+from illada_megatron.system.console import made_console
 
 # 1,024 GPUs are interrupted about every two days, 16,384 every three hours: both are 49,152 GPU hours. Llama 3 405B had
 # 419 unexpected interruptions in 54 days on 16,384 GPUs, one in 50,700 GPU hours (arXiv 2407.21783, section 3.3.4).

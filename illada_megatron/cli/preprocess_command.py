@@ -1,17 +1,20 @@
 """`illada preprocess`, and tools/preprocess_data.py under Megatron's option names: one command."""
 
+import gc
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions, PreprocessSummary
-from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
 from illada_megatron.system.terminal import say
+
+if TYPE_CHECKING:
+    from illada_megatron.data.preprocessing.produce_corpus import PreprocessSummary
 
 # typer looks whether a path can be read and, whatever the system answers, calls it the user's mistake: a disk that may
 # come back is none
@@ -88,30 +91,60 @@ def preprocess(
     Then train on `data.train_paths=[data/train.manifest.json]`.
     """
     _check_type(tokenizer, tokenizer_type)
+    paths = [*(inputs or []), *(input or [])]
+    is_chat = chat or chat_template is not None
     keys: list[str | None] = [*json_keys] if json_keys else [None]
-    for key in keys:
-        prefix = output_prefix if len(keys) == 1 else Path(f"{output_prefix}_{key}_document")
-        options = PreprocessOptions(
-            input_format=input_format,
-            text_key=key,
-            append_eod=append_eod,
-            skip_bad_lines=skip_bad_lines,
-            chat=chat or chat_template is not None,
-            chat_template=chat_template,
-            max_document_mb=max_document_mb,
-            shard_mb=shard_mb,
-            shuffle_seed=shuffle_seed,
-            shuffle_buffer_mb=shuffle_buffer_mb,
-            workers=workers,
-            engine=engine,
-            ray_address=ray_address,
-            tokenizer_engine=tokenizer_engine,
-            overwrite=overwrite,
-            log_interval_seconds=log_interval,
-        )
-        with _stoppable():
-            summary = run_preprocess([*(inputs or []), *(input or [])], prefix, tokenizer, options)
-        say(_told(summary))
+    with _stoppable(), _process_of_its_own():
+        if engine == "local" and not is_chat and _is_one_shard(paths, shard_mb):
+            _open_while_importing(tokenizer_engine, tokenizer)
+        from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions
+        from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
+
+        for key in keys:
+            prefix = output_prefix if len(keys) == 1 else Path(f"{output_prefix}_{key}_document")
+            options = PreprocessOptions(
+                input_format=input_format,
+                text_key=key,
+                append_eod=append_eod,
+                skip_bad_lines=skip_bad_lines,
+                chat=is_chat,
+                chat_template=chat_template,
+                max_document_mb=max_document_mb,
+                shard_mb=shard_mb,
+                shuffle_seed=shuffle_seed,
+                shuffle_buffer_mb=shuffle_buffer_mb,
+                workers=workers,
+                engine=engine,
+                ray_address=ray_address,
+                tokenizer_engine=tokenizer_engine,
+                overwrite=overwrite,
+                log_interval_seconds=log_interval,
+            )
+            say(_told(run_preprocess(paths, prefix, tokenizer, options)))
+
+
+def _is_one_shard(paths: list[Path], shard_mb: float) -> bool:
+    """Then this process itself makes it."""
+    return len(paths) == 1 and paths[0].is_file() and paths[0].stat().st_size <= shard_mb * 1e6
+
+
+def _open_while_importing(tokenizer_engine: str, tokenizer: Path) -> None:
+    """Of a small run's time, a third would go by before its tokenizer is open."""
+    from illada_megatron.data.tokenizers.engine_libraries import open_ahead
+
+    open_ahead(tokenizer_engine, tokenizer)
+
+
+@contextmanager
+def _process_of_its_own() -> Iterator[None]:
+    """As worker processes are: without looking for cycles, of which there are none among millions of objects, and
+    without numpy's threads, of which there would be one for each core."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager
@@ -144,7 +177,7 @@ def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:
         )
 
 
-def _told(summary: PreprocessSummary) -> str:
+def _told(summary: "PreprocessSummary") -> str:
     counts = summary.counts
     lines = [
         f"{summary.manifest}: {counts.documents:,} documents, {counts.tokens:,} tokens "

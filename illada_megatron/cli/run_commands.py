@@ -11,7 +11,8 @@ from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.config.layout import choose_layout, layout_rows, resolve_layout
 from illada_megatron.config.load import to_yaml
 from illada_megatron.config.machines import Work, choose_work, layouts_by_nodes
-from illada_megatron.system.terminal import made_console, say
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import say
 
 if TYPE_CHECKING:
     from illada_megatron.runtime.launch import LaunchOptions

@@ -4,12 +4,8 @@ and a terminal obeys control characters: what is said here has none but line end
 import re
 import sys
 import traceback
-from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, NoReturn
-
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
-from rich.segment import Segment
+from typing import NoReturn
 
 # C0 and C1 but \t and \n, DEL, what turns the direction of text or ends a line, and halves of characters, which cannot
 # be written
@@ -32,32 +28,6 @@ def fail(error: object) -> NoReturn:
     raise SystemExit(1)
 
 
-def made_console(**options: Any) -> Console:
-    """rich's console with `options`: what is printed is text and no markup of rich's, and printable."""
-    made = Console(highlight=False, markup=False, emoji=False, **options)
-    made.push_render_hook(Printable())
-    return made
-
-
 def show_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A `sys.excepthook`: the usual traceback, printable."""
     say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), error=True)
-
-
-class Printable(RenderHook):
-    """For `Console.push_render_hook`: what is rendered is printable."""
-
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_PrintableRenderable(one) for one in renderables]
-
-
-class _PrintableRenderable:
-    """Another's segments. Where a control character was, a table's cell is wider than its column."""
-
-    def __init__(self, inner: ConsoleRenderable) -> None:
-        self._inner = inner
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        segments: Iterable[Segment] = console.render(self._inner, options)
-        for segment in segments:
-            yield segment if segment.control else Segment(printable(segment.text), segment.style)

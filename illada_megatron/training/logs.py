@@ -22,7 +22,7 @@ import orjson
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from illada_megatron.system.terminal import Printable
+from illada_megatron.system.console import Printable
 
 Tell = Callable[[str], None]
 _BOARD_RETRY_SECONDS = 60.0

@@ -14,7 +14,8 @@ from rich.table import Table
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.cli import generate_command, main
 from illada_megatron.data.shards.indexed_dataset import IndexedDatasetWriter
-from illada_megatron.system.terminal import made_console, printable, say, show_defect
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import printable, say, show_defect
 
 ROOT = Path(__file__).parents[2]
 ATTACK = "a\x1b]0;owned\x07b\x1b[2Jc\x9b31m\rd\x08e\u202ef"
@@ -115,7 +116,7 @@ def test_nothing_else_writes_to_the_terminal() -> None:
     """Whoever adds a print() may be printing others' text: `say` and `made_console` are for it."""
     found = []
     for file in [*(ROOT / "illada_megatron").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
-        if file == ROOT / "illada_megatron" / "system" / "terminal.py":
+        if file.parent == ROOT / "illada_megatron" / "system" and file.stem in ("terminal", "console"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.system.terminal import made_console
+from illada_megatron.system.console import made_console
 
 # with the libraries in memory, what four processes hold stays below 1 GB
 _MOST_BY_DEFAULT = 4

@@ -19,6 +19,11 @@ CHUNK_BYTES = 2 << 20
 # a few bytes of zstd can stand for 128 kB, so that this much can become 32 MB
 _ZSTD_INPUT_BYTES = 1024
 
+# from here on copying a line costs more than making a view of it
+_LONG_LINE_BYTES = 1000
+
+Line = bytes | memoryview
+
 Progress = Callable[[int], None]
 """Told how many bytes of the file, as it is stored, were read since it was last called."""
 
@@ -146,18 +151,17 @@ def without_byte_order_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield from chunks
 
 
-def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[list[bytes], int]]:
+def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[list[Line], int]]:
     """Lines without their newlines, those that end in one chunk at a time, and how many of them were longer than
     `limit_bytes`: such a line is never held, and an empty one stands in its place."""
     pending: list[bytes] = []
     pending_bytes = 0
     for chunk in chunks:
-        lines = chunk.split(b"\n")
-        rest = lines.pop()
+        lines, rest = _lines(chunk)
         too_long = 0
         if lines:
             if pending_bytes:
-                pending.append(lines[0])
+                pending.append(bytes(lines[0]))
                 too_long = int(pending_bytes + len(lines[0]) > limit_bytes)
                 lines[0] = b"" if too_long else b"".join(pending)
             if max(map(len, lines)) > limit_bytes:
@@ -172,6 +176,19 @@ def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[lis
             pending.clear()
     if pending_bytes:
         yield ([b"".join(pending)], 0) if pending_bytes <= limit_bytes else ([b""], 1)
+
+
+def _lines(chunk: bytes) -> tuple[list[Line], bytes]:
+    """The lines that end in `chunk`, and what is behind its last newline."""
+    if len(chunk) < _LONG_LINE_BYTES * chunk.count(b"\n"):
+        lines: list[Line] = [*chunk.split(b"\n")]
+        return lines, bytes(lines.pop())
+    view, start = memoryview(chunk), 0
+    found: list[Line] = []
+    while (end := chunk.find(b"\n", start)) >= 0:
+        found.append(view[start:end])
+        start = end + 1
+    return found, chunk[start:]
 
 
 def split_text(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes | None]:

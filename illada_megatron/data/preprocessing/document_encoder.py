@@ -1,8 +1,10 @@
 """Texts -> tokens, for one process."""
 
 import itertools
+import os
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.chat_template import ChatTemplate
 from illada_megatron.data.preprocessing.documents import Batch, read_batches
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
-from illada_megatron.data.tokenizers.engine_libraries import open_reference
+from illada_megatron.data.tokenizers.engine_libraries import open_ahead, open_reference
 from illada_megatron.data.tokenizers.engines import choose_engine, open_engine
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,8 +31,10 @@ class DocumentEncoder:
     """The engine of a job, and what stands behind each document."""
 
     def __init__(self, job: Job, threads: int, sample: ShardTask | None = None) -> None:
-        """threads: of the engine. sample: choose the engine that job.engine asks for by texts of this task; None:
-        job.engine was chosen so before."""
+        """threads: that will call `encode`. sample: choose the engine that job.engine asks for by texts of this task;
+        None: job.engine was chosen so before."""
+        if job.chat is None:
+            open_ahead(job.engine, Path(job.tokenizer_path))
         tokenizer = load_tokenizer(job.tokenizer_path)
         if tokenizer.fingerprint != job.tokenizer_sha256:
             raise DataError(
@@ -38,6 +42,8 @@ class DocumentEncoder:
                 f"expected {job.tokenizer_sha256}): restart, or bring back the file"
             )
         self.threads = threads
+        # the reference's own: it makes them when it first encodes several texts
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         self.wait_until_chosen: Callable[[], None] = lambda: None
         """Called before a shard is finished; returns when the engine is known to give the reference's ids."""
         self.renderer: ChatRenderer | None = None
@@ -49,16 +55,16 @@ class DocumentEncoder:
             self._encode = open_reference(load_tokenizer(job.tokenizer_path, special_tokens=True)).encode
             self.renderer = _renderer(job.chat, tokenizer)
         else:
-            self._open_engine(job, threads, sample)
+            self._open_engine(job, sample)
         self._eos = tokenizer.eos_id if job.append_eod else None
         self.end_token = self._eos if self.renderer is None else None
         """What the writer puts behind each document."""
 
-    def _open_engine(self, job: Job, threads: int, sample: ShardTask | None) -> None:
+    def _open_engine(self, job: Job, sample: ShardTask | None) -> None:
         if sample is None:
-            engine = open_engine(job.tokenizer_path, job.engine, threads)
+            engine = open_engine(job.tokenizer_path, job.engine)
         else:
-            engine = choose_engine(job.tokenizer_path, job.engine, _first_texts(job, sample), threads)
+            engine = choose_engine(job.tokenizer_path, job.engine, _first_texts(job, sample))
             self.report = tuple(engine.report)
         self.engine_name = engine.name
         self._encode = engine.encode

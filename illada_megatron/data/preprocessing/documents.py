@@ -184,10 +184,10 @@ class _Texts:
     def _each(self, records: _Records, batch: Batch) -> list[str]:
         texts = []
         for i, value in enumerate(records.values):
-            if self._format == "jsonl" and not value.strip():
+            if self._format == "jsonl" and not bytes(value).strip():
                 continue
             try:
-                text = self._text(value)
+                text = self._text(bytes(value) if self._format == "jsonl" else value)
             except BadRecordError as error:
                 if not self._skip:
                     choice = "" if self._skip is None else ", or skip and count such documents: --skip-bad-lines"

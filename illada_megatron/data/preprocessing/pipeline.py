@@ -19,16 +19,9 @@ _END = object()
 
 
 def ahead(items: Generator[Item, None, None], depth: int) -> Generator[Item, None, None]:
-    """`items`, computed by a thread that is at most `depth` of them ahead; what it raises is raised here. depth 0: no
-    thread, `items` themselves.
+    """`items`, computed by a thread that is at most `depth` of them ahead; what it raises is raised here.
 
     Closing this generator ends the thread and closes `items`."""
-    if depth == 0:
-        return items
-    return _ahead(items, depth)
-
-
-def _ahead(items: Generator[Item, None, None], depth: int) -> Generator[Item, None, None]:
     ready: queue.Queue[Any] = queue.Queue(depth)
     closed = threading.Event()
 

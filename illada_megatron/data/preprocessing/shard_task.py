@@ -1,7 +1,8 @@
 """One shard task, start to end: the function that a worker process, a Ray task and a single process all call.
 
-Where the process has several cores, three stages work at a time: a thread reads and parses, a thread tokenizes (the
-engines leave Python's lock), this one writes. With a process for each core they take turns: faster, in less memory."""
+Where the process has several cores, three stages work at a time: a thread reads and parses, as many as there are cores
+tokenize (the engines leave Python's lock), this one writes. With a process for each core they take turns: faster, in
+less memory."""
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
@@ -9,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.data.preprocessing import records
 from illada_megatron.data.preprocessing.chunks import CHUNK_BYTES
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder, Lengths, Tokens
@@ -35,7 +37,7 @@ def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report
     if done is not None:
         return done
     parts: list[PartRecord] = []
-    with closing(ahead(_encoded(job, task, encoder), _ahead_of(encoder))) as encoded_batches:
+    with closing(_encoded(job, task, encoder)) as encoded_batches:
         for number, batches in itertools.groupby(encoded_batches, key=lambda batch: batch.part):
             part = records.finished_part(job, task, number)
             if part is None:
@@ -51,11 +53,6 @@ def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report
     return record
 
 
-def _ahead_of(encoder: DocumentEncoder) -> int:
-    """Batches that a stage may be ahead of the next."""
-    return _AHEAD if encoder.threads > 1 else 0
-
-
 @dataclass
 class _Encoded:
     """A batch and its tokens [n], lengths [documents]; None for a batch without documents."""
@@ -66,11 +63,21 @@ class _Encoded:
 
 
 def _encoded(job: Job, task: ShardTask, encoder: DocumentEncoder) -> Generator[_Encoded, None, None]:
-    with closing(ahead(_parts(job, task, encoder), _ahead_of(encoder))) as batches:
-        for part, batch in batches:
-            tokens = encoder.encode(batch.texts) if batch.texts else None
-            batch.texts.clear()
-            yield _Encoded(part, batch, tokens)
+    def encode(numbered: tuple[int, Batch]) -> _Encoded:
+        part, batch = numbered
+        tokens = encoder.encode(batch.texts) if batch.texts else None
+        batch.texts.clear()
+        return _Encoded(part, batch, tokens)
+
+    parts = _parts(job, task, encoder)
+    if encoder.threads == 1:
+        with closing(parts):
+            yield from map(encode, parts)
+        return
+    # one result more than threads: none waits for the one that writes
+    threads = encoder.threads
+    with closing(ahead(parts, _AHEAD)) as batches, Prefetcher(encode, batches, threads, threads + 1) as encoded:
+        yield from encoded
 
 
 def _parts(job: Job, task: ShardTask, encoder: DocumentEncoder) -> Generator[tuple[int, Batch], None, None]:

@@ -71,7 +71,7 @@ class _Pool:
     def __init__(self, job: Job, likely: str | None, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
         """likely: the first worker chooses as job.engine says, the others begin with this one; None: job.engine is
         chosen. There are no more workers than tasks."""
-        defaults = {"RAYON_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": _MALLOC_ARENAS}
+        defaults = {"MALLOC_ARENA_MAX": _MALLOC_ARENAS, "OPENBLAS_NUM_THREADS": "1"}
         environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}
         self._waiting = list(reversed(tasks))
         self._at_work: dict[int, ShardTask] = {}

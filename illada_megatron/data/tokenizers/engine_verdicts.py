@@ -4,7 +4,6 @@ That comparison takes a second or more and comes out the same for the same token
 processor; whatever of these changes, it is made anew. The user's own texts are compared in every run."""
 
 import hashlib
-import json
 import platform
 import unicodedata
 from collections.abc import Sequence
@@ -13,10 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pydantic
-from platformdirs import user_cache_path
 
 from illada_megatron.data.tokenizers.engine_libraries import library_version
-from illada_megatron.system.whole_file import replaced
+from illada_megatron.data.tokenizers.kept import Kept
 
 # the texts, how libraries are opened and compared, and what the reference is
 _DECISIVE_MODULES = ("engine_probes", "engine_libraries", "engines", "tokenizer")
@@ -35,27 +33,24 @@ class Verdict(pydantic.BaseModel, frozen=True, extra="forbid"):
 
 
 class Verdicts:
-    """On one tokenizer. What cannot be read or written is not remembered, and compared again the next time."""
+    """On one tokenizer. Libraries whose verdict is not kept are compared again."""
 
     def __init__(self, tokenizer_fingerprint: str) -> None:
         self._fingerprint = tokenizer_fingerprint
 
     def get(self, library: str) -> Verdict | None:
-        with suppress(OSError, ValueError):
-            return Verdict.model_validate_json(self._path(library).read_bytes())
+        content = self._kept(library).get()
+        if content is not None:
+            with suppress(ValueError):  # of another version of this file
+                return Verdict.model_validate_json(content)
         return None
 
     def put(self, library: str, verdict: Verdict) -> None:
-        path = self._path(library)
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(path) as file:
-                file.write(verdict.model_dump_json().encode())
+        self._kept(library).put(verdict.model_dump_json().encode())
 
-    def _path(self, library: str) -> Path:
+    def _kept(self, library: str) -> Kept:
         decisive = [self._fingerprint, library, library_version(library), *map(version, _REFERENCES), *_surroundings()]
-        name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-        return user_cache_path("illada-megatron") / "tokenizer_engines" / f"{name}.json"
+        return Kept("tokenizer_engines", decisive)
 
 
 def _surroundings() -> Sequence[str]:

@@ -28,6 +28,7 @@ from illada_megatron.data.tokenizers.engine_libraries import (
 )
 from illada_megatron.data.tokenizers.engine_probes import boundary_texts, probe_texts, write_boundary_tokenizer
 from illada_megatron.data.tokenizers.engine_verdicts import Verdict, Verdicts
+from illada_megatron.data.tokenizers.long_texts import LongTexts
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_engine"]
@@ -61,14 +62,11 @@ def choose_engine(
     tokenizer_path: str | Path,
     name: str = "auto",
     sample_texts: Sequence[str] | None = None,
-    threads: int = 1,
 ) -> Engine:
     """The engine to encode with, compared with the reference first.
 
     name: "auto", the fastest that agrees; "reference"; or one of ENGINE_NAMES.
     sample_texts: the first few MB of the corpus, compared in addition to the built-in texts.
-    threads: of the library in this process. The Rust libraries size their pool once a process, from RAYON_NUM_THREADS,
-        which is set here unless it is set already.
 
     Call it in the process that encodes: thread pools do not survive a fork.
     Raises DataError: unusable tokenizer, unknown name, or an engine asked for by name that cannot serve or differs."""
@@ -76,17 +74,16 @@ def choose_engine(
     if name not in ENGINE_NAMES:
         raise DataError(f"tokenizer engine is {name!r}, expected one of {', '.join(ENGINE_NAMES)}")
     tokenizer = load_tokenizer(path)
-    reference = open_reference(tokenizer)
     if name == "reference":
-        return CheckedEngine(reference, reference, ["tokenizer engine reference: asked for"])
+        return CheckedEngine(None, tokenizer, ["tokenizer engine reference: asked for"])
     sample = list(sample_texts or [])
-    expected_of_sample = reference.encode(sample)
+    expected_of_sample = open_reference(tokenizer).encode(sample)
     refused: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
-        built_in = _BuiltInTexts(path, tokenizer, Path(directory), threads)
+        built_in = _BuiltInTexts(path, tokenizer, Path(directory))
         for candidate in candidates(path) if name == "auto" else [name]:
             try:
-                engine = CheckedEngine(open_library(candidate, path, threads), reference)
+                engine = CheckedEngine(open_library(candidate, path), tokenizer)
                 verdict = built_in.verdict(engine)
                 engine.compare(sample, expected_of_sample)
             except (UnsuitableError, DataError) as error:
@@ -96,7 +93,7 @@ def choose_engine(
             return engine
     if name != "auto":
         raise DataError(f"{path}: {refused[0]}. Choose another engine: auto, or reference, which always serves")
-    return CheckedEngine(reference, reference, [*refused, "tokenizer engine reference: no other serves"])
+    return CheckedEngine(None, tokenizer, [*refused, "tokenizer engine reference: no other serves"])
 
 
 def likely_engine(tokenizer_path: Path, tokenizer_fingerprint: str, name: str) -> str:
@@ -109,16 +106,16 @@ def likely_engine(tokenizer_path: Path, tokenizer_fingerprint: str, name: str) -
     return next(iter(possible), "reference")
 
 
-def open_engine(tokenizer_path: str | Path, name: str, threads: int = 1) -> Engine:
+def open_engine(tokenizer_path: str | Path, name: str) -> Engine:
     """The engine `name` without comparing it: where choose_engine has done that, or is about to.
 
     The audit goes on. Raises DataError when it cannot be opened here."""
     path = Path(tokenizer_path)
-    reference = open_reference(load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
     if name == "reference":
-        return CheckedEngine(reference, reference)
+        return CheckedEngine(None, tokenizer)
     try:
-        return CheckedEngine(open_library(name, path, threads), reference)
+        return CheckedEngine(open_library(name, path), tokenizer)
     except UnsuitableError as error:
         raise DataError(f"{path}: tokenizer engine {name} {error}") from error
 
@@ -134,8 +131,8 @@ def _chosen(name: str, verdict: Verdict, sample: Sequence[str]) -> str:
 class _BuiltInTexts:
     """Whether libraries give the reference's ids on the texts made to tell them apart, or did so before."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, directory: Path, threads: int) -> None:
-        self._path, self._tokenizer, self._threads = path, tokenizer, threads
+    def __init__(self, path: Path, tokenizer: Tokenizer, directory: Path) -> None:
+        self._path, self._tokenizer = path, tokenizer
         self._verdicts = Verdicts(tokenizer.fingerprint)
         self._boundaries = directory / "boundaries.json"
 
@@ -155,9 +152,9 @@ class _BuiltInTexts:
         try:
             engine.compare(texts, expected)
             if self._has_boundaries:
-                others, reference, others_expected = self._boundary_probes
-                library = open_library(engine.name, self._boundaries, self._threads)
-                CheckedEngine(library, reference).compare(others, others_expected)
+                others, tokenizer, others_expected = self._boundary_probes
+                library = open_library(engine.name, self._boundaries)
+                CheckedEngine(library, tokenizer).compare(others, others_expected)
         except OtherIdsError as error:  # what else may happen, may not happen again
             refused = str(error)
         return Verdict(refused=refused, texts=len(texts), characters=sum(map(len, texts)))
@@ -173,22 +170,33 @@ class _BuiltInTexts:
         return self._path.suffix == ".json" and write_boundary_tokenizer(self._path, self._boundaries)
 
     @functools.cached_property
-    def _boundary_probes(self) -> tuple[list[str], Library, FlatIds]:
+    def _boundary_probes(self) -> tuple[list[str], Tokenizer, FlatIds]:
         """Takes about a second: only when a library passed everything else."""
-        texts, reference = boundary_texts(), open_reference(load_tokenizer(self._boundaries))
-        return texts, reference, reference.encode(texts)
+        texts, tokenizer = boundary_texts(), load_tokenizer(self._boundaries)
+        return texts, tokenizer, open_reference(tokenizer).encode(texts)
 
 
 class CheckedEngine:
     """A library with the reference beside it."""
 
-    def __init__(self, library: Library, reference: Library, report: Sequence[str] = ()) -> None:
-        self.name = library.name
+    def __init__(self, library: Library | None, tokenizer: Tokenizer, report: Sequence[str] = ()) -> None:
+        """library: None for the reference itself."""
+        self._reference = open_reference(tokenizer)
+        self._library = library or self._reference
+        self._long_texts = LongTexts(tokenizer)
+        self.name = self._library.name
         self.report: Sequence[str] = report
-        self._library = library
-        self._reference = reference
 
     def encode(self, texts: list[str]) -> FlatIds:
+        if not any(map(LongTexts.is_long, texts)):
+            return self._audited(texts)
+        parts = [self._encode_by_pieces(text) for text in texts]
+        return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+
+    def _encode_by_pieces(self, text: str) -> NDArray[np.int32]:
+        return np.concatenate([self._audited([piece])[0] for piece in self._long_texts.pieces(text)])
+
+    def _audited(self, texts: list[str]) -> FlatIds:
         tokens, lengths = self._encode(texts)
         if self._library is not self._reference:
             self._audit(texts, tokens, lengths)

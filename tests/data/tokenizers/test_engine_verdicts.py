@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from illada_megatron.data.tokenizers import engine_verdicts, engines
 from illada_megatron.data.tokenizers.engine_libraries import Library
@@ -36,13 +37,17 @@ def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+def _kept_in(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
 def test_a_comparison_is_made_once(huggingface_path: Path, cache: Path, comparisons: list[str]) -> None:
     first = choose_engine(huggingface_path)
     second = choose_engine(huggingface_path)
     assert len(comparisons) == 1
     assert (second.name, second.report) == (first.name, first.report)
     assert first.name == "fastokens"
-    assert len(list(cache.rglob("*.json"))) == 1
+    assert len(_kept_in(cache)) == 1
 
 
 def test_a_refusal_is_remembered_and_not_tried_first(
@@ -50,8 +55,8 @@ def test_a_refusal_is_remembered_and_not_tried_first(
 ) -> None:
     honest = engines.open_library
 
-    def open_library(name: str, path: Path, threads: int) -> Library:
-        library = honest(name, path, threads)
+    def open_library(name: str, path: Path) -> Library:
+        library = honest(name, path)
         return library._replace(encode=lambda texts: library.encode([text.upper() for text in texts]))
 
     fingerprint = load_tokenizer(huggingface_path).fingerprint
@@ -109,8 +114,8 @@ def test_the_texts_of_the_user_are_compared_each_time(
     assert choose_engine(huggingface_path, sample_texts=texts[:2]).name == "fastokens"
     honest = engines.open_library
 
-    def open_library(name: str, path: Path, threads: int) -> Library:
-        library = honest(name, path, threads)
+    def open_library(name: str, path: Path) -> Library:
+        library = honest(name, path)
         return library._replace(
             encode=lambda given: library.encode([text for text in given if text != texts[3]] + [""])
         )
@@ -125,11 +130,14 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_only(
     huggingface_path: Path, cache: Path, comparisons: list[str]
 ) -> None:
     choose_engine(huggingface_path)
-    (remembered,) = cache.rglob("*.json")
-    for damage in (b"", b"\0" * 40, b'{"refused": 3}'):
+    (remembered,) = _kept_in(cache)
+    of_another_version = b'{"refused": 3}'
+    checksum = xxhash.xxh3_128_hexdigest(of_another_version).encode()
+    whole = remembered.read_bytes()
+    for damage in (b"", b"\0" * 40, whole[:-1], checksum + b"\n" + of_another_version):
         remembered.write_bytes(damage)
         assert choose_engine(huggingface_path).name == "fastokens"
-    assert len(comparisons) == 4
+    assert len(comparisons) == 5
     assert Verdicts(load_tokenizer(huggingface_path).fingerprint).get("fastokens") is not None
 
     remembered.unlink()
@@ -137,7 +145,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_time_only(
     remembered.parent.write_text("a file where the directory should be")
     for _ in range(2):
         assert choose_engine(huggingface_path).name == "fastokens"
-    assert len(comparisons) == 6
+    assert len(comparisons) == 7
 
 
 def test_failures_are_not_remembered(huggingface_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +157,6 @@ def test_failures_are_not_remembered(huggingface_path: Path, cache: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(engines, "open_library", lambda name, *_: Library(name, fail))
         assert choose_engine(huggingface_path).name == "reference"
-    assert not list(cache.rglob("*.json"))
+    assert not _kept_in(cache)
     assert choose_engine(huggingface_path).name == "fastokens"
     assert isinstance(Verdicts(load_tokenizer(huggingface_path).fingerprint).get("fastokens"), Verdict)

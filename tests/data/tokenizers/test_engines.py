@@ -2,7 +2,6 @@
 
 import builtins
 import functools
-import random
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,62 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import Regex, pre_tokenizers
+from tokenizer_kinds import KINDS
+from tokenizers import pre_tokenizers
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from illada_megatron.data.tokenizers import engine_libraries, engines
 from illada_megatron.data.tokenizers.engine_libraries import ENGINE_NAMES, FlatIds, Library, flatten
 from illada_megatron.data.tokenizers.engine_probes import probe_texts
 from illada_megatron.data.tokenizers.engines import choose_engine, open_engine
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
-GPT4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-OWN = r"\d+|[^\W\d]+|\s+|[^\w\s]+"
-PRE_TOKENIZERS: dict[str, Any] = {
-    "gpt4": [pre_tokenizers.Split(Regex(GPT4), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
-    "qwen": [
-        pre_tokenizers.Split(Regex(GPT4.replace("{1,3}", "")), "isolated"),
-        pre_tokenizers.ByteLevel(False, use_regex=False),
-    ],
-    "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)],
-    "own": [pre_tokenizers.Split(Regex(OWN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
-}
 Chosen = Callable[[str], engines.Engine]
-KINDS = ["sentencepiece", "unigram", "gpt2", *PRE_TOKENIZERS]
-
-
-@pytest.fixture(scope="session")
-def paths(
-    texts: list[str],
-    jsonl: Path,
-    sentencepiece_path: Path,
-    huggingface_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Path]:
-    """Tokenizers of all kinds that users bring."""
-    directory = tmp_path_factory.mktemp("kinds")
-    unigram = train_sentencepiece([jsonl], directory / "unigram.model", vocab_size=600, model_type="unigram")
-    made = {"sentencepiece": sentencepiece_path, "unigram": unigram, "gpt2": huggingface_path}
-    for name, parts in PRE_TOKENIZERS.items():
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=2000,
-            special_tokens=["<|endoftext|>", "<|im_start|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        if name == "qwen":
-            tokenizer.normalizer = tokenizers.normalizers.NFC()
-            tokenizer.add_tokens(["addedword", "return  x"])
-        made[name] = directory / f"{name}.json"
-        tokenizer.save(str(made[name]))
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -77,33 +31,8 @@ def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="session")
 def chosen(paths: dict[str, Path]) -> Chosen:
-    """choose_engine(paths[kind], threads=2), once."""
-    return functools.cache(lambda kind: choose_engine(paths[kind], threads=2))
-
-
-@pytest.fixture(scope="session")
-def awkward_texts(texts: list[str]) -> list[str]:
-    """Real text with rare characters and special tokens thrown in."""
-    generator = random.Random(3)
-    thrown = [
-        "\u2581",
-        "<mask>",
-        "<|endoftext|>",
-        "</s>",
-        "é",
-        "漢字",
-        "🙂",
-        "e\u0301",
-        "\u180e",
-        "\0",
-        "\r\n",
-        "addedword",
-    ]
-    made = []
-    for text in texts:
-        cut = generator.randrange(len(text))
-        made.append(text[:cut] + generator.choice(thrown) + text[cut : cut + 3000])
-    return made
+    """choose_engine(paths[kind]), once."""
+    return functools.cache(lambda kind: choose_engine(paths[kind]))
 
 
 def same(found: FlatIds, expected: list[list[int]]) -> bool:
@@ -185,8 +114,8 @@ def lying(wrong: Callable[[str], bool]) -> Callable[[str, Path, int], Library]:
     """open_library, except that its libraries give one wrong id where `wrong(text)`."""
     honest = engine_libraries.open_library
 
-    def open_liar(name: str, path: Path, threads: int) -> Library:
-        library = honest(name, path, threads)
+    def open_liar(name: str, path: Path) -> Library:
+        library = honest(name, path)
 
         def encode(texts: list[str]) -> FlatIds:
             tokens, lengths = library.encode(texts)
