@@ -13,8 +13,8 @@ import zstandard
 
 from illada_megatron.data.errors import DataError
 
-CHUNK_BYTES = 2 << 20
-"""Also about the size of a batch for the tokenizer: it keeps its threads busy and stays in the caches."""
+CHUNK_BYTES = 1 << 20
+"""Also about the size of a batch for the tokenizer, which may take 50 times as much memory."""
 
 # a few bytes of zstd can stand for 128 kB, so that this much can become 32 MB
 _ZSTD_INPUT_BYTES = 1024
@@ -22,7 +22,7 @@ _ZSTD_INPUT_BYTES = 1024
 # from here on copying a line costs more than making a view of it
 _LONG_LINE_BYTES = 1000
 
-Line = bytes | memoryview
+Line = bytes | bytearray | memoryview
 
 Progress = Callable[[int], None]
 """Told how many bytes of the file, as it is stored, were read since it was last called."""
@@ -154,28 +154,28 @@ def without_byte_order_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[list[Line], int]]:
     """Lines without their newlines, those that end in one chunk at a time, and how many of them were longer than
     `limit_bytes`: such a line is never held, and an empty one stands in its place."""
-    pending: list[bytes] = []
+    pending = bytearray()  # grows where it lies: pieces to be joined would take a long line's memory twice
     pending_bytes = 0
     for chunk in chunks:
         lines, rest = _lines(chunk)
         too_long = 0
         if lines:
             if pending_bytes:
-                pending.append(bytes(lines[0]))
+                pending += lines[0]
                 too_long = int(pending_bytes + len(lines[0]) > limit_bytes)
-                lines[0] = b"" if too_long else b"".join(pending)
+                lines[0] = b"" if too_long else pending
             if max(map(len, lines)) > limit_bytes:
                 too_long += sum(len(line) > limit_bytes for line in lines)
                 lines = [line if len(line) <= limit_bytes else b"" for line in lines]
-            pending, pending_bytes = [], 0
+            pending, pending_bytes = bytearray(), 0
             yield lines, too_long
         pending_bytes += len(rest)
         if pending_bytes <= limit_bytes:
-            pending.append(rest)
+            pending += rest
         else:
-            pending.clear()
+            pending = bytearray()
     if pending_bytes:
-        yield ([b"".join(pending)], 0) if pending_bytes <= limit_bytes else ([b""], 1)
+        yield ([pending], 0) if pending_bytes <= limit_bytes else ([b""], 1)
 
 
 def _lines(chunk: bytes) -> tuple[list[Line], bytes]:

@@ -23,6 +23,7 @@ TOO_LONG = "too long"
 EMPTY = "empty"
 _SHOWN_CHARACTERS = 60
 _MOST_TEXT_BYTES = 64_000_000
+_PART_CHARACTERS = 1 << 20
 
 
 @dataclass
@@ -242,7 +243,12 @@ def _decoded(value: bytes) -> str:
 def _utf8_bytes(texts: list[str]) -> int:
     if all(map(str.isascii, texts)):
         return sum(map(len, texts))
-    return sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    return sum(len(text) if text.isascii() else sum(len(part.encode()) for part in _parts(text)) for text in texts)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Of a bounded size."""
+    return (text[start : start + _PART_CHARACTERS] for start in range(0, len(text), _PART_CHARACTERS))
 
 
 def _named(value: object) -> str:

@@ -14,8 +14,9 @@ from illada_megatron.data.preprocessing.inputs import InputFile
 
 # of their decompressed size, roughly: so many small compressed files share a task
 _USUAL_COMPRESSION = 4
-# part of the fingerprint: raise it with any change to the bytes that a job gives (chunks.CHUNK_BYTES, the shuffle)
-_VERSION = 2
+# part of the fingerprint: raise it with any change to the bytes that a job gives (chunks.CHUNK_BYTES, the shuffle,
+# tokenizers.long_texts)
+_VERSION = 3
 # what has no influence on the bytes of a shard that could be finished at all
 _WITHOUT_INFLUENCE = {"prefix", "engine", "skip_bad_lines", "tokenizer_path", "fingerprint"}
 

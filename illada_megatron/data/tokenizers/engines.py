@@ -36,6 +36,7 @@ __all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_eng
 AUDITED_SHARE = 1 / 1000
 """Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
 
+_PIECES_AT_A_TIME = 16
 _SHOWN_CHARACTERS = 30
 _DIGESTED_CHARACTERS = 500
 
@@ -55,6 +56,7 @@ class Engine(Protocol):
     def encode(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Ids of all texts one after another [n] and how many each text has [texts]. No BOS, no EOS is added.
 
+        Where one of `texts` is long, the list is empty afterwards: they are let go of as they are cut into pieces.
         Raises DataError when the audit finds other ids than the reference's."""
 
 
@@ -190,11 +192,20 @@ class CheckedEngine:
     def encode(self, texts: list[str]) -> FlatIds:
         if not any(map(LongTexts.is_long, texts)):
             return self._audited(texts)
-        parts = [self._encode_by_pieces(text) for text in texts]
-        return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+        texts.reverse()
+        parts = []
+        while texts:
+            parts.append(self._encode_by_pieces(texts.pop()))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0], np.array([len(part) for part in parts])
 
     def _encode_by_pieces(self, text: str) -> NDArray[np.int32]:
-        return np.concatenate([self._audited([piece])[0] for piece in self._long_texts.pieces(text)])
+        pieces = list(self._long_texts.pieces(text))
+        del text  # one rare character has made it four times as large as most of its pieces are
+        pieces.reverse()
+        parts = []
+        while pieces:
+            parts.append(self._audited([pieces.pop() for _ in pieces[-_PIECES_AT_A_TIME:]])[0])
+        return np.concatenate(parts)
 
     def _audited(self, texts: list[str]) -> FlatIds:
         tokens, lengths = self._encode(texts)

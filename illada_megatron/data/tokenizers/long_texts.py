@@ -20,7 +20,8 @@ from collections.abc import Iterator
 
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
-PIECE_CHARACTERS = 1 << 20
+LONG_CHARACTERS = 1 << 21
+PIECE_CHARACTERS = 1 << 16
 _NEIGHBOURHOOD = 300
 _LETTER = r"[^\W\d_]"
 _BETWEEN_WORDS = re.compile(f"(?<={_LETTER}) (?={_LETTER})")
@@ -35,7 +36,7 @@ class LongTexts:
 
     @staticmethod
     def is_long(text: str) -> bool:
-        return len(text) > 2 * PIECE_CHARACTERS
+        return len(text) > LONG_CHARACTERS
 
     def pieces(self, text: str) -> Iterator[str]:
         """Of about PIECE_CHARACTERS each; longer where there is no place to cut."""

@@ -21,6 +21,7 @@ ADDED_WITH_SPACES = "qwen"
 
 @pytest.fixture(autouse=True)
 def _short_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(long_texts, "LONG_CHARACTERS", 1_000)
     monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
