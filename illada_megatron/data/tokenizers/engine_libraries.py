@@ -136,7 +136,7 @@ def _require_few_ids(definition: dict[str, Any]) -> None:
     """A library makes room for each id up to the largest, and ends the process where there is none."""
     vocab = definition["model"]["vocab"]
     added = [token["id"] for token in definition.get("added_tokens") or []]
-    largest = max(*added, len(vocab), *(vocab.values() if isinstance(vocab, dict) else ()))
+    largest = max([*added, len(vocab), *(vocab.values() if isinstance(vocab, dict) else ())])
     if largest >= MOST_IDS:
         raise UnsuitableError(f"its largest id is {largest}, expected less than {MOST_IDS}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import tokenizers
 from tokenizer_kinds import KINDS
@@ -16,7 +17,7 @@ from tokenizers import pre_tokenizers
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.tokenizers import engine_libraries, engines
-from illada_megatron.data.tokenizers.engine_libraries import ENGINE_NAMES, FlatIds, Library, flatten
+from illada_megatron.data.tokenizers.engine_libraries import ENGINE_NAMES, FlatIds, Library, UnsuitableError, flatten
 from illada_megatron.data.tokenizers.engine_probes import probe_texts
 from illada_megatron.data.tokenizers.engines import choose_engine, open_engine
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
@@ -220,6 +221,89 @@ def test_missing_packages_are_reported(paths: dict[str, Path], monkeypatch: pyte
         choose_engine(paths["gpt2"], "fastokens")
     with pytest.raises(DataError, match="fastokens not installed"):
         open_engine(paths["gpt2"], "fastokens")
+
+
+def _opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the libraries as they are opened, ahead or not."""
+    opened: list[str] = []
+    honest = engine_libraries._opened
+
+    def open_it(name: str, path: Path, content: bytes) -> Library:
+        opened.append(name)
+        return honest(name, path, content)
+
+    monkeypatch.setattr(engine_libraries, "_opened", open_it)
+    return opened
+
+
+def test_a_library_is_opened_ahead_once(
+    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was opened of a file is not used for another file of its name."""
+    opened = _opened(monkeypatch)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(paths["gpt2"].read_bytes())
+    for _ in range(2):
+        engine_libraries.open_ahead("auto", path)
+    assert open_engine(path, "fastokens").encode(["a b c"])[0].tolist() == load_tokenizer(paths["gpt2"]).encode("a b c")
+    assert opened == ["fastokens"]
+    engine_libraries.open_ahead("fastokens", path)
+    path.write_bytes(paths["gpt4"].read_bytes())
+    assert open_engine(path, "fastokens").encode(["a b c"])[0].tolist() == load_tokenizer(paths["gpt4"]).encode("a b c")
+    assert opened == ["fastokens"] * 3
+
+
+def test_errors_of_opening_ahead_come_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    engine_libraries.open_ahead("auto", path)  # no such file
+    path.write_text("{}")
+    engine_libraries.open_ahead("auto", path)
+    engine_libraries.open_ahead("no such engine", path)
+    with pytest.raises(UnsuitableError, match="cannot read this tokenizer"):
+        engine_libraries.open_library("fastokens", path)
+
+
+@pytest.mark.parametrize("name", ["fastokens", "gigatoken"])
+def test_a_huge_id_is_refused_before_a_library_makes_room_for_it(
+    name: str, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """It would end the process, which has no such memory."""
+    pytest.importorskip(name)
+    for place in ("vocab", "added"):
+        definition = orjson.loads(paths["gpt2"].read_bytes())
+        if place == "vocab":
+            definition["model"]["vocab"]["huge"] = 2**31
+        else:
+            definition["added_tokens"].append({**definition["added_tokens"][0], "id": 2**31, "content": "huge"})
+        path = tmp_path / f"{place}.json"
+        path.write_bytes(orjson.dumps(definition))
+        with pytest.raises(UnsuitableError, match="its largest id is 2147483648, expected less than"):
+            engine_libraries.open_library(name, path)
+    definition = orjson.loads(paths["gpt2"].read_bytes())
+    path.write_bytes(orjson.dumps({**definition, "added_tokens": []}))
+    engine_libraries.open_library(name, path)
+
+
+def test_a_model_is_turned_into_gigatokens_form_once(
+    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    """And again where what was kept is damaged."""
+    pytest.importorskip("gigatoken")
+    made: list[int] = []
+    honest = engine_libraries._definition_for_gigatoken
+
+    def definition(content: bytes) -> dict[str, Any]:
+        made.append(len(content))
+        return honest(content)
+
+    monkeypatch.setattr(engine_libraries, "_definition_for_gigatoken", definition)
+    expected = load_tokenizer(paths["sentencepiece"]).encode_batch(texts[:20])
+    for step, times in (("first", 1), ("again", 1), ("damaged", 2)):
+        if step == "damaged":
+            (kept,) = (tmp_path / "cache").rglob("gigatoken_definitions/*")
+            kept.write_bytes(kept.read_bytes()[:-1])
+        assert same(open_engine(paths["sentencepiece"], "gigatoken").encode(texts[:20]), expected)
+        assert len(made) == times, step
 
 
 def test_names(paths: dict[str, Path]) -> None:
