@@ -26,8 +26,6 @@ from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
-# glibc keeps free memory in each: by one for each thread, a worker is a third larger
-_MALLOC_ARENAS = "1"
 
 
 def run_here(
@@ -71,7 +69,9 @@ class _Pool:
     def __init__(self, job: Job, likely: str | None, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
         """likely: the first worker chooses as job.engine says, the others begin with this one; None: job.engine is
         chosen. There are no more workers than tasks."""
-        defaults = {"MALLOC_ARENA_MAX": _MALLOC_ARENAS, "OPENBLAS_NUM_THREADS": "1"}
+        defaults = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, of which it would start one for each core
+        if threads == 1:  # glibc keeps free memory in each arena: a worker was a third larger
+            defaults["MALLOC_ARENA_MAX"] = "1"
         environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}
         self._waiting = list(reversed(tasks))
         self._at_work: dict[int, ShardTask] = {}

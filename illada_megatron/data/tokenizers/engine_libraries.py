@@ -67,10 +67,10 @@ def open_library(name: str, path: Path) -> Library:
 
 def open_ahead(name: str, path: Path) -> None:
     """Begin to open, in a thread, what `open_library` will be asked for ("auto": the fastest): fastokens takes 0.2 s,
-    most of it without Python's lock. Errors come where it is asked for."""
+    most of it without Python's lock. What a library refuses, `open_library` raises. Raises OSError."""
     if name == "auto":
         name = next(iter(_openers(path)))
-    if name not in _openers(path) or not path.is_file():
+    if name not in _openers(path) or path.suffix not in (".json", ".model") or not path.is_file():
         return
     content = path.read_bytes()
     if (name, content) in _begun:
