@@ -139,12 +139,16 @@ def _open_while_importing(tokenizer_engine: str, tokenizer: Path) -> None:
 def _process_of_its_own() -> Iterator[None]:
     """As worker processes are: without looking for cycles, of which there are none among millions of objects, and
     without numpy's threads, of which there would be one for each core."""
+    threads, collects = os.environ.get("OPENBLAS_NUM_THREADS"), gc.isenabled()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if threads is None:
+            os.environ.pop("OPENBLAS_NUM_THREADS", None)
+        if collects:
+            gc.enable()
 
 
 @contextmanager

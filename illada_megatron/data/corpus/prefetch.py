@@ -14,16 +14,26 @@ class Prefetcher(Generic[Item, Result]):
     """Iterates over work(item) for each of `items`, in their order, with up to `depth` results computed ahead.
 
     Reading shards and drawing masks leave the GIL, so that threads work while the model computes. An exception of the
-    work is raised where its result would have come. Use it as a context, or call `close`.
+    work, or of `items`, is raised where the result would have come. Use it as a context, or call `close`.
 
+    weight: of an item; none is taken while those of which no result was asked for weigh `most_weight` or more.
     wait_seconds: how long the consumer has waited for results since `take_wait_seconds` was last called."""
 
-    def __init__(self, work: Callable[[Item], Result], items: Iterator[Item], threads: int, depth: int) -> None:
+    def __init__(
+        self,
+        work: Callable[[Item], Result],
+        items: Iterator[Item],
+        threads: int,
+        depth: int,
+        weight: Callable[[Item], int] = lambda _: 0,
+        most_weight: int = 1,
+    ) -> None:
         self._work = work
         self._items = items
         self._depth = depth
+        self._weight, self._most_weight = weight, most_weight
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="illada-data")
-        self._pending: deque[Future[Result]] = deque()
+        self._pending: deque[tuple[Future[Result], int]] = deque()
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Self:
@@ -34,7 +44,7 @@ class Prefetcher(Generic[Item, Result]):
         if not self._pending:
             raise StopIteration
         started = time.perf_counter()
-        result = self._pending.popleft().result()
+        result = self._pending.popleft()[0].result()
         self.wait_seconds += time.perf_counter() - started
         self._fill()
         return result
@@ -56,9 +66,15 @@ class Prefetcher(Generic[Item, Result]):
         self.close()
 
     def _fill(self) -> None:
-        while len(self._pending) < self._depth:
+        while len(self._pending) < self._depth and sum(weight for _, weight in self._pending) < self._most_weight:
             try:
                 item = next(self._items)
             except StopIteration:
                 return
-            self._pending.append(self._pool.submit(self._work, item))
+            except Exception as error:  # raised by __next__, behind the results that came before
+                failed: Future[Result] = Future()
+                failed.set_exception(error)
+                self._pending.append((failed, 0))
+                self._items = iter(())
+                return
+            self._pending.append((self._pool.submit(self._work, item), self._weight(item)))

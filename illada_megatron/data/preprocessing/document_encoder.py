@@ -1,7 +1,6 @@
 """Texts -> tokens, for one process."""
 
 import itertools
-import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -42,8 +41,6 @@ class DocumentEncoder:
                 f"expected {job.tokenizer_sha256}): restart, or bring back the file"
             )
         self.threads = threads
-        # the reference's own: it makes them when it first encodes several texts
-        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         self.wait_until_chosen: Callable[[], None] = lambda: None
         """Called before a shard is finished; returns when the engine is known to give the reference's ids."""
         self.renderer: ChatRenderer | None = None

@@ -40,7 +40,9 @@ def run_ray(
     started = not ray.is_initialized()
     if started:
         before = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, log_to_driver=False)
+        # a task has a core, of the reference too, which would take all
+        variables = {"PYTHONPATH": _import_path(), "RAYON_NUM_THREADS": "1"}
+        ray.init(address=address, runtime_env={"env_vars": variables}, log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # which Ray has made its own
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)

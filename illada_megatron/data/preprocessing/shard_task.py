@@ -27,6 +27,8 @@ Report = Callable[[int, int], None]
 """Told (bytes of input read, tokens made) since it was last called; may raise to end the task."""
 
 _AHEAD = 2
+_MOST_TEXT_BYTES = 16 << 20
+"""Of which the tokens are not written yet, and one batch more: memory does not grow with cores nor with documents."""
 
 
 def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report) -> TaskRecord:
@@ -74,9 +76,17 @@ def _encoded(job: Job, task: ShardTask, encoder: DocumentEncoder) -> Generator[_
         with closing(parts):
             yield from map(encode, parts)
         return
-    # one result more than threads: none waits for the one that writes
-    threads = encoder.threads
-    with closing(ahead(parts, _AHEAD)) as batches, Prefetcher(encode, batches, threads, threads + 1) as encoded:
+    with (
+        closing(ahead(parts, _AHEAD)) as batches,
+        Prefetcher(
+            encode,
+            batches,
+            encoder.threads,
+            depth=encoder.threads + 1,  # no thread waits for the one that writes
+            weight=lambda numbered: numbered[1].text_bytes,
+            most_weight=_MOST_TEXT_BYTES,
+        ) as encoded,
+    ):
         yield from encoded
 
 

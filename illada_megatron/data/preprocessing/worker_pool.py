@@ -69,7 +69,8 @@ class _Pool:
     def __init__(self, job: Job, likely: str | None, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
         """likely: the first worker chooses as job.engine says, the others begin with this one; None: job.engine is
         chosen. There are no more workers than tasks."""
-        defaults = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, of which it would start one for each core
+        # of the reference, and of numpy, of which it would start one for each core
+        defaults = {"RAYON_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
         if threads == 1:  # glibc keeps free memory in each arena: a worker was a third larger
             defaults["MALLOC_ARENA_MAX"] = "1"
         environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Library(NamedTuple):
 
 _begun: dict[tuple[str, bytes], Future[Library]] = {}
 """By name and content of the tokenizer's file."""
+os.register_at_fork(after_in_child=_begun.clear)  # where the thread is not
 
 
 class UnsuitableError(Exception):
@@ -61,6 +63,7 @@ def open_library(name: str, path: Path) -> Library:
     if name not in _openers(path):
         raise UnsuitableError(f"does not serve {path.suffix} files")
     content = path.read_bytes()
+    _set_threads()
     begun = _begun.pop((name, content), None)
     return _opened(name, path, content) if begun is None else begun.result()
 
@@ -75,6 +78,7 @@ def open_ahead(name: str, path: Path) -> None:
     content = path.read_bytes()
     if (name, content) in _begun:
         return
+    _set_threads()
     begun: Future[Library] = Future()
 
     def work() -> None:
@@ -83,9 +87,17 @@ def open_ahead(name: str, path: Path) -> None:
         except BaseException as error:  # open_library raises it
             begun.set_exception(error)
 
-    _begun.clear()  # what nobody has asked for
-    _begun[name, content] = begun
-    threading.Thread(target=work, name="open tokenizer", daemon=True).start()
+    # no daemon: one that comes back from Rust while the interpreter is being taken apart aborts the process
+    thread = threading.Thread(target=work, name="open tokenizer")
+    with suppress(RuntimeError):  # no thread can be started: open_library does it
+        thread.start()
+        _begun.clear()  # what nobody has asked for
+        _begun[name, content] = begun
+
+
+def _set_threads() -> None:
+    """Before another thread may look: the environment is nobody's to change then."""
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
 
 
 def _opened(name: str, path: Path, content: bytes) -> Library:
@@ -144,7 +156,6 @@ def _require_few_ids(definition: dict[str, Any]) -> None:
 def _open_fastokens(content: bytes) -> Library:
     import fastokens
 
-    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # it reads this when it first encodes
     definition = _untrimmed(content)
     _require_few_ids(definition)
     tokenizer = fastokens.Tokenizer.from_json_str(orjson.dumps(definition).decode())

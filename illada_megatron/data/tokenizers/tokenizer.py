@@ -51,6 +51,9 @@ class Tokenizer(Protocol):
     def piece(self, token_id: int) -> str:
         """One token for a reader: its text, the name of a special token, "<0x0A>" for a lone byte."""
 
+    def spelled(self, token_id: int) -> str:
+        """One token as the vocabulary spells it, with its own sign for a space; "": there is none of this id."""
+
 
 def load_tokenizer(path: str | Path, special_tokens: bool = False) -> Tokenizer:
     """The tokenizer in `path`, by its suffix: `.model` SentencePiece, `.json` Hugging Face.
@@ -203,7 +206,11 @@ class SentencePieceTokenizer:
 
     def piece(self, token_id: int) -> str:
         (token_id,) = _checked([token_id], self.vocab_size)
-        return self._processor.id_to_piece(token_id).replace(SPACE_SIGN, " ")
+        return self.spelled(token_id).replace(SPACE_SIGN, " ")
+
+    def spelled(self, token_id: int) -> str:
+        piece: str = self._processor.id_to_piece(token_id)
+        return piece
 
 
 class HuggingFaceTokenizer:
@@ -256,3 +263,6 @@ class HuggingFaceTokenizer:
         text = self._tokenizer.decode([token_id], skip_special_tokens=False)
         # part of a character has no text of its own: show the vocabulary's name for it; a hole in the vocabulary, ""
         return self._tokenizer.id_to_token(token_id) or "" if "\ufffd" in text or not text else text
+
+    def spelled(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""

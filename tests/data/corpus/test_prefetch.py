@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,6 +40,39 @@ def test_exception_comes_where_its_result_would_have() -> None:
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(ValueError, match="item 3"):
             next(results)
+
+
+def test_an_exception_of_the_items_comes_behind_all_results() -> None:
+    """What is finished is not lost for what cannot be read."""
+
+    def items() -> Iterator[int]:
+        yield from range(4)
+        raise ValueError("item 4")
+
+    for depth in (1, 3, 10):
+        with Prefetcher(lambda item: item, items(), threads=2, depth=depth) as results:
+            assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+            with pytest.raises(ValueError, match="item 4"):
+                next(results)
+            with pytest.raises(StopIteration):
+                next(results)
+
+
+def test_no_more_is_taken_than_the_weight_allows() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in (1, 1, 50, 1, 1, 1, 1, 1, 1, 1):
+            taken.append(item)
+            yield item
+
+    with Prefetcher(lambda item: item, items(), threads=2, depth=6, weight=lambda item: item, most_weight=4) as results:
+        ahead = []
+        for _ in range(10):
+            next(results)
+            ahead.append(taken[len(ahead) + 1 :])
+    # the first call takes 1, 1, 50; until 50 is asked for nothing more
+    assert ahead == [[1, 50], [50], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1], [1, 1], [1], []]
 
 
 def test_waiting_is_measured_once() -> None:

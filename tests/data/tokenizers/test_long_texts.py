@@ -1,5 +1,6 @@
 """A long text encoded in pieces has the ids that it has as a whole, whatever tokenizer; else it is not cut."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import orjson
 import pytest
 import tokenizers
 from tokenizer_kinds import KINDS
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 from illada_megatron.data.tokenizers import long_texts
 from illada_megatron.data.tokenizers.engines import choose_engine, open_engine
@@ -58,13 +59,25 @@ def _with(path: Path, directory: Path, **parts: Any) -> Path:
     return directory / "changed.json"
 
 
-def test_tokens_that_reach_across_words_are_not_cut(texts: list[str], tmp_path: Path) -> None:
+SUPERWORDS: dict[str, dict[str, Any]] = {
+    "characters": {},
+    "metaspace": {"pre_tokenizer": pre_tokenizers.Metaspace(split=False), "decoder": decoders.Metaspace()},
+    "metaspace, no decoder": {"pre_tokenizer": pre_tokenizers.Metaspace(split=False)},
+    "bytes": {"pre_tokenizer": pre_tokenizers.ByteLevel(False, use_regex=False), "decoder": decoders.ByteLevel()},
+    "bytes, no decoder": {"pre_tokenizer": pre_tokenizers.ByteLevel(False, use_regex=False)},
+}
+
+
+@pytest.mark.parametrize("kind", SUPERWORDS)
+def test_tokens_that_reach_across_words_are_not_cut(kind: str, texts: list[str], tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    for name, part in SUPERWORDS[kind].items():
+        setattr(tokenizer, name, part)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=2000, show_progress=False, special_tokens=["</s>"])
     tokenizer.train_from_iterator([text[:2000] for text in texts[:200]], trainer)
     tokenizer.save(str(tmp_path / "superwords.json"))
     loaded = load_tokenizer(tmp_path / "superwords.json")
-    assert any("e t" in loaded.piece(token) for token in range(loaded.vocab_size)), "it is to have such tokens"
+    assert any(re.search("e[ \u2581\u0120]t", loaded.spelled(token)) for token in range(loaded.vocab_size))
     text = " ".join(texts[:20])
     assert list(LongTexts(loaded).pieces(text)) == [text]
 
@@ -75,16 +88,26 @@ def test_tokens_that_reach_across_words_are_not_cut(texts: list[str], tmp_path: 
         {"normalizer": normalizers.Prepend("x")},
         {"normalizer": normalizers.Replace(tokenizers.Regex(r"\w\Z"), "!")},
         {"pre_tokenizer": pre_tokenizers.Split(tokenizers.Regex(r"\A\w+ \w"), "merged_with_next")},
+        {"pre_tokenizer": pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]{1,100}"), "isolated")},
+        {"pre_tokenizer": pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]{1,50}"), "isolated")},
     ],
-    ids=["beginning", "end", "split"],
+    ids=["beginning", "end", "split", "every 100th", "every 50th"],
 )
 def test_rules_about_a_texts_ends_forbid_to_cut_it(
-    parts: dict[str, Any], paths: dict[str, Path], texts: list[str], tmp_path: Path
+    parts: dict[str, Any],
+    paths: dict[str, Path],
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer = load_tokenizer(_with(paths["gpt4"], tmp_path, **parts))
     text = " ".join(texts[:20])
+    asked: list[int] = []
+    encode_batch = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda some: asked.append(len(some)) or encode_batch(some))
     pieces = list(LongTexts(tokenizer).pieces(text))
     assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(text)
+    assert len(asked) < 4 * len(pieces) + 50, "every place of a text without an end is tried"
 
 
 def test_a_text_without_words_stays_whole(paths: dict[str, Path]) -> None:
