@@ -21,6 +21,7 @@ _ZSTD_INPUT_BYTES = 1024
 
 # from here on copying a line costs more than making a view of it
 _LONG_LINE_BYTES = 1000
+_LINES_LOOKED_AT = 16
 
 Line = bytes | bytearray | memoryview
 
@@ -180,7 +181,7 @@ def split_lines(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[tuple[lis
 
 def _lines(chunk: bytes) -> tuple[list[Line], bytes]:
     """The lines that end in `chunk`, and what is behind its last newline."""
-    if len(chunk) < _LONG_LINE_BYTES * chunk.count(b"\n"):
+    if not _has_long_lines(chunk):
         lines: list[Line] = [*chunk.split(b"\n")]
         return lines, bytes(lines.pop())
     view, start = memoryview(chunk), 0
@@ -189,6 +190,16 @@ def _lines(chunk: bytes) -> tuple[list[Line], bytes]:
         found.append(view[start:end])
         start = end + 1
     return found, chunk[start:]
+
+
+def _has_long_lines(chunk: bytes) -> bool:
+    """By its first ones."""
+    place = 0
+    for _ in range(_LINES_LOOKED_AT):
+        place = chunk.find(b"\n", place) + 1
+        if place == 0:
+            return True
+    return place >= _LINES_LOOKED_AT * _LONG_LINE_BYTES
 
 
 def split_text(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes | None]:

@@ -15,6 +15,7 @@ from illada_megatron.data.preprocessing import chunks
 from illada_megatron.data.preprocessing.chat_template import BadConversation
 from illada_megatron.data.preprocessing.inputs import InputFile, require_unchanged
 from illada_megatron.data.preprocessing.plan import Piece, Reading
+from illada_megatron.system.process import return_free_memory
 
 if TYPE_CHECKING:
     from illada_megatron.data.preprocessing.chat import ChatRenderer
@@ -23,6 +24,7 @@ TOO_LONG = "too long"
 EMPTY = "empty"
 _SHOWN_CHARACTERS = 60
 _MOST_TEXT_BYTES = 64_000_000
+_LARGE_BYTES = 16 << 20
 _PART_CHARACTERS = 1 << 20
 
 
@@ -161,6 +163,8 @@ class _Texts:
 
     def __call__(self, records: _Records) -> Batch:
         batch = Batch([], source_bytes=records.source_bytes)
+        if records.source_bytes > _LARGE_BYTES:
+            return_free_memory()  # a text may take four times its line, beside it
         texts = self._all(records.values) if self._renderer is None else None
         batch.texts = self._each(records, batch) if texts is None else texts
         batch.text_bytes = _utf8_bytes(batch.texts)

@@ -3,7 +3,6 @@
 Reads a job, then tasks, one JSON object a line, from stdin; answers with messages on stdout. It imports the data side
 only. When stdin ends, the parent is gone or wants no more: the task at hand is given up and what it wrote removed."""
 
-import ctypes
 import gc
 import os
 import queue
@@ -21,6 +20,7 @@ from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.shard_task import run_task
 from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
+from illada_megatron.system.process import return_free_memory
 
 ENGINE_IS_CHOSEN = b'"engine is chosen"'
 """A line on stdin: the engine that the job names is the one to use. Before it no shard is finished."""
@@ -67,8 +67,8 @@ class _Worker:
             self._answer(_told(error))
             return
         forget_tokenizers()  # the encoder has what it needs
-        if chooses:
-            _return_memory()
+        if chooses:  # which has taken some 50 MB
+            return_free_memory()
             self._answer({"engine": encoder.engine_name, "report": encoder.report})
         encoder.wait_until_chosen = self._wait_until_chosen
         while task is not None:
@@ -103,13 +103,6 @@ class _Worker:
             self._answers.flush()
         except BrokenPipeError as error:
             raise _GivenUpError from error
-
-
-def _return_memory() -> None:
-    """What choosing took is free, but glibc keeps it: some 50 MB, for as long as this process works."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _told(error: DataError | OSError) -> dict[str, object]:
