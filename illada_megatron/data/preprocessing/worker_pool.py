@@ -26,8 +26,8 @@ from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
-# glibc keeps free memory in each arena: a worker was a third larger. What it would give back between two batches, it
-# would ask for again, page by page: a tenth of the time.
+# glibc keeps free memory in each arena: a worker was a third larger. And what it gave back between two batches it would
+# have to ask for again, page by page.
 _MALLOC_OF_ONE_THREAD = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": str(32 << 20),

@@ -36,6 +36,7 @@ __all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_eng
 AUDITED_SHARE = 1 / 1000
 """Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
 
+# of a long text: about as much as another batch has
 _PIECES_AT_A_TIME = 16
 _SHOWN_CHARACTERS = 30
 _DIGESTED_CHARACTERS = 500
