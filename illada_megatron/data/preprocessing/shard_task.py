@@ -28,7 +28,8 @@ Report = Callable[[int, int], None]
 
 _AHEAD = 2
 _MOST_TEXT_BYTES = 16 << 20
-"""Of which the tokens are not written yet, and one batch more: memory does not grow with cores nor with documents."""
+"""Of which the tokens are not written yet, and one batch more, beside those that were read ahead: so memory does not
+grow with cores, and few large documents are held at a time."""
 
 
 def run_task(job: Job, task: ShardTask, encoder: DocumentEncoder, report: Report) -> TaskRecord:
