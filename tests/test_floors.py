@@ -19,6 +19,7 @@ _spec.loader.exec_module(drawing)
 NEVER = {
     "system": ("torch", "megatron"),
     "config": ("torch", "megatron"),
+    "config/schema": ("torch", "megatron", "config.layout", "config.load", "data", "model", "training"),
     "planning": ("torch", "megatron"),
     "ops": ("megatron", "config"),
     "runtime": ("data", "model", "checkpoint", "training"),

@@ -25,7 +25,7 @@ ROWS = (
     ("data/shards",),
     ("data/tokenizers",),
     ("data", "config", "planning", "ops"),
-    ("system",),
+    ("config/schema",),
     ("system",),
 )
 COLOURS = {"data": "#cfe8cf", "checkpoint": "#f6dcc0", "model": "#d6dcf5", "ops": "#d6dcf5", "runtime": "#d6dcf5"}
