@@ -38,14 +38,16 @@ class MegatronStep:
         model.config.finalize_model_grads_func = finalize_model_grads
         plain = config.parallel.model_copy(update={"use_distributed_optimizer": False})
         self._optimizer = build_optimizer(config.model_copy(update={"parallel": plain}), [self._chunk])
-        self._schedule = LearningRate(config.schedule, config.training)
-        self._schedule.begin(0)
+        self._schedule = LearningRate(config)
+        self._schedule.begin(0, 0)
         self._steps = 0
         self._positions = torch.arange(config.data.sequence_length, device=run.device.torch_device).unsqueeze(0)
 
     def step(self) -> float:
         """One optimizer step; returns its loss in nats/token when the device is done."""
-        set_learning_rate(self._optimizer, self._schedule.at(self._steps), self.config.optimizer.weight_decay)
+        first_sample = self._steps * self.config.training.global_batch_size
+        lr = self._schedule.at(self._steps, first_sample)
+        set_learning_rate(self._optimizer, lr, self.config.optimizer.weight_decay)
         self._chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         losses = get_forward_backward_func()(

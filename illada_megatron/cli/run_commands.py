@@ -9,6 +9,7 @@ import typer
 
 from illada_megatron.config import ConfigError, RunConfig, load_config
 from illada_megatron.config.layout import choose_layout, layout_rows, resolve_layout
+from illada_megatron.config.learning_rate import schedule_rows
 from illada_megatron.config.load import to_yaml
 from illada_megatron.config.machines import Work, choose_work, layouts_by_nodes
 from illada_megatron.system.console import made_console
@@ -211,6 +212,7 @@ def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
     say(to_yaml(chosen).rstrip("\n"))
     screen = made_console()
     screen.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
+    screen.print(two_columns("schedule", schedule_rows(chosen)))
     if launch and launch.min_nodes < launch.max_nodes:
         rows = layouts_by_nodes(config, launch.nproc, launch.min_nodes, launch.max_nodes)
         screen.print(two_columns("layout by machines", rows))

@@ -165,8 +165,9 @@ def check_config(config: RunConfig) -> None:
             f"data.sequence_length {config.data.sequence_length} is above model.max_sequence_length "
             f"{model.max_sequence_length}: change one of them"
         )
-    if config.schedule.min_lr > training.lr:
-        raise ValueError(f"schedule.min_lr {config.schedule.min_lr} is above training.lr {training.lr}: lower it")
+    for name, rate in [("training.lr", training.lr), *(("schedule.changes", one.lr) for one in config.schedule.changes)]:
+        if config.schedule.min_lr > rate:
+            raise ValueError(f"schedule.min_lr {config.schedule.min_lr} is above {name} {rate}: lower it")
     if training.rampup_batch_size:
         start, increment, _ = training.rampup_batch_size
         if start > training.global_batch_size or (training.global_batch_size - start) % increment:

@@ -17,6 +17,7 @@ from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.bad_steps import Rollback
 from illada_megatron.training.logs import Board, StepLog, Terminal
+from illada_megatron.training.plateau import Plateau
 from illada_megatron.training.spikes import Spike
 from illada_megatron.training.stragglers import ComputeTimes
 from illada_megatron.training.validation import HeldOut
@@ -55,6 +56,8 @@ class StepRecord:
     bad_samples: list[int]
     """Samples of the micro-batches whose loss is not finite."""
     spike: Spike | None
+    plateau: Plateau | None = None
+    """The loss was found flat with this step."""
 
 
 class Reporter:
@@ -137,6 +140,8 @@ class Reporter:
             self._fault("skipped", record.step, skipped_text(record))
         if record.spike is not None:
             self._fault("spike", record.step, spike_text(record.spike), f"\nt: {record.spike.t}")
+        if record.plateau is not None:
+            self._fault("plateau", record.step, record.plateau.text(self.config.schedule.plateau_nats_per_doubling))
         if record.step % self.config.logging.interval_steps == 0 or record.step in (1, self.last_step):
             self.console.print(self._line(record))
 

@@ -46,9 +46,9 @@ def recover(state: TrainingState) -> Rollback:
     batch_size = global_batch_size(config.training, streak[0].first_sample)
     state.close()
     # Both go back too: a decay that began after the checkpoint has not begun.
-    state.schedule, state.bad_steps = LearningRate(config.schedule, config.training), BadSteps(config.faults)
+    state.schedule, state.bad_steps = LearningRate(config), BadSteps(config.faults)
     restore(state, checkpoint)
-    state.schedule.begin(state.step)
+    state.schedule.begin(state.step, state.consumed_samples)
     first, end = state.bad_steps.roll_back(before, state.step, state.consumed_samples, batch_size)
     state.loader = state.source.prefetch(slices(state))
     ranges = tuple((one.first_sample, one.end_sample) for one in streak)

@@ -89,7 +89,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         runtime=runtime,
         chunks=chunks,
         optimizer=build_optimizer(config, chunks),
-        schedule=LearningRate(config.schedule, config.training),
+        schedule=LearningRate(config),
         source=source,
         validation=validation_source(config, runtime, tokenizer) if config.validation.interval_steps else None,
         fingerprints=fingerprints(corpus, tokenizer),
@@ -103,7 +103,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     state.notes += [f"refused {reason}" for reason in refused]
     if checkpoint is not None:
         restore(state, checkpoint)
-    state.schedule.begin(state.step)
+    state.schedule.begin(state.step, state.consumed_samples)
     _check_epochs(state)
     state.loader = source.prefetch(slices(state))
     return state

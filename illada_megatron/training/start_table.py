@@ -6,6 +6,7 @@ import torch
 
 from illada_megatron.config import CheckpointConfig, FaultsConfig, RunConfig
 from illada_megatron.config.layout import layout_rows
+from illada_megatron.config.learning_rate import schedule_rows
 from illada_megatron.config.schema import BlendPhase, LossConfig
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
@@ -13,6 +14,7 @@ from illada_megatron.model.transformer_config import DTYPES
 from illada_megatron.ops import chosen_implementation, rms_norm, segment_attention, swiglu
 from illada_megatron.runtime import Device, capabilities
 from illada_megatron.training.optimizer import optimizer_name
+from illada_megatron.training.plateau import PlateauDetector
 from illada_megatron.training.setup import TrainingState, count_held_parameters
 
 _TRANSFORMER_ENGINE = [
@@ -84,6 +86,8 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
         *_corpus_rows(corpus, config.data.phases),
+        *schedule_rows(config, state.schedule.decay_start_step),
+        ("plateau", _plateau_text(config, state.schedule.plateau)),
         ("checkpoints", _checkpoints_text(config.checkpoint)),
         ("faults", _faults_text(config.faults)),
     ]
@@ -102,6 +106,14 @@ def _corpus_rows(corpus: BlendedCorpus, phases: Sequence[BlendPhase]) -> list[tu
         starts = ", ".join(f"{phase.from_tokens:,}" for phase in phases)
         rows.append(("blend changes", f"after {starts} tokens"))
     return rows
+
+
+def _plateau_text(config: RunConfig, detector: PlateauDetector) -> str:
+    then = "the decay begins" if config.schedule.decay_start == "plateau" else "it is announced"
+    return (
+        f"{then} where the loss would change by less than {detector.limit:g} nats/token if the tokens were doubled "
+        f"(99 % sure), from {detector.min_tokens:,} tokens on"
+    )
 
 
 def _checkpoints_text(settings: CheckpointConfig) -> str:

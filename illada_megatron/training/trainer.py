@@ -109,7 +109,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     config, run = state.config, state.runtime
     start = time.perf_counter()
     first_sample, batch_size = next_batch(config.training, state.consumed_samples, state.bad_steps.skipped_samples)
-    lr = state.schedule.at(state.step)
+    lr = state.schedule.at(state.step, first_sample)
     set_learning_rate(state.optimizer, lr, config.optimizer.weight_decay)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
@@ -132,10 +132,10 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     state.step += 1
     state.consumed_samples = first_sample + batch_size
     seconds = time.perf_counter() - start
-    spike = None
+    spike = plateau = None
     if good:
         state.bad_steps.observe(None)
-        state.schedule.observe(state.step - 1, loss)
+        plateau = state.schedule.observe(state.step - 1, first_sample, loss)
         spike = _spike(state, loss, first_sample, batch_size)
     else:
         state.bad_steps.observe(BadStep(state.step, first_sample, state.consumed_samples, loss, norm))
@@ -155,6 +155,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         skipped_steps=state.bad_steps.count,
         bad_samples=[] if good else bad_samples(state, local, first_sample, batch_size),
         spike=spike,
+        plateau=plateau,
     )
     return record, sums.stop
 

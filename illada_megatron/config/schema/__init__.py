@@ -11,7 +11,9 @@ from illada_megatron.config.schema.data import BlendEntry, BlendPhase, CorpusNam
 from illada_megatron.config.schema.learning import (
     LossConfig,
     OptimizerConfig,
+    RateChange,
     ScheduleConfig,
+    Shape,
     TrainingConfig,
     ValidationConfig,
 )
@@ -34,11 +36,13 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Probability",
+    "RateChange",
     "Recompute",
     "RuntimeConfig",
     "ScheduleConfig",
     "Section",
     "Seed",
+    "Shape",
     "TrainingConfig",
     "ValidationConfig",
 ]

@@ -1,8 +1,9 @@
 """What a step does with a batch: loss, optimizer, schedule, loop, validation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator as validator
 
 from illada_megatron.config.schema.base import Dtype, Probability, Recompute, Section, Seed
 
@@ -30,22 +31,85 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0: no clipping."""
 
 
+Shape = Literal["linear", "cosine", "minus_sqrt"]
+
+
+class RateChange(Section):
+    """Another learning rate from a place of the run on."""
+
+    from_tokens: NonNegativeInt | None = None
+    """The first step that begins at or after this many consumed tokens; where the batch ramps up, as papers count."""
+    from_step: NonNegativeInt | None = None
+    """Instead of from_tokens."""
+    lr: NonNegativeFloat
+    shape: Literal["constant"] | Shape = "constant"
+    """constant: `lr` at once; else from the rate before to `lr`, reached where the next change (the last one: the run)
+    begins (ends)."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if (self.from_tokens is None) == (self.from_step is None):
+            raise ValueError(
+                f"from_tokens {self.from_tokens} and from_step {self.from_step}: give one of them, and the other not"
+            )
+        return self
+
+
 class ScheduleConfig(Section):
-    """Learning rate in units of training samples' steps: linear warm-up, constant, decay (warm-up -> stable -> decay).
+    """Learning rate: linear warm-up to training.lr, constant, `changes` where a paper has some, decay.
 
     iLLaDA decays only when the loss has flattened. `decay_start` says when: a step (int), a fraction of
     training.train_steps (float), "never", "now" (the step at which the run is resumed, once) or "plateau"."""
 
     warmup_steps: NonNegativeInt = 100
+    changes: list[RateChange] = []
+    """Ascending, all by tokens or all by steps."""
     min_lr: NonNegativeFloat = 0.0
-    decay_style: Literal["cosine", "linear"] = "cosine"
-    decay_start: NonNegativeInt | Probability | Literal["never", "now", "plateau"] = 0.8
+    decay_style: Shape = "cosine"
+    """From the rate before to min_lr; of it is left, at progress x: linear 1 - x, cosine (1 + cos(pi x)) / 2, minus_sqrt
+    1 - sqrt(x) (arXiv 2405.18392, section 3; Megatron's name)."""
+    decay_start: NonNegativeInt | Probability | Literal["never", "now", "plateau"] | None = None
+    """None: 0.8, or never where there are `changes`, which say it all."""
     decay_steps: PositiveInt | None = None
     """Length of the decay; None: until training.train_steps."""
-    plateau_window_steps: PositiveInt = 500
-    """plateau: the mean loss of the last window is compared with the one before it..."""
-    plateau_min_improvement: NonNegativeFloat = 0.002
-    """...and the decay starts when it fell by less than this fraction."""
+    plateau_nats_per_doubling: PositiveFloat = 0.01
+    """The loss is flat where it would fall, and rise, by less than this if the run's tokens were doubled: announced once,
+    and with decay_start "plateau" the decay begins."""
+    plateau_min_tokens: NonNegativeInt | None = None
+    """Not before this many tokens; None: a tenth of the run."""
+
+    @validator(mode="before")
+    @classmethod
+    def _without_old_rule(cls, values: Any) -> Any:
+        """Configurations written before the plateau's rule changed name its two fields; they say nothing any more."""
+        if not isinstance(values, dict):
+            return values
+        for name, default in (("plateau_window_steps", 500), ("plateau_min_improvement", 0.002)):
+            if name not in values:
+                continue
+            found = values[name]
+            if found != default and values.get("decay_start") == "plateau":
+                raise ValueError(
+                    f"{name} {found} belongs to a rule that is gone (windows of equal length): leave it out and set "
+                    "plateau_nats_per_doubling; where a checkpoint has stored it, override decay_start"
+                )
+            values = {key: value for key, value in values.items() if key != name}
+        return values
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        for field in ("from_tokens", "from_step"):
+            places = [getattr(change, field) for change in self.changes]
+            if None not in places and places != sorted(set(places)):
+                raise ValueError(f"changes begin at {field} {places}, expected ascending numbers")
+        if len({change.from_tokens is None for change in self.changes}) > 1:
+            raise ValueError("changes name from_tokens and from_step: count all of them by tokens, or all by steps")
+        if self.changes and isinstance(self.decay_start, int | float):
+            raise ValueError(
+                f"changes and decay_start {self.decay_start} both say when the rate falls: write the decay as the last "
+                "of changes and leave decay_start out"
+            )
+        return self
 
 
 class TrainingConfig(Section):
