@@ -1,0 +1,1 @@
+"""When rules for the plateau act."""

@@ -1,4 +1,4 @@
-"""Loss curves as a run of illada-8b might have them, with a step's noise: what a rule for the plateau has to tell apart."""
+"""Loss curves as a run of illada-8b might have them, with a step's noise: what a rule has to tell apart."""
 
 from dataclasses import dataclass
 

@@ -165,7 +165,8 @@ def check_config(config: RunConfig) -> None:
             f"data.sequence_length {config.data.sequence_length} is above model.max_sequence_length "
             f"{model.max_sequence_length}: change one of them"
         )
-    for name, rate in [("training.lr", training.lr), *(("schedule.changes", one.lr) for one in config.schedule.changes)]:
+    changes = [("schedule.changes", change.lr) for change in config.schedule.changes]
+    for name, rate in [("training.lr", training.lr), *changes]:
         if config.schedule.min_lr > rate:
             raise ValueError(f"schedule.min_lr {config.schedule.min_lr} is above {name} {rate}: lower it")
     if training.rampup_batch_size:

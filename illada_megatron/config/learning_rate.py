@@ -138,9 +138,7 @@ def _pieces(config: RunConfig, end_step: int) -> list[tuple[int, str]]:
     if warm_up:
         pieces.append((warm_up, f"warm-up from 0 to {training.lr:g}, linear"))
     texts = [f"{training.lr:g}"]
-    texts += [
-        f"{one.lr:g}" if one.shape == "constant" else f"to {one.lr:g}, {one.shape}" for one in schedule.changes
-    ]
+    texts += [f"{one.lr:g}" if one.shape == "constant" else f"to {one.lr:g}, {one.shape}" for one in schedule.changes]
     begin = warm_up
     for stop, text in zip([*starts, end_step], texts, strict=True):
         if begin < min(stop, end_step):
@@ -158,8 +156,11 @@ def _open_end(config: RunConfig) -> str:
     if schedule.decay_start == "now":
         return f"from where this run begins or goes on: {decay}"
     if schedule.changes:
-        return "then as it is: schedule.changes says it all"
-    return "no decay is planned: to begin one, stop and go on with schedule.decay_start=now schedule.decay_steps=N"
+        return "no decay beside schedule.changes"
+    return (
+        "it never falls (schedule.decay_start=never): to begin a decay, stop the run and continue it with "
+        f"schedule.decay_start=now schedule.decay_steps=N, or =plateau: {schedule.decay_style} to {schedule.min_lr:g}"
+    )
 
 
 def _short(tokens: int) -> str:

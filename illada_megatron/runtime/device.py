@@ -11,8 +11,19 @@ import torch
 from illada_megatron.config import ConfigError, RunConfig, RuntimeConfig
 from illada_megatron.ops import kernels
 
-# Dense bf16 peaks in TFLOP/s (vendor data sheets), by a part of the device's name; the first match counts.
-_BF16_PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "A100": 312.0, "B200": 2250.0}
+# Dense bf16 peaks in TFLOP/s, by a part of the device's name; the first match counts. NVIDIA's pages print twice as
+# much, "with sparsity": 1,979 for H100 and H200 SXM and GH200, 1,671 for their NVL cards, 1,513 for H100 PCIe, 4,500
+# for B200 and 5,000 for each GPU of a GB200. GB300 and B300 are left out: sources differ.
+_BF16_PEAK_TFLOPS = {
+    "H100 NVL": 835.5,
+    "H200 NVL": 835.5,
+    "H100 PCIe": 756.5,
+    "H100": 989.4,
+    "H200": 989.4,
+    "A100": 312.0,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,13 @@ def select_device(config: RunConfig) -> Device:
     name = torch.cuda.get_device_name(index)
     peak = config.runtime.peak_tflops
     if peak is None and config.training.precision == "bf16":
-        peak = next((value for part, value in _BF16_PEAK_TFLOPS.items() if part in name), None)
+        peak = bf16_peak_tflops(name)
     return Device(torch.device("cuda", index), name, peak)
+
+
+def bf16_peak_tflops(name: str) -> float | None:
+    """Dense bf16 peak (TFLOP/s) of a GPU by the name that CUDA gives it; None: not known."""
+    return next((value for part, value in _BF16_PEAK_TFLOPS.items() if part in name), None)
 
 
 def set_threads(settings: RuntimeConfig) -> None:

@@ -1,8 +1,8 @@
 """Whether the loss has become flat, told from its slope over the logarithm of the tokens.
 
 A power law falls by ever less a step, but by nearly as much in each doubling of the tokens; so its slope is taken per
-doubling, over windows that grow with the run. The losses are noisy and have a heavy tail (weights 1/p), and a spike is no
-trend: means of blocks, and of these the median of all pairwise slopes with its rank interval (Theil 1950, Sen 1968),
+doubling, over windows that grow with the run. The losses are noisy and have a heavy tail (weights 1/p), and a spike is
+no trend: means of blocks, and of these the median of all pairwise slopes with its rank interval (Theil 1950, Sen 1968),
 which takes no distribution for granted and bears a quarter of the blocks being wrong.
 """
 
@@ -126,9 +126,7 @@ def slope_interval(points: Sequence[Sequence[float]]) -> tuple[float, float, flo
     """(slope, lower end, upper end) of losses over places, by ascending place: Theil's and Sen's, and the 99 % interval
     that Kendall's rank statistic gives it, wider where neighbouring residuals are alike (by their first
     autocorrelation, as for a mean)."""
-    slopes = sorted(
-        (y - points[i][1]) / (x - points[i][0]) for j, (x, y) in enumerate(points) for i in range(j)
-    )
+    slopes = sorted((y - points[i][1]) / (x - points[i][0]) for j, (x, y) in enumerate(points) for i in range(j))
     slope, count = median(slopes), len(points)
     residuals = [y - slope * x for x, y in points]
     middle = median(residuals)

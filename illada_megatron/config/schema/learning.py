@@ -66,15 +66,15 @@ class ScheduleConfig(Section):
     """Ascending, all by tokens or all by steps."""
     min_lr: NonNegativeFloat = 0.0
     decay_style: Shape = "cosine"
-    """From the rate before to min_lr; of it is left, at progress x: linear 1 - x, cosine (1 + cos(pi x)) / 2, minus_sqrt
-    1 - sqrt(x) (arXiv 2405.18392, section 3; Megatron's name)."""
+    """From the rate before to min_lr. At progress x is left of the way: linear 1 - x, cosine (1 + cos(pi x)) / 2,
+    minus_sqrt 1 - sqrt(x) (the 1-sqrt of arXiv 2405.18392; Megatron's name)."""
     decay_start: NonNegativeInt | Probability | Literal["never", "now", "plateau"] | None = None
     """None: 0.8, or never where there are `changes`, which say it all."""
     decay_steps: PositiveInt | None = None
     """Length of the decay; None: until training.train_steps."""
     plateau_nats_per_doubling: PositiveFloat = 0.01
-    """The loss is flat where it would fall, and rise, by less than this if the run's tokens were doubled: announced once,
-    and with decay_start "plateau" the decay begins."""
+    """The loss is flat where it would fall, and rise, by less than this if the run's tokens were doubled. It is announced
+    once; with decay_start "plateau" the decay begins."""
     plateau_min_tokens: NonNegativeInt | None = None
     """Not before this many tokens; None: a tenth of the run."""
 
