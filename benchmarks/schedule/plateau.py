@@ -97,7 +97,7 @@ def _draw(pictures: list[tuple[Case, Curve, int | None, int | None]], path: Path
     every[0].set_ylabel("loss, nats/token")
     every[len(every) // 2].set_xlabel("part of the run's tokens")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,10 @@ class PlateauDetector:
     def __init__(self, config: RunConfig) -> None:
         schedule, length = config.schedule, config.data.sequence_length
         self.limit = schedule.plateau_nats_per_doubling
-        least = schedule.plateau_min_tokens
         self._phases = [phase.from_tokens for phase in config.data.phases]
         self._sequence_length = length
-        self.min_tokens = samples_after(config.training, config.training.train_steps) * length // 10
-        if least is not None:
-            self.min_tokens = least
+        tenth = samples_after(config.training, config.training.train_steps) * length // 10
+        self.min_tokens = tenth if schedule.plateau_min_tokens is None else schedule.plateau_min_tokens
         self._under: list[float] = []
         """Rate, batch size and phase of the losses below."""
         self._block = [-1.0, 0.0, 0.0, 0.0]
@@ -94,7 +92,8 @@ class PlateauDetector:
         if not full or first_token < self.min_tokens:
             return None, False
         found = self._flat()
-        first, self._told = found is not None and not self._told, self._told or found is not None
+        first = found is not None and not self._told
+        self._told |= first
         return found, first
 
     def _flat(self) -> Plateau | None:
@@ -112,14 +111,14 @@ class PlateauDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: at most 64 blocks."""
-        return {"under": self._under, "block": self._block, "blocks": self._blocks, "told": self._told}
+        return {"under": self._under, "block": list(self._block), "blocks": self._blocks, "told": self._told}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on where `state` was. One of the rule that was here before (two windows of equal length) says nothing
         to this one, which begins anew."""
         if state is not None and "blocks" in state:
-            self._under, self._block, self._blocks = state["under"], state["block"], state["blocks"]
-            self._told = state["told"]
+            self._under, self._block = state["under"], list(state["block"])
+            self._blocks, self._told = state["blocks"], state["told"]
 
 
 def slope_interval(points: Sequence[Sequence[float]]) -> tuple[float, float, float]:

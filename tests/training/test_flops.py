@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.runtime import Runtime
+from illada_megatron.runtime.device import bf16_peak_tflops
 from illada_megatron.training.flops import training_flops
 
 
@@ -45,3 +46,23 @@ def test_equals_what_torch_counts(tiny_config: RunConfig, single_process: Runtim
         model(tokens, segments, labels=tokens[0], loss_weight=weight)
     expected = training_flops(tiny_config.model, 96, 48**2 + 12**2 + 36**2, 32)
     assert 3 * counter.get_total_flops() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA GB300", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_by_the_name_that_cuda_gives(name: str, peak: float | None) -> None:
+    assert bf16_peak_tflops(name) == peak

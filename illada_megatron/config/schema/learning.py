@@ -73,8 +73,8 @@ class ScheduleConfig(Section):
     decay_steps: PositiveInt | None = None
     """Length of the decay; None: until training.train_steps."""
     plateau_nats_per_doubling: PositiveFloat = 0.01
-    """The loss is flat where it would fall, and rise, by less than this if the run's tokens were doubled. It is announced
-    once; with decay_start "plateau" the decay begins."""
+    """The loss is flat where it would fall, and rise, by less than this if the run's tokens were doubled. That is
+    announced once; with decay_start "plateau" the decay begins."""
     plateau_min_tokens: NonNegativeInt | None = None
     """Not before this many tokens; None: a tenth of the run."""
 
