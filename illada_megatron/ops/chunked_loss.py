@@ -96,7 +96,7 @@ def losses_and_gradients(
     m, width = hidden.shape[0], head.weight.shape[0]
     buffers, rows = _buffers(hidden, head), chunk_rows(hidden, head, memory_bytes)
     chunks = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
-    memory = hidden.new_empty(min(buffers, len(chunks)), memory_elements(rows, width))
+    memory = hidden.new_empty(min(buffers, len(chunks)), memory_elements(rows, width, head.sweeps.parts))
     dtype = statistics_dtype(hidden.dtype)
     losses = RowLosses(*(torch.empty(m, dtype=dtype, device=hidden.device) for _ in range(2)))
 

@@ -37,6 +37,8 @@ class Sweeps(NamedTuple):
     backward: Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor], None]
     """(logits, which it may overwrite, hidden, weight, targets, row_values `[4, c]` as `LogitPasses.to_gradient_`,
     softcap, hidden's gradient `[c, h]`, written, weight's gradient `[v, h]`, added to)."""
+    parts: int = 1
+    """In which it takes the head's rows."""
 
 
 def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool, excluded_row: int | None = None) -> Sweeps:
@@ -54,10 +56,9 @@ def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool, excluded_row: int
     return BLOCK_SWEEPS if in_blocks else plain_sweeps(fused_passes())
 
 
-def memory_elements(rows: int, width: int) -> int:
-    """Of the memory of a chunk of `rows` logits of `width`, in any layout. In two parts (`without_row`) each is filled
-    up by itself."""
-    return _aligned(rows, ALIGN_ROWS) * (_aligned(width, _ALIGN_ELEMENTS) + _ALIGN_ELEMENTS)
+def memory_elements(rows: int, width: int, parts: int = 1) -> int:
+    """Of the memory of a chunk of `rows` logits of `width`, in any layout; each of its parts is filled up by itself."""
+    return _aligned(rows, ALIGN_ROWS) * (_aligned(width, _ALIGN_ELEMENTS) + (parts - 1) * _ALIGN_ELEMENTS)
 
 
 def plain_sweeps(passes: LogitPasses) -> Sweeps:
@@ -127,7 +128,7 @@ def without_row(sweeps: Sweeps, row: int) -> Sweeps:
             one, numbers = sweeps.forward(memory[first:], hidden, part, part_targets, softcap)
             logits.append(one)
             statistics.append(numbers)
-            first += _aligned(hidden.shape[0], ALIGN_ROWS) * _aligned(part.shape[0], _ALIGN_ELEMENTS)
+            first += memory_elements(hidden.shape[0], part.shape[0])
         return tuple(logits), combine(torch.stack(statistics))
 
     def backward(
@@ -146,7 +147,7 @@ def without_row(sweeps: Sweeps, row: int) -> Sweeps:
             sweeps.backward(one, hidden, part, part_targets, row_values, softcap, gradient, sums)
         hidden_gradient.add_(gradients[1])
 
-    return Sweeps(forward, backward)
+    return Sweeps(forward, backward, parts=2)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
