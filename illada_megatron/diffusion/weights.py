@@ -30,7 +30,11 @@ def unweighted(bound_weight: float, p: float, config: DiffusionConfig) -> float:
     return 1.0 / _mean_probability(config)
 
 
-LOSS_WEIGHTS: dict[str, LossWeight] = {"bound": bound, "clipped": clipped, "unweighted": unweighted}
+LOSS_WEIGHTS: dict[str, LossWeight] = {
+    "bound": bound,
+    "clipped": clipped,
+    "unweighted": unweighted,
+}
 """By `config.loss_weight`."""
 
 

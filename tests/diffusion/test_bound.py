@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from toy import JOINT, MASK, SEED, SIZES, SUMS, TEXT, L, OneText, cross_entropy_sums, draw_losses, exact_bound
+from toy import JOINT, MASK, SEED, SIZES, SUMS, TEXT, VOCAB, L, OneText, cross_entropy_sums, draw_losses, exact_bound
 
 from illada_megatron.config.schema import DiffusionConfig
 from illada_megatron.diffusion import make_masked_batch, sample_t

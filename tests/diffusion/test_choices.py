@@ -152,7 +152,7 @@ def test_each_segment_has_its_own_t(boundary: str, mask_sampling: str) -> None:
         part = slice(start, start + length)
         count, found = int(masked[part].sum()), weights[part][masked[part]].numpy()
         if mask_sampling == "exact_count":
-            assert count == max(1, math.ceil(t * length - 1e-5))
+            assert count in {max(1, math.ceil(t * length + rounded)) for rounded in (-1e-5, 1e-5)}  # t is float32
             assert found == pytest.approx(length / count)
         else:
             p = mask_probability(t, config.eps)

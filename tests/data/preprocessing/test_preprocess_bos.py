@@ -30,18 +30,24 @@ def test_every_engine_begins_documents_with_bos(
     kind: str, append_eod: bool, request: pytest.FixtureRequest, documents: Path, tmp_path: Path
 ) -> None:
     path = request.getfixturevalue(f"{kind}_path")
-    bos, engines = load_tokenizer(path).bos_id, ["reference", *candidates(path)]
+    bos, agreed = load_tokenizer(path).bos_id, 0
     assert bos is not None
     preprocess([documents], tmp_path / "plain", path, PreprocessOptions(append_eod=append_eod))
     plain = IndexedDataset(tmp_path / "plain")
-    for engine in engines:
+    for engine in ("reference", *candidates(path)):
         options = PreprocessOptions(append_eod=append_eod, prepend_bos=True, tokenizer_engine=engine)
-        counts = preprocess([documents], tmp_path / engine, path, options).counts
+        try:
+            counts = preprocess([documents], tmp_path / engine, path, options).counts
+        except DataError as error:
+            assert f"{engine} refused" in str(error)  # it has other ids than the reference for this tokenizer
+            continue
+        agreed += 1
         dataset = IndexedDataset(tmp_path / engine)
         assert counts.tokens == plain.num_tokens + plain.num_documents
         assert dataset.num_documents == plain.num_documents
         for number in range(plain.num_documents):
             assert dataset.document(number).tolist() == [bos, *plain.document(number).tolist()], (engine, number)
+    assert agreed > 1
     shuffled = PreprocessOptions(append_eod=append_eod, prepend_bos=True, shuffle_seed=1, workers=2, shard_mb=0.1)
     preprocess([documents], tmp_path / "shuffled", path, shuffled)
     for shard in tmp_path.glob("shuffled_*.bin"):
