@@ -17,7 +17,9 @@ def _blocks(kind: str) -> list[str]:
 
 def test_every_example_is_a_change_that_works(tmp_path: Path) -> None:
     """In a copy of the package; the checks run in one process, each by itself."""
-    shutil.copytree(ROOT / "illada_megatron", tmp_path / "illada_megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "illada_megatron", tmp_path / "illada_megatron", ignore=shutil.ignore_patterns("__pycache__")
+    )
     diffs, checks = _blocks("diff"), _blocks("python")
     assert len(diffs) == len(checks) == len(re.findall("^## A", PAGE.read_text(), re.MULTILINE))
     for diff in diffs:

@@ -66,7 +66,9 @@ def preprocess(
         typer.Option(help="Jinja file; default: of tokenizer_config.json beside the tokenizer.", readable=_TOLD_HERE),
     ] = None,
     append_eod: Annotated[bool, typer.Option(help="End each document with EOS.")] = True,
-    prepend_bos: Annotated[bool, typer.Option(help="Begin each document with BOS, as a prompt to score begins.")] = False,
+    prepend_bos: Annotated[
+        bool, typer.Option(help="Begin each document with BOS, as a prompt to score begins.")
+    ] = False,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out and count what cannot be used, instead of stopping.")
     ] = False,

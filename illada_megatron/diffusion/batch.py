@@ -89,7 +89,6 @@ def make_masked_batch(
     _refuse_masks(labels, sample_indices, mask_token_id)
     loss_weight = np.zeros((b, s), np.float32)
     bound_weight = np.zeros((b, s), np.float32) if config.loss_weight != "bound" else None
-    tokens = labels.copy()
     times = np.empty(b, np.float32)
     segment_times: list[float] = []
     boundaries: list[Boundary] = []
@@ -103,10 +102,10 @@ def make_masked_batch(
             loss_weight[row, span.tokens][span.positions] = weigh(span.bound_weight, span.p, config) * scale
             if bound_weight is not None:
                 bound_weight[row, span.tokens][span.positions] = span.bound_weight * scale
-            tokens[row, span.tokens][span.positions] = mask_token_id
         times[row] = of_spans[0]
         segment_times += of_spans if len(of_spans) > 1 else of_spans * len(boundary.segment_tokens)
         boundaries.append(boundary)
+    tokens = np.where(loss_weight > 0, mask_token_id, labels)
     cu_seqlens, max_seqlen = cumulate_segments(boundaries)
     return MaskedBatch(
         tokens=torch.from_numpy(tokens),

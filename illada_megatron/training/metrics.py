@@ -39,7 +39,7 @@ class StepSums:
         return self.cross_entropy / max(1, self.masked)
 
     def cross_entropy_by_t(self) -> list[float | None]:
-        """Mean CE of the masked tokens of sequences (or segments) with t in [k/10, (k+1)/10); None where there were none."""
+        """Mean CE of the masked tokens of sequences (or segments) with t in [k/10, (k+1)/10); None: there were none."""
         pairs = zip(self.bucket_cross_entropy, self.bucket_masked, strict=True)
         return [total / count if count else None for total, count in pairs]
 

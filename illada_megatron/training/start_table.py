@@ -97,7 +97,7 @@ def _noise_text(diffusion: DiffusionConfig) -> str:
 
 
 def _objective_text(diffusion: DiffusionConfig) -> str:
-    weight = diffusion.loss_weight
+    weight: str = diffusion.loss_weight
     if weight == "clipped":
         weight = f"weights clipped at {diffusion.max_loss_weight:g}"
     if not diffusion.sees_all_t:

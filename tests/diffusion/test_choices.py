@@ -1,5 +1,5 @@
-"""Loss weights, noise schedules, a range of t, t per segment, complementary masks: each is what it says, and the bound is
-a bound whatever they are."""
+"""Loss weights, noise schedules, a range of t, t per segment, complementary masks: each is what it says, and the bound
+is a bound whatever they are."""
 
 import hashlib
 import itertools
@@ -73,10 +73,10 @@ def test_defaults_draw_what_they_always_drew() -> None:
 def test_every_schedule_estimates_the_same_bound(schedule: str, mask_sampling: str) -> None:
     """A weight without its m'(t), or with p of another schedule, is off by much more."""
     config = DiffusionConfig(noise_schedule=schedule, mask_sampling=mask_sampling, attention_boundary="none", eps=0.01)
-    losses = draw_losses(config, 32_000)
+    losses = draw_losses(config, 10_000)
     expected = exact_bound(mask_sampling, 0.01)
     assert abs(losses.mean() - expected) < 4 * standard_error(losses)
-    assert standard_error(losses) < 0.02 * expected
+    assert standard_error(losses) < 0.04 * expected
 
 
 def test_schedules_begin_at_nothing_and_end_at_everything() -> None:
@@ -97,7 +97,9 @@ def test_other_objectives_keep_the_bounds_estimate(schedule: str) -> None:
     """The masks are the same, and beside another weight stands the one of the bound."""
     shared = {"noise_schedule": schedule, "attention_boundary": "truncate", "truncate_probability": 0.5}
     plain = batch_of(range(400), **shared)
-    clipped = batch_of(range(400), loss_weight="clipped", max_loss_weight=3.0, **{**shared, "truncate_probability": 0.0})
+    clipped = batch_of(
+        range(400), loss_weight="clipped", max_loss_weight=3.0, **{**shared, "truncate_probability": 0.0}
+    )
     uncut = batch_of(range(400), **{**shared, "truncate_probability": 0.0})
     unweighted = batch_of(range(400), loss_weight="unweighted", **shared)
     for batch, bound in ((clipped, uncut), (unweighted, plain)):
@@ -130,7 +132,7 @@ def test_a_range_of_t_is_the_mean_over_it() -> None:
         drawn = np.array([sample_t(i, config, SEED) for i in range(4000)])
         assert 0.3 <= drawn.min() < 0.301
         assert 0.799 < drawn.max() <= 0.8
-        losses = draw_losses(config, 32_000)
+        losses = draw_losses(config, 10_000)
         p = np.array([mask_probability(t, config.eps) for t in 0.3 + 0.5 * (np.arange(2000) + 0.5) / 2000])[:, None]
         expected = (p**SIZES * (1 - p) ** (L - SIZES) * SUMS / p).sum(1).mean() / L
         assert abs(losses.mean() - expected) < 4 * standard_error(losses)
@@ -182,7 +184,7 @@ def test_complements_cover_the_window_and_are_unbiased_each(mask_sampling: str, 
         assert set((twice * 64).tolist()) <= {0.0, 1.0}
     else:
         assert abs(twice.mean() - eps) <= 4 * math.sqrt(eps / (200 * 64))
-    losses = draw_losses(DiffusionConfig(**fields, attention_boundary="none"), 40_000)
+    losses = draw_losses(DiffusionConfig(**fields, attention_boundary="none"), 12_000)
     for part in (losses[::2], losses[1::2]):
         assert abs(part.mean() - exact_bound(mask_sampling, eps)) < 4 * standard_error(part[: len(part) // 16 * 16])
 
@@ -208,7 +210,13 @@ def test_complements_share_their_segments(boundary: str, t_per: str) -> None:
 
 
 def test_all_choices_depend_on_seed_and_sample_index_alone() -> None:
-    fields = {"t_per": "segment", "loss_weight": "clipped", "attention_boundary": "document", "t_min": 0.1, "t_max": 0.9}
+    fields = {
+        "t_per": "segment",
+        "loss_weight": "clipped",
+        "attention_boundary": "document",
+        "t_min": 0.1,
+        "t_max": 0.9,
+    }
     for more in ({"complementary_masks": True}, {"noise_schedule": "cosine", "mask_sampling": "exact_count"}):
         together = batch_of(range(40), **fields, **more)
         for index in (3, 39, 0, 20):

@@ -1,5 +1,5 @@
-"""Six tokens whose likelihood bound is known exactly: an explicit joint distribution, whose conditional cross-entropy for
-every set of masked positions is a table of 2^L rows."""
+"""Six tokens whose likelihood bound is known exactly: an explicit joint distribution, whose conditional cross-entropy
+for every set of masked positions is a table of 2^L rows."""
 
 import math
 from fractions import Fraction

@@ -95,7 +95,13 @@ def test_main_grad():
     main_grad = torch.zeros_like(weight)
     options = {"vocab_size": VOCAB, "z_loss": Z_LOSS, "logit_softcap": SOFTCAP, "excluded_id": 5}
     loss = masked_linear_cross_entropy(
-        hidden.requires_grad_(), weight.requires_grad_(), labels, loss_weight, **options, main_grad=main_grad, grad_scale=1
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        labels,
+        loss_weight,
+        **options,
+        main_grad=main_grad,
+        grad_scale=1,
     ).loss_sum
     loss.backward()
     for found, wanted in zip((loss.detach(), hidden.grad, main_grad), exact(torch.float32, 5), strict=True):
