@@ -66,6 +66,9 @@ def preprocess(
         typer.Option(help="Jinja file; default: of tokenizer_config.json beside the tokenizer.", readable=_TOLD_HERE),
     ] = None,
     append_eod: Annotated[bool, typer.Option(help="End each document with EOS.")] = True,
+    prepend_bos: Annotated[
+        bool, typer.Option(help="Begin each document with BOS, as a prompt to score begins.")
+    ] = False,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out and count what cannot be used, instead of stopping.")
     ] = False,
@@ -106,6 +109,7 @@ def preprocess(
                 input_format=input_format,
                 text_key=key,
                 append_eod=append_eod,
+                prepend_bos=prepend_bos,
                 skip_bad_lines=skip_bad_lines,
                 chat=is_chat,
                 chat_template=chat_template,

@@ -7,7 +7,7 @@ import typer
 
 from illada_megatron.cli.run_commands import ConfigOption
 from illada_megatron.config import ConfigError, RunConfig, load_config
-from illada_megatron.data.corpus.configured import training_corpus
+from illada_megatron.data.corpus.configured import corpus_of_run
 from illada_megatron.data.corpus.corpus import Origin
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.system.terminal import say
@@ -38,8 +38,7 @@ def sample(
         raise ConfigError("no sample index was given, expected one or more, as `illada sample 81920 --config FILE`")
     resolved, skipped = _resolve(config, checkpoint, overrides)
     words = load_tokenizer(resolved.data.tokenizer_path) if resolved.data.tokenizer_path else None
-    allowed = resolved.checkpoint.allow_mismatch
-    corpus = training_corpus(resolved.data, resolved.training.seed, resolved.model.vocab_size, words, allowed)
+    corpus = corpus_of_run(resolved, words)
     for index in indices:
         say("\n".join([*_described(resolved, corpus, index, words), *_passed_over(index, skipped), ""]))
 
@@ -69,20 +68,27 @@ def _described(config: RunConfig, corpus: Any, index: int, words: Tokenizer | No
     from illada_megatron.diffusion import make_masked_batch, mask_probability
 
     model, diffusion = config.model, config.diffusion
-    batch = make_masked_batch(corpus, [index], diffusion, model.mask_token_id, config.training.seed)
+    batch = make_masked_batch(corpus, [index], diffusion, model.mask_token_id, config.training.seeds.noise)
     yield from _origin_lines(index, corpus.origin(index))
-    masked = int((batch.loss_weight > 0).sum())
-    t = float(batch.t[0])
-    p = f", p {mask_probability(t, diffusion.eps):.4f}" if diffusion.mask_sampling == "bernoulli" else ""
+    if diffusion.complementary_masks:
+        yield f"  the window of sample {index ^ 1} too, which is masked where this one is clear"
+    masked = int((batch.tokens == model.mask_token_id).sum())
+    times = [float(t) for t in (batch.t if batch.segment_t is None else batch.segment_t)]
+    chances = [mask_probability(t, diffusion.eps, diffusion.noise_schedule) for t in times]
+    p = f", p {_list(chances)}" if diffusion.mask_sampling == "bernoulli" else ""
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
     yield (
-        f"  t {t:.4f}{p}; {masked} of {batch.tokens.numel()} tokens masked; "
+        f"  t {_list(times)}{p}; {masked} of {batch.tokens.numel()} tokens masked; "
         f"segments of {' + '.join(map(str, lengths))} tokens"
     )
     yield "clean:"
     yield _text(batch.labels[0], words, model.mask_token_id)
     yield "masked:"
     yield _text(batch.tokens[0], words, model.mask_token_id)
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def _origin_lines(index: int, origin: Origin) -> Iterator[str]:

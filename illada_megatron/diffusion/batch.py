@@ -12,9 +12,9 @@ from torch import Tensor
 
 from illada_megatron.config.schema import DiffusionConfig
 from illada_megatron.data.errors import DataError
-from illada_megatron.diffusion.masking import sample_mask
-from illada_megatron.diffusion.schedule import sample_t
-from illada_megatron.diffusion.segments import Boundary, Documents, cumulate_segments, sample_boundary
+from illada_megatron.diffusion.masking import sample_masks
+from illada_megatron.diffusion.segments import Boundary, Documents, cumulate_segments, sample_boundary, sample_spans
+from illada_megatron.diffusion.weights import LOSS_WEIGHTS
 
 
 class Corpus(Documents, Protocol):
@@ -33,11 +33,13 @@ class MaskedBatch:
 
     tokens: Tensor  # [b, s] int64, noisy: mask_token_id at masked positions
     labels: Tensor  # [b, s] int64, clean
-    loss_weight: Tensor  # [b, s] float32, 1/p at masked positions, 0 elsewhere
+    loss_weight: Tensor  # [b, s] float32, at masked positions 1/p (or another, `config.loss_weight`), 0 elsewhere
     cu_seqlens: Tensor  # [n+1] int32, offsets of the segments in the flattened b*s tokens
     max_seqlen: int  # length of the longest segment
-    t: Tensor  # [b] float32, diffusion time
+    t: Tensor  # [b] float32, diffusion time, of the first segment where each has its own
     sample_index: Tensor  # [b] int64
+    bound_weight: Tensor | None = None  # [b, s] float32, the weight of the bound; None: loss_weight is it
+    segment_t: Tensor | None = None  # [n] float32, times of the segments; None: those of their sequences
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch on `device`."""
@@ -64,7 +66,8 @@ def make_masked_batch(
     """Read, cut and mask the samples of one micro-batch.
 
     A sample's noise depends on (seed, sample index) alone: not on the batch it is in, the rank or what was drawn
-    before. Both segments of a split sequence share one t: LLaDA draws t per sequence.
+    before. Both segments of a split sequence share one t, as LLaDA draws it, unless `config.t_per` says otherwise. With
+    complementary masks the corpus has to give samples 2k and 2k+1 the same tokens (`config.samples_per_window`).
 
     Args:
         corpus: read once.
@@ -85,15 +88,22 @@ def make_masked_batch(
     corpus.read(sample_indices, labels)
     _refuse_masks(labels, sample_indices, mask_token_id)
     loss_weight = np.zeros((b, s), np.float32)
+    bound_weight = np.zeros((b, s), np.float32) if config.loss_weight != "bound" else None
     times = np.empty(b, np.float32)
+    segment_times: list[float] = []
     boundaries: list[Boundary] = []
+    weigh = LOSS_WEIGHTS[config.loss_weight]
     for row, index in enumerate(sample_indices):
         boundary = sample_boundary(index, corpus, config, seed)
-        t = sample_t(index, config, seed)
-        masked, weight = sample_mask(index, boundary.noised_tokens, t, config, seed)
-        # s / noised_tokens is 1 unless truncated: the sequence then counts as the mean over its own tokens
-        loss_weight[row, : boundary.noised_tokens][masked] = weight * (s / boundary.noised_tokens)
-        times[row] = t
+        lengths, of_spans = sample_spans(index, boundary, config, seed)
+        # 1 unless truncated: the sequence then counts as the mean over its own tokens
+        scale = s / boundary.noised_tokens
+        for span in sample_masks(index, lengths, of_spans, config, seed):
+            loss_weight[row, span.tokens][span.positions] = weigh(span.bound_weight, span.p, config) * scale
+            if bound_weight is not None:
+                bound_weight[row, span.tokens][span.positions] = span.bound_weight * scale
+        times[row] = of_spans[0]
+        segment_times += of_spans if len(of_spans) > 1 else of_spans * len(boundary.segment_tokens)
         boundaries.append(boundary)
     tokens = np.where(loss_weight > 0, mask_token_id, labels)
     cu_seqlens, max_seqlen = cumulate_segments(boundaries)
@@ -105,6 +115,8 @@ def make_masked_batch(
         max_seqlen=max_seqlen,
         t=torch.from_numpy(times),
         sample_index=torch.tensor([int(index) for index in sample_indices], dtype=torch.int64),
+        bound_weight=None if bound_weight is None else torch.from_numpy(bound_weight),
+        segment_t=torch.tensor(segment_times, dtype=torch.float32) if config.t_per == "segment" else None,
     )
 
 

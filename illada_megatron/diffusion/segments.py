@@ -10,6 +10,7 @@ from torch import Tensor
 
 from illada_megatron.config.schema import DiffusionConfig
 from illada_megatron.diffusion.noise import uniforms
+from illada_megatron.diffusion.schedule import pair_of, sample_times
 
 
 class Documents(Protocol):
@@ -45,7 +46,7 @@ def sample_boundary(sample_index: int, corpus: Documents, config: DiffusionConfi
     if config.attention_boundary == "document":
         edges = [0, *corpus.document_starts(sample_index).tolist(), s]
         return Boundary(tuple(np.diff(edges).tolist()), s)
-    happens, where = uniforms(seed, "diffusion.boundary", sample_index, 2)
+    happens, where = uniforms(seed, "diffusion.boundary", pair_of(sample_index, config)[0], 2)
     if config.attention_boundary == "split":
         if s < 2 or happens >= config.split_probability:
             return whole
@@ -55,6 +56,20 @@ def sample_boundary(sample_index: int, corpus: Documents, config: DiffusionConfi
     if head == s or happens >= config.truncate_probability:
         return whole
     return Boundary((head, s - head), head)
+
+
+def sample_spans(
+    sample_index: int, boundary: Boundary, config: DiffusionConfig, seed: int
+) -> tuple[tuple[int, ...], list[float]]:
+    """Lengths of the runs of noised tokens that share one t, and their times: the whole sequence, or its segments."""
+    segments = boundary.segment_tokens
+    if config.t_per == "sequence" or len(segments) == 1:
+        lengths: tuple[int, ...] = (boundary.noised_tokens,)
+    elif boundary.noised_tokens < sum(segments):  # truncated: the tail is not noised
+        lengths = segments[:1]
+    else:
+        lengths = segments
+    return lengths, sample_times(sample_index, len(lengths), config, seed)
 
 
 def make_segments(

@@ -2,6 +2,7 @@
 
 from copy import copy
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, tanh
@@ -64,6 +65,7 @@ class Head(tensor_parallel.ColumnParallelLinear):
             chunk_memory_bytes=None if megabytes is None else megabytes * 10**6,
             z_loss=self.loss.z_loss,
             logit_softcap=self.model.logit_softcap,
+            excluded_id=self.model.excluded_id,
             main_grad=main_grad,
             grad_scale=grad_scale if main_grad is not None else None,
         )
@@ -73,4 +75,8 @@ class Head(tensor_parallel.ColumnParallelLinear):
         gathered = tensor_parallel.gather_from_tensor_model_parallel_region(parallel_logits, group=self.tp_group)
         logits = gathered.squeeze(1)[:, : self.model.vocab_size]
         cap = self.model.logit_softcap
-        return logits if cap == 0 else cap * tanh(logits / cap)
+        logits = logits if cap == 0 else cap * tanh(logits / cap)
+        excluded = self.model.excluded_id
+        if excluded is None:
+            return logits
+        return logits.index_fill(1, torch.tensor(excluded, device=logits.device), -torch.inf)

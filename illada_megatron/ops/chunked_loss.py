@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada_megatron.ops.logit_passes import combine, statistics_dtype
-from illada_megatron.ops.logit_sweeps import ALIGN_ROWS, Sweeps, memory_elements
+from illada_megatron.ops.logit_sweeps import ALIGN_ROWS, Logits, Sweeps, memory_elements
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Chunk:
     """A chunk whose logits are made and whose statistics are on their way between the ranks."""
 
     rows: slice
-    logits: Tensor  # as the sweeps lay them out
+    logits: Logits  # as the sweeps lay them out
     statistics: Tensor  # [3, c], of this rank's columns
     gathered: Tensor | None  # [tp, 3, c]
     work: dist.Work | None
@@ -96,7 +96,7 @@ def losses_and_gradients(
     m, width = hidden.shape[0], head.weight.shape[0]
     buffers, rows = _buffers(hidden, head), chunk_rows(hidden, head, memory_bytes)
     chunks = [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
-    memory = hidden.new_empty(min(buffers, len(chunks)), memory_elements(rows, width))
+    memory = hidden.new_empty(min(buffers, len(chunks)), memory_elements(rows, width, head.sweeps.parts))
     dtype = statistics_dtype(hidden.dtype)
     losses = RowLosses(*(torch.empty(m, dtype=dtype, device=hidden.device) for _ in range(2)))
 

@@ -9,13 +9,13 @@ block of the head's rows at a time, which then stays in a CPU's cache
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from illada_megatron.ops import kernels
-from illada_megatron.ops.logit_passes import REFERENCE, LogitPasses, fused_passes
+from illada_megatron.ops.logit_passes import REFERENCE, LogitPasses, combine, fused_passes
 
 # Rows of a chunk start on 64 bytes where they lie one after the other, and their number fills the tiles of a product
 _ALIGN_ELEMENTS = 64
@@ -24,19 +24,27 @@ ALIGN_ROWS = 32
 _PIECE_ROWS = 8192
 
 
+Logits = Tensor | tuple["Logits", ...]
+"""Of a chunk, in one piece or several."""
+
+
 class Sweeps(NamedTuple):
     """An implementation of both."""
 
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Logits, Tensor]]
     """(memory, hidden `[c, h]`, weight `[v, h]`, targets `[c]`, softcap) -> (logits in some layout, a view of memory;
     statistics `[3, c]` as `LogitPasses.statistics`)."""
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor], None]
+    backward: Callable[[Any, Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor], None]
     """(logits, which it may overwrite, hidden, weight, targets, row_values `[4, c]` as `LogitPasses.to_gradient_`,
     softcap, hidden's gradient `[c, h]`, written, weight's gradient `[v, h]`, added to)."""
+    parts: int = 1
+    """In which it takes the head's rows."""
 
 
-def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool) -> Sweeps:
-    """Of hidden `[m, h]` and weight `[v, h]`."""
+def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool, excluded_row: int | None = None) -> Sweeps:
+    """Of hidden `[m, h]` and weight `[v, h]`, of which one row may take no part."""
+    if excluded_row is not None:
+        return without_row(chosen_sweeps(hidden, weight, fused), excluded_row)
     if not fused:
         return plain_sweeps(REFERENCE)
     in_blocks = (
@@ -48,9 +56,9 @@ def chosen_sweeps(hidden: Tensor, weight: Tensor, fused: bool) -> Sweeps:
     return BLOCK_SWEEPS if in_blocks else plain_sweeps(fused_passes())
 
 
-def memory_elements(rows: int, width: int) -> int:
-    """Of the memory of a chunk of `rows` logits of `width`, in either layout."""
-    return _aligned(rows, ALIGN_ROWS) * _aligned(width, _ALIGN_ELEMENTS)
+def memory_elements(rows: int, width: int, parts: int = 1) -> int:
+    """Of the memory of a chunk of `rows` logits of `width`, in any layout; each of its parts is filled up by itself."""
+    return _aligned(rows, ALIGN_ROWS) * (_aligned(width, _ALIGN_ELEMENTS) + (parts - 1) * _ALIGN_ELEMENTS)
 
 
 def plain_sweeps(passes: LogitPasses) -> Sweeps:
@@ -100,6 +108,46 @@ def _backward_in_blocks(*arguments: Tensor | float) -> None:
 
 
 BLOCK_SWEEPS = Sweeps(_forward_in_blocks, _backward_in_blocks)
+
+
+def without_row(sweeps: Sweeps, row: int) -> Sweeps:
+    """The same over a head that lacks its row `row`: over what stands above it and what stands below, whose statistics
+    are put together as those of ranks are. No implementation has to know, and no logit is computed to be left out.
+
+    In 16 bits hidden's gradient is the sum of two rounded ones.
+    """
+
+    def around(weight: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(weight[:row], targets), (weight[row + 1 :], targets - row - 1)]  # -1 and below: held elsewhere
+
+    def forward(
+        memory: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
+    ) -> tuple[Logits, Tensor]:
+        logits, statistics, first = [], [], 0
+        for part, part_targets in around(weight, targets):
+            one, numbers = sweeps.forward(memory[first:], hidden, part, part_targets, softcap)
+            logits.append(one)
+            statistics.append(numbers)
+            first += memory_elements(hidden.shape[0], part.shape[0])
+        return tuple(logits), combine(torch.stack(statistics))
+
+    def backward(
+        logits: Logits,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        row_values: Tensor,
+        softcap: float,
+        hidden_gradient: Tensor,
+        weight_gradient: Tensor,
+    ) -> None:
+        parts = zip(logits, around(weight, targets), (weight_gradient[:row], weight_gradient[row + 1 :]), strict=True)
+        gradients = (hidden_gradient, torch.empty_like(hidden_gradient))
+        for (one, (part, part_targets), sums), gradient in zip(parts, gradients, strict=True):
+            sweeps.backward(one, hidden, part, part_targets, row_values, softcap, gradient, sums)
+        hidden_gradient.add_(gradients[1])
+
+    return Sweeps(forward, backward, parts=2)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

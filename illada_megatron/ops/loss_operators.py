@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     memory_bytes: int  # for the logits that exist at a time
     fused: bool
     group: str | None  # name of the process group that holds the other rows; None: there are none
+    excluded_row: int | None  # of weight; takes no part. None: no such row here
 
     def head(self, hidden: Tensor, weight: Tensor) -> Head:
         """weight `[v_padded/tp, h]` without its padding, and what is made of the logits of hidden `[m, h]`."""
@@ -38,7 +39,7 @@ class Settings(NamedTuple):
             weight[: self.real_rows],
             self.z_loss,
             self.softcap,
-            chosen_sweeps(hidden, weight, self.fused),
+            chosen_sweeps(hidden, weight, self.fused, self.excluded_row),
             None if self.group is None else _resolve_process_group(GroupName(self.group)),
         )
 
@@ -65,11 +66,12 @@ def _loss(
     memory_bytes: int,
     fused: bool,
     group: str | None,
+    excluded_row: int | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss_sum, cross_entropy [m], gradients of hidden and weight; empty ones unless with_gradient)."""
     rows = Rows(hidden, weight, targets, row_weight)
-    settings = Settings(real_rows, z_loss, softcap, memory_bytes, fused, group)
+    settings = Settings(real_rows, z_loss, softcap, memory_bytes, fused, group, excluded_row)
     if not with_gradient:
         return *_run(rows, settings, None), hidden.new_empty(0), weight.new_empty(0)
     # Several chunks add to the gradient of every row of the weight: in fp32
@@ -100,7 +102,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
-    return _scaled(grad_hidden, grad_loss), _scaled(grad_weight, grad_loss), *(None,) * 9
+    return _scaled(grad_hidden, grad_loss), _scaled(grad_weight, grad_loss), *(None,) * 10
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
@@ -126,12 +128,13 @@ def _loss_into(
     memory_bytes: int,
     fused: bool,
     group: str | None,
+    excluded_row: int | None,
     main_grad: Tensor,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_sum, cross_entropy [m], gradient of hidden); the weight's is added to main_grad. Both times grad_scale."""
     rows = Rows(hidden, weight, targets, row_weight)
-    settings = Settings(real_rows, z_loss, softcap, memory_bytes, fused, group)
+    settings = Settings(real_rows, z_loss, softcap, memory_bytes, fused, group, excluded_row)
     into = Gradients(torch.empty_like(hidden), main_grad[:real_rows], grad_scale)
     return *_run(rows, settings, into), into.rows
 
@@ -184,5 +187,5 @@ def _count_flops(hidden_shape: list[int], *others: Any, **_: Any) -> int:
     """For torch's FlopCounterMode, which does not look into operators: the product of the logits, and the two of the
     gradients."""
     (m, h), real_rows = hidden_shape, others[3]
-    with_gradient = others[-1] if len(others) == 10 else True
+    with_gradient = others[-1] if len(others) == 11 else True
     return (6 if with_gradient else 2) * m * h * real_rows

@@ -50,6 +50,7 @@ def masked_linear_cross_entropy(
     chunk_memory_bytes: int | None = None,
     z_loss: float = 0.0,
     logit_softcap: float = 0.0,
+    excluded_id: int | None = None,
     main_grad: Tensor | None = None,
     grad_scale: float | None = None,
 ) -> MaskedLoss:
@@ -72,6 +73,8 @@ def masked_linear_cross_entropy(
             logits on a CPU (80 MB in bf16), 2 % of the memory of a GPU.
         z_loss: c of the penalty w_i c (log Z_i)^2 (arXiv 2204.02311, section 5).
         logit_softcap: logits become s tanh(logit / s); 0: they stay.
+        excluded_id: a token whose logit is minus infinity: it takes no part in the softmax, and its row of the head
+            gets zero gradient, as padding does. No masked row may have it as its label. None: there is none.
         main_grad: `[v_padded/tp, h]` float32. The weight's gradient is added to it, in fp32 and at once, and weight
             gets none from autograd: what Megatron calls gradient accumulation fusion.
         grad_scale: with main_grad, the gradient that backward will bring for loss_sum. It is checked then.
@@ -84,7 +87,7 @@ def masked_linear_cross_entropy(
     Raises:
         TypeError: a dtype differs from the above.
         ValueError: shapes or devices disagree, the head has fewer rows than vocab_size, a masked row's label is
-            outside [0, vocab_size), or a number is out of its range.
+            outside [0, vocab_size) or the excluded one, or a number is out of its range.
         RuntimeError: "fused" cannot run here; in backward: another gradient than grad_scale arrives.
     """
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
@@ -96,16 +99,19 @@ def masked_linear_cross_entropy(
 
     masked = MaskedRows.locate(loss_weight, group, sequence_parallel)
     row_labels = labels[masked.rows]
-    _check_labels(row_labels, masked.rows, vocab_size)
+    _check_labels(row_labels, masked.rows, vocab_size, excluded_id)
     first_id = rank * weight.shape[0]
+    real_rows = min(max(vocab_size - first_id, 0), weight.shape[0])
+    excluded_here = excluded_id is not None and first_id <= excluded_id < first_id + real_rows
     rows = Rows(masked.gather(hidden), weight, row_labels - first_id, loss_weight[masked.rows])
     settings = Settings(
-        min(max(vocab_size - first_id, 0), weight.shape[0]),
+        real_rows,
         z_loss,
         logit_softcap,
         _chunk_bytes(hidden) if chunk_memory_bytes is None else chunk_memory_bytes,
         use_fused,
         None if group is None else group.group_name,
+        excluded_id - first_id if excluded_id is not None and excluded_here else None,
     )
     loss_sum, cross_entropy = apply(rows, settings, main_grad, grad_scale)
     weighted = torch.dot(rows.row_weight.to(cross_entropy.dtype), cross_entropy)
@@ -200,11 +206,14 @@ def _check_sizes(
         )
 
 
-def _check_labels(row_labels: Tensor, rows: Tensor, vocab_size: int) -> None:
+def _check_labels(row_labels: Tensor, rows: Tensor, vocab_size: int, excluded_id: int | None) -> None:
     outside = (row_labels < 0) | (row_labels >= vocab_size)
+    if excluded_id is not None:
+        outside |= row_labels == excluded_id
     if outside.any():
         first = int(outside.nonzero()[0])
         raise ValueError(
-            f"label {int(row_labels[first])} of token {int(rows[first])} is outside the vocabulary [0, {vocab_size}) "
+            f"label {int(row_labels[first])} of token {int(rows[first])} is outside the vocabulary [0, {vocab_size})"
+            f"{'' if excluded_id is None else f' without {excluded_id}'} "
             f"({int(outside.sum())} such labels among {rows.numel()} masked tokens)"
         )

@@ -43,7 +43,7 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
         source = validation_source(resolved, run, checked_tokenizer(resolved))
         models = build_model_chunks(resolved, run.device)
         if info is None:
-            fill_initial_weights(models, resolved.model, resolved.training.seed)
+            fill_initial_weights(models, resolved.model, resolved.training.seeds.init)
         else:
             load_weights(info, resolved, models)
         figures = evaluate(models, source, resolved.validation.num_samples)

@@ -116,7 +116,7 @@ def _loss(batch: MaskedBatch, counted: int, tokens: float, output: MaskedLoss) -
     """(loss of the micro-batch in nats/token, the step's sums).
 
     The schedule divides by the number of micro-batches and DDP averages over data parallel, which makes it
-    sum(CE / p) / (tokens of the global batch), once.
+    sum(weight * CE) / (tokens of the global batch), once.
     """
     return output.loss_sum / tokens, {"sums": microbatch_sums(output, batch, counted)}
 

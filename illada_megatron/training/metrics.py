@@ -10,7 +10,7 @@ from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 
 T_BUCKETS = 10
-_SCALARS = ("weighted", "cross_entropy", "masked", "squared_lengths", "stop", "bad_gradient")
+_SCALARS = ("weighted", "cross_entropy", "masked", "squared_lengths", "stop", "bad_gradient", "bound")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,9 @@ class StepSums:
     """Sums over all tokens of a step, the same on every rank."""
 
     weighted: float
-    """sum of CE / p over masked tokens (nats)."""
+    """sum of weighted CE over masked tokens (nats): the objective."""
+    bound: float
+    """the same with the weights of the bound, which the objective's are by default: sum of CE / p."""
     cross_entropy: float
     """sum of CE over masked tokens (nats)."""
     masked: int
@@ -37,7 +39,7 @@ class StepSums:
         return self.cross_entropy / max(1, self.masked)
 
     def cross_entropy_by_t(self) -> list[float | None]:
-        """Mean CE of the masked tokens of sequences with t in [k/10, (k+1)/10); None where there were none."""
+        """Mean CE of the masked tokens of sequences (or segments) with t in [k/10, (k+1)/10); None: there were none."""
         pairs = zip(self.bucket_cross_entropy, self.bucket_masked, strict=True)
         return [total / count if count else None for total, count in pairs]
 
@@ -55,7 +57,13 @@ def microbatch_sums(loss: MaskedLoss, batch: MaskedBatch, counted: int) -> Tenso
     sums[1] = ce.sum()
     sums[2] = ce.numel()
     sums[3] = lengths.square().sum()
-    bucket = (batch.t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)[loss.rows // batch.tokens.shape[1]]
+    sums[6] = sums[0]
+    if batch.bound_weight is not None:
+        sums[6] = torch.dot(batch.bound_weight.view(-1)[loss.rows].double(), ce)
+    t, owner = batch.t, loss.rows // batch.tokens.shape[1]
+    if batch.segment_t is not None:
+        t, owner = batch.segment_t, torch.searchsorted(ends, loss.rows.to(ends.dtype), right=True)
+    bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)[owner]
     sums[len(_SCALARS) :][:T_BUCKETS].index_add_(0, bucket, ce)
     sums[len(_SCALARS) + T_BUCKETS :].index_add_(0, bucket, torch.ones_like(ce))
     return sums
@@ -79,6 +87,7 @@ def reduce_sums(
     buckets = values[len(_SCALARS) :]
     return StepSums(
         weighted=values[0],
+        bound=values[6],
         cross_entropy=values[1],
         masked=round(values[2]),
         squared_lengths=round(values[3]),

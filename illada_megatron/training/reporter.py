@@ -30,7 +30,10 @@ class StepRecord:
     step: int
     """Steps done, this one included."""
     loss: float
-    """nats/token: sum(CE / p) / tokens."""
+    """nats/token: the objective, sum(CE / p) / tokens unless `diffusion.loss_weight` has another weight."""
+    bound: float | None
+    """nats/token: sum(CE / p) / tokens whatever the objective; None: of the range of t that was drawn from there is
+    none."""
     masked_cross_entropy: float
     """nats per masked token."""
     cross_entropy_by_t: list[float | None]
@@ -231,16 +234,17 @@ class Reporter:
     def _line(self, record: StepRecord) -> str:
         left = timedelta(seconds=round((self._seconds_per_step or 0.0) * (self.last_step - record.step)))
         mfu = f"  MFU {record.mfu:.1%}" if record.mfu is not None else ""
+        diffusion = self.config.diffusion
+        bound = "" if diffusion.loss_is_bound or record.bound is None else f"  bound {record.bound:8.4f}"
+        unit = "nats/token" if diffusion.loss_is_bound else "(reweighted)"
         return (
-            f"step {record.step:>7}/{self.last_step}  loss {record.loss:8.4f} nats/token  "
+            f"step {record.step:>7}/{self.last_step}  loss {record.loss:8.4f} {unit}{bound}  "
             f"masked CE {record.masked_cross_entropy:7.4f}  {record.tokens_per_second:9,.0f} tokens/s{mfu}  "
             f"grad norm {record.grad_norm:8.3f}  lr {record.lr:.3e}  ETA {left}"
         )
 
-    @staticmethod
-    def _scalars(record: StepRecord) -> dict[str, float]:
+    def _scalars(self, record: StepRecord) -> dict[str, float]:
         scalars = {
-            "loss/nats_per_token": record.loss,
             "loss/masked_cross_entropy_nats": record.masked_cross_entropy,
             "optimizer/grad_norm": record.grad_norm,
             "optimizer/learning_rate": record.lr,
@@ -252,6 +256,10 @@ class Reporter:
             "speed/data_wait_seconds": record.data_wait_seconds,
             "faults/skipped_steps": record.skipped_steps,
         }
+        if not self.config.diffusion.loss_is_bound:
+            scalars["loss/objective"] = record.loss
+        if record.bound is not None:
+            scalars["loss/nats_per_token"] = record.bound
         for name, epochs in record.epochs.items():
             scalars[f"progress/epoch/{name}" if name else "progress/epoch"] = epochs
         if record.mfu is not None:

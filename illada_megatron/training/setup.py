@@ -14,7 +14,7 @@ from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.checkpoint.store import CheckpointInfo, checkpoint_to_continue
 from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
-from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems, validation_corpus
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
@@ -75,14 +75,13 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
 
     Raises ConfigError, CheckpointError or the data package's error, naming what does not fit.
     """
-    tokenizer = checked_tokenizer(config)
-    allowed = config.checkpoint.allow_mismatch
-    corpus = training_corpus(config.data, config.training.seed, config.model.vocab_size, tokenizer, allowed)
-    source = BatchSource(corpus, config, runtime, config.training.seed)
+    tokenizer, seeds = checked_tokenizer(config), config.training.seeds
+    corpus = corpus_of_run(config, tokenizer)
+    source = BatchSource(corpus, config, runtime, seeds.noise)
     models = build_model_chunks(config, runtime.device)
     checkpoint, refused = checkpoint_to_continue(config.checkpoint)
     if checkpoint is None:
-        fill_initial_weights(models, config.model, config.training.seed)
+        fill_initial_weights(models, config.model, seeds.init)
     chunks = wrap_data_parallel(config.parallel, models)
     state = TrainingState(
         config=config,
@@ -113,7 +112,10 @@ def validation_source(config: RunConfig, runtime: Runtime, tokenizer: Tokenizer 
     """Held-out samples in their order, with noise of their own seed."""
     allowed = config.checkpoint.allow_mismatch
     corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size, tokenizer, allowed)
-    return BatchSource(corpus, config, runtime, config.validation.seed)
+    # the objective may be another one, the held-out figure is the bound
+    whole = {"loss_weight": "bound", "t_min": 0.0, "t_max": 1.0, "complementary_masks": False}
+    diffusion = config.diffusion.model_copy(update=whole)
+    return BatchSource(corpus, config.model_copy(update={"diffusion": diffusion}), runtime, config.validation.seed)
 
 
 def wrap_data_parallel(parallel: ParallelConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:

@@ -7,7 +7,7 @@ import torch
 from illada_megatron.config import CheckpointConfig, FaultsConfig, RunConfig
 from illada_megatron.config.layout import layout_rows
 from illada_megatron.config.learning_rate import schedule_rows
-from illada_megatron.config.schema import BlendPhase, LossConfig
+from illada_megatron.config.schema import BlendPhase, DiffusionConfig, LossConfig
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.model.transformer_config import DTYPES
@@ -72,25 +72,41 @@ def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
 
 def start_table(state: TrainingState) -> list[tuple[str, str]]:
     """All rows of the start-up table."""
-    config, corpus = state.config, state.source.corpus
-    diffusion = config.diffusion
-    boundary = {
-        "split": f"split with probability {diffusion.split_probability}",
-        "truncate": f"truncated with probability {diffusion.truncate_probability}",
-        "document": "documents apart",
-        "none": "whole sequences",
-    }[diffusion.attention_boundary]
+    config, corpus, diffusion = state.config, state.source.corpus, state.config.diffusion
     return [
         *choice_rows(config, state.runtime.device),
         *layout_rows(config, state.runtime.layout),
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
-        ("noise", f"t {diffusion.t_sampling}, {diffusion.mask_sampling} masks, {boundary}"),
+        ("noise", _noise_text(diffusion)),
+        *([] if diffusion.loss_is_bound else [("objective", _objective_text(diffusion))]),
         *_corpus_rows(corpus, config.data.phases),
         *schedule_rows(config, state.schedule.decay_start_step),
         ("plateau", _plateau_text(config, state.schedule.plateau)),
         ("checkpoints", _checkpoints_text(config.checkpoint)),
         ("faults", _faults_text(config.faults)),
     ]
+
+
+def _noise_text(diffusion: DiffusionConfig) -> str:
+    boundary = {
+        "split": f"split with probability {diffusion.split_probability}",
+        "truncate": f"truncated with probability {diffusion.truncate_probability}",
+        "document": "documents apart",
+        "none": "whole sequences",
+    }[diffusion.attention_boundary]
+    schedule = f"{diffusion.noise_schedule} schedule, " if diffusion.noise_schedule != "linear" else ""
+    each = " per segment" if diffusion.t_per == "segment" else ""
+    pairs = "complementary " if diffusion.complementary_masks else ""
+    return f"{schedule}t {diffusion.t_sampling}{each}, {pairs}{diffusion.mask_sampling} masks, {boundary}"
+
+
+def _objective_text(diffusion: DiffusionConfig) -> str:
+    weight: str = diffusion.loss_weight
+    if weight == "clipped":
+        weight = f"weights clipped at {diffusion.max_loss_weight:g}"
+    if not diffusion.sees_all_t:
+        weight += f", t from {diffusion.t_min:g} to {diffusion.t_max:g}; no bound can be estimated from it"
+    return f"{weight} (`loss` is no bound of the likelihood)"
 
 
 def _corpus_rows(corpus: BlendedCorpus, phases: Sequence[BlendPhase]) -> list[tuple[str, str]]:

@@ -125,7 +125,8 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         stop=stop_requested,
         bad_gradient=not math.isfinite(norm),
     )
-    loss = sums.weighted / (batch_size * config.data.sequence_length)
+    tokens = batch_size * config.data.sequence_length
+    loss = sums.weighted / tokens
     good = math.isfinite(loss) and not sums.bad_gradient
     if good:
         apply_gradients(state.optimizer, norm, config.optimizer.clip_grad)
@@ -142,6 +143,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     record = StepRecord(
         step=state.step,
         loss=loss,
+        bound=sums.bound / tokens if config.diffusion.sees_all_t else None,
         masked_cross_entropy=sums.masked_cross_entropy,
         cross_entropy_by_t=sums.cross_entropy_by_t(),
         grad_norm=norm,

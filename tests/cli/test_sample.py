@@ -111,6 +111,35 @@ def test_ids_without_a_tokenizer_and_from_a_checkpoint(two_steps: Path, illada: 
     assert other.out != outcome.out
 
 
+def test_pairs_segments_and_seeds(blend: tuple[str, ...], tokenizer: Path, illada: Illada) -> None:
+    """Two samples of one window, complements of each other; each seed changes its own draws alone."""
+
+    def shown(index: int, *overrides: str) -> tuple[str, str, str]:
+        outcome = illada("sample", index, "--config", "tiny", *blend, *overrides)
+        assert outcome.code == 0, outcome.err
+        head, texts = outcome.out.split("clean:\n")
+        clean, noisy = texts.split("\nmasked:\n")
+        return head, clean, noisy
+
+    pairs = "diffusion.complementary_masks=true"
+    first, second = shown(8, pairs, "diffusion.eps=0.0"), shown(9, pairs, "diffusion.eps=0.0")
+    assert first[1] == second[1] == shown(4)[1]
+    masked = [sum(map(int, re.findall(r"<mask:(\d+)>", noisy))) for _, _, noisy in (first, second)]
+    assert sum(masked) == 64
+    assert "the window of sample 9 too" in first[0]
+    own = shown(7, "diffusion.t_per=segment", "diffusion.split_probability=1.0")
+    times, lengths = re.search(r"  t (.*), p (.*); \d+ of", own[0]), re.search(r"segments of (.*) tokens", own[0])
+    assert times
+    assert lengths
+    assert len(times[1].split(", ")) == len(times[2].split(", ")) == len(lengths[1].split(" + ")) == 2
+    plain, noise, order = shown(7), shown(7, "training.noise_seed=5"), shown(7, "training.data_seed=5")
+    assert plain == shown(7, "training.init_seed=5")
+    assert noise[1] == plain[1]
+    assert noise[2] != plain[2]
+    assert order[1] != plain[1]
+    assert re.findall(r"  t \S+ p \S+", order[0]) == re.findall(r"  t \S+ p \S+", plain[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -201,7 +201,7 @@ def test_moves_between_devices():
     moved = batch.to("meta")
     for field in dataclasses.fields(batch):
         value = getattr(moved, field.name)
-        assert value.device.type == "meta" if isinstance(value, torch.Tensor) else value == batch.max_seqlen
+        assert value.device.type == "meta" if isinstance(value, torch.Tensor) else value == getattr(batch, field.name)
 
 
 def test_clean_text_with_the_mask_token_is_refused():

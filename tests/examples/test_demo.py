@@ -46,6 +46,7 @@ def _log(path: Path, losses: list[float]) -> Path:
         StepRecord(
             step=step,
             loss=loss,
+            bound=loss,
             masked_cross_entropy=loss,
             cross_entropy_by_t=[None] * 10,
             grad_norm=1.0,

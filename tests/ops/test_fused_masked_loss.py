@@ -228,7 +228,7 @@ def test_sweeps_refuse_what_does_not_fit():
 def test_opcheck():
     hidden, weight, labels, loss_weight = problem(torch.float32, n=8, h=4)
     args = (hidden.requires_grad_(), weight.requires_grad_(), labels, loss_weight)
-    torch.library.opcheck(loss_operators._loss, (*args, VOCAB, 1e-4, 30.0, 10**6, True, None, True))
+    torch.library.opcheck(loss_operators._loss, (*args, VOCAB, 1e-4, 30.0, 10**6, True, None, None, True))
     logits, row_values = torch.randn(8, 100), torch.rand(4, 8)
     torch.library.opcheck(torch.ops.illada.logit_statistics.default, (logits, labels, 0.0))
     torch.library.opcheck(torch.ops.illada.logits_to_gradient_.default, (logits, labels, row_values, 0.0))
@@ -251,7 +251,7 @@ def test_torch_compile_sees_one_operator():
     gathered, targets, scale = hidden[rows], labels[rows], loss_weight[rows]
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        settings = (VOCAB, 1e-4, 30.0, 10**6, True, None, True)
+        settings = (VOCAB, 1e-4, 30.0, 10**6, True, None, 5, True)
         return torch.ops.illada.masked_linear_cross_entropy(h * 2, w, targets, scale, *settings)[0] / 3
 
     compiled = solve(torch.compile(loss, backend="aot_eager", fullgraph=True), gathered, weight)

@@ -22,6 +22,17 @@ RAMP_UP = "training.rampup_batch_size=[4,2,24]"
 BF16 = "training.precision=bf16"
 QKV_BIAS = "model.add_qkv_bias=true"
 PAD = "training.pad_global_batch=true"  # batches of 8 in 9 or 12 places
+# of the noise and the loss, together; the mask's row of the head is on the first tensor-parallel rank
+PAIRS = (
+    *("diffusion.complementary_masks=true", "diffusion.t_per=segment", "diffusion.split_probability=0.6"),
+    *("diffusion.loss_weight=clipped", "diffusion.max_loss_weight=3.0", "model.exclude_mask_logit=true"),
+    *("training.init_seed=1", "training.data_seed=2", "training.noise_seed=3"),
+)
+COSINE = (
+    *("diffusion.noise_schedule=cosine", "diffusion.loss_weight=unweighted", "diffusion.mask_sampling=exact_count"),
+    *("diffusion.t_min=0.1", "diffusion.attention_boundary=document", "diffusion.t_per=segment"),
+    *("model.exclude_mask_logit=true", "model.mask_token_id=249", "model.logit_softcap=4.0"),
+)
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DP1, plain optimizer": (1, (PLAIN,)),
@@ -60,6 +71,7 @@ def assert_same_training(found: list[dict[str, Any]], expected: list[dict[str, A
         assert ours["cross_entropy_by_t"] == [
             None if value is None else pytest.approx(value, rel=relative) for value in theirs["cross_entropy_by_t"]
         ], ours["step"]
+        assert ours["bound"] == (None if theirs["bound"] is None else pytest.approx(theirs["bound"], rel=relative))
         for name in ("consumed_samples", "consumed_tokens", "epochs"):
             assert ours[name] == theirs[name], (ours["step"], name)
 
@@ -153,6 +165,32 @@ def test_z_loss_and_softcap(train_once: TrainOnce) -> None:
     assert_same_training(train_once(2, TP2, SEQUENCE, *options).steps, reference.steps, RELATIVE)
     changed, plain = ([step["loss"] for step in run.steps] for run in (reference, train_once(1)))
     assert _different(changed, plain) > 15
+
+
+def test_noise_and_loss_of_another_kind(train_once: TrainOnce) -> None:
+    """Pairs of samples, segments' times that the last stage's metrics need, weights beside those of the bound, a head
+    whose mask row one rank leaves out. With a seed for each kind of draw training.seed plays no part."""
+    reference, plain = train_once(1, *PAIRS), train_once(1)
+    assert_same_training(train_once(4, TP2, PP2, *PAIRS, "training.seed=99").steps, reference.steps, RELATIVE)
+    losses, others = ([step["loss"] for step in run.steps] for run in (reference, plain))
+    assert _different(losses, others) > 15
+    assert _different(losses, [step["bound"] for step in reference.steps]) > 10
+    assert others == [step["bound"] for step in plain.steps]
+    assert "weights clipped at 3" in reference.process.stdout
+    assert "(reweighted)  bound" in reference.process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [PAIRS, COSINE], ids=["pairs", "cosine"])
+@pytest.mark.parametrize("layout", [(2,), (4, PP4), (3, PAD), (8, TP2, PP2), (2, TP2, SEQUENCE)], ids=str)
+def test_noise_and_loss_in_more_layouts(
+    layout: tuple[Any, ...], options: tuple[str, ...], train_once: TrainOnce
+) -> None:
+    """Two ranks have a pair's samples; a middle stage draws the segments without the tokens; empty places count
+    nowhere."""
+    reference = train_once(1, *options)
+    assert_same_training(train_once(*layout, *options).steps, reference.steps, RELATIVE)
+    assert (reference.steps[0]["bound"] is None) == (options is COSINE)  # a part of the range of t
 
 
 @pytest.mark.slow

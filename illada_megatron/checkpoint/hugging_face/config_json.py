@@ -31,6 +31,7 @@ _LLAMA_KEYS = {
     "mask_token_id": "mask_token_id",
     "kv_channels": "head_dim",
     "logit_softcap": "logit_softcap",
+    "exclude_mask_logit": "exclude_mask_logit",
     "add_qkv_bias": "qkv_bias",
 }
 _LLADA_KEYS = {
@@ -48,6 +49,7 @@ _LLADA_KEYS = {
     "mask_token_id": "mask_token_id",
     "kv_channels": "head_dim",
     "logit_softcap": "logit_softcap",
+    "exclude_mask_logit": "exclude_mask_logit",
     "add_qkv_bias": "include_qkv_bias",
 }
 # What is the same for every model here. A config.json that has another value is of another model; one that lacks the
@@ -90,7 +92,10 @@ _MISSING: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     "qwen2": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "qkv_bias": True},
 }
-_OPTIONAL = ("init_method_std", "kv_channels", "logit_softcap", "mask_token_id", "num_query_groups", "add_qkv_bias")
+_OPTIONAL = (
+    *("init_method_std", "kv_channels", "logit_softcap", "mask_token_id", "num_query_groups", "add_qkv_bias"),
+    "exclude_mask_logit",
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ def config_json(
         del fields["kv_channels"]
     if not model.logit_softcap:
         del fields["logit_softcap"]
+    if not model.exclude_mask_logit:
+        del fields["exclude_mask_logit"]
     if layout is ILLADA and not model.add_qkv_bias:
         del fields["add_qkv_bias"]
     values = {key: fields[field] for field, key in keys.items() if field in fields}

@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 class ILLaDAConfig(PretrainedConfig):
     """Keys as in the released iLLaDA checkpoints. Not in those, and written only where a model needs them: head_dim,
     logit_softcap (logits become s tanh(logit / s); 0: they stay), qkv_bias (biases at queries, keys and values, as
-    Qwen2 has them; attention_bias, which is Llama's, would be one at the output too), mask_token_id."""
+    Qwen2 has them; attention_bias, which is Llama's, would be one at the output too), mask_token_id,
+    exclude_mask_logit (the mask's logit is minus infinity)."""
 
     model_type = "illada"
 
@@ -25,6 +26,7 @@ class ILLaDAConfig(PretrainedConfig):
         rope_theta: float = 500000.0,
         rms_norm_eps: float = 1e-5,
         logit_softcap: float = 0.0,
+        exclude_mask_logit: bool = False,
         qkv_bias: bool = False,
         initializer_range: float = 0.02,
         mask_token_id: int | None = 5,
@@ -45,6 +47,7 @@ class ILLaDAConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
         self.logit_softcap = logit_softcap
+        self.exclude_mask_logit = exclude_mask_logit
         self.qkv_bias = qkv_bias
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id

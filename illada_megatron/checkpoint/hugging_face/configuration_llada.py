@@ -7,7 +7,8 @@ from transformers import PretrainedConfig
 
 class LLaDAConfig(PretrainedConfig):
     """Keys as in the released LLaDA checkpoints. Not in those, and written only where a model needs them: head_dim,
-    logit_softcap (logits become s tanh(logit / s); 0: they stay)."""
+    logit_softcap (logits become s tanh(logit / s); 0: they stay), exclude_mask_logit (the mask's logit is minus
+    infinity)."""
 
     model_type = "llada"
     # what transformers asks any configuration for
@@ -34,6 +35,7 @@ class LLaDAConfig(PretrainedConfig):
         rope_theta: float = 500000.0,
         rms_norm_eps: float = 1e-5,
         logit_softcap: float = 0.0,
+        exclude_mask_logit: bool = False,
         include_qkv_bias: bool = False,
         init_std: float = 0.02,
         mask_token_id: int = 126336,
@@ -52,6 +54,7 @@ class LLaDAConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
         self.logit_softcap = logit_softcap
+        self.exclude_mask_logit = exclude_mask_logit
         self.include_qkv_bias = include_qkv_bias
         self.init_std = init_std
         self.mask_token_id = mask_token_id

@@ -78,6 +78,13 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return logits if not cap else cap * torch.tanh(logits / cap)
 
 
+def without_mask(logits: Tensor, config: Any) -> Tensor:
+    """Where the model was trained so, the mask's logit is minus infinity."""
+    if not config.exclude_mask_logit:
+        return logits
+    return logits.index_fill(-1, torch.tensor(config.mask_token_id, device=logits.device), -torch.inf)
+
+
 class ILLaDAAttention(nn.Module):
     def __init__(self, config: ILLaDAConfig) -> None:
         super().__init__()
@@ -197,4 +204,5 @@ class ILLaDAForCausalLM(ILLaDAPreTrainedModel):
     ) -> MaskedLMOutput:
         """As ILLaDAModel's -> logits [b, s, vocab_size], at each position for the token at this position."""
         hidden = self.model(input_ids, attention_mask, inputs_embeds).last_hidden_state
-        return MaskedLMOutput(logits=soft_cap(self.lm_head(hidden), self.config.logit_softcap))
+        logits = soft_cap(self.lm_head(hidden), self.config.logit_softcap)
+        return MaskedLMOutput(logits=without_mask(logits, self.config))

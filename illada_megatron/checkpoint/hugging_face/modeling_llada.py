@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_llada import LLaDAConfig
-from .modeling_illada import RMSNorm, attention, rotation, soft_cap, visible_positions
+from .modeling_illada import RMSNorm, attention, rotation, soft_cap, visible_positions, without_mask
 
 
 class LLaDABlock(nn.Module):
@@ -104,4 +104,4 @@ class LLaDAModelLM(PreTrainedModel):
             x = block(x, cos, sin, visible)
         head = parts.wte if self.config.weight_tying else parts.ff_out
         logits = F.linear(parts.ln_f(x), head.weight)[..., : self.config.vocab_size]
-        return MaskedLMOutput(logits=soft_cap(logits, self.config.logit_softcap))
+        return MaskedLMOutput(logits=without_mask(soft_cap(logits, self.config.logit_softcap), self.config))

@@ -87,7 +87,7 @@ def _foreign_logits(
 
     disable_progress_bar()
     # the directory's own shape: where a head was untied or a mask added, the checkpoint's differs
-    shape = {**model.model_dump(), **fields, "mask_token_id": 0}
+    shape = {**model.model_dump(), **fields, "mask_token_id": 0, "exclude_mask_logit": False}
     native = ModelConfig.model_validate(shape)
     config = config_class(**{**config_json(layout, native, "float32", {}), "auto_map": None})
     network = model_class.from_pretrained(
@@ -116,7 +116,7 @@ def _own_logits(info: CheckpointInfo, reader: TensorReader, tokens: Tensor, dtyp
     from illada_megatron.runtime import runtime
 
     fp32 = ("parallel.tensor_model_parallel_size=1", "training.precision=fp32", "runtime.device=cpu")
-    config = saved_config(info, [*ONE_STAGE, *fp32])
+    config = saved_config(info, [*ONE_STAGE, *fp32, "model.exclude_mask_logit=false"])  # -inf compares with nothing
     with runtime(config) as run, torch.no_grad():
         from illada_megatron.model import build_model_chunks, equal_segments
 

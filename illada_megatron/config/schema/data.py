@@ -1,5 +1,6 @@
 """What is read, and how it is noised."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -12,12 +13,26 @@ class DiffusionConfig(Section):
     """The noising process (arXiv 2502.09992 section 2; 2606.25331 section 2)."""
 
     eps: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-3
-    """p = (1 - eps) * t + eps. Only Bernoulli masks use it."""
+    """p = (1 - eps) * m(t) + eps, m the noise schedule. Only Bernoulli masks use it."""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    """The share m(t) of tokens masked at time t: t, or cos(pi / 2 * (1 - t)) (diffusion/schedule.py)."""
+    t_min: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    t_max: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """t is drawn from [t_min, t_max). Within [0, 1] the loss is no bound any more, but the mean of a part of it."""
+    t_per: Literal["sequence", "segment"] = "sequence"
+    """segment: each segment of a split sequence, or each document, has a t of its own."""
     t_sampling: Literal["uniform", "stratified", "antithetic"] = "stratified"
     t_group_size: PositiveInt = 8
     """Stratified: consecutive samples that share one partition of [0, 1)."""
     mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
-    """exact_count: k = ceil(t * length) positions, p = k / length."""
+    """exact_count: k = ceil(m(t) * length) positions, p = k / length."""
+    complementary_masks: bool = False
+    """Samples 2k and 2k+1 are one window, masked at t and, where the first is clear, at 1 - t (docs/diffusion.md)."""
+    loss_weight: Literal["bound", "clipped", "unweighted"] = "bound"
+    """Of a masked token's cross-entropy (diffusion/weights.py). bound: m'(t) / p, the loss bounds the likelihood;
+    clipped: no more than max_loss_weight; unweighted: the same at every t."""
+    max_loss_weight: PositiveFloat = 10.0
+    """clipped."""
     attention_boundary: Literal["split", "document", "truncate", "none"] = "split"
     """Which tokens of a sequence see each other: see the two fields below; document: tokens of one document
     (boundaries from the .idx); none: all."""
@@ -25,6 +40,34 @@ class DiffusionConfig(Section):
     """split: probability of cutting a sequence into two segments that do not attend to each other (iLLaDA)."""
     truncate_probability: Probability = 0.01
     """truncate: probability of shortening a sequence to a random length (LLaDA)."""
+
+    @property
+    def sees_all_t(self) -> bool:
+        """Only then can the bound be estimated from what is drawn."""
+        return (self.t_min, self.t_max) == (0.0, 1.0)
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """The objective's expectation bounds the negative log-likelihood."""
+        return self.loss_weight == "bound" and self.sees_all_t
+
+    @property
+    def samples_per_window(self) -> int:
+        """So many consecutive samples are one window of the corpus."""
+        return 2 if self.complementary_masks else 1
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.t_min >= self.t_max:
+            raise ValueError(f"t_min {self.t_min} is not below t_max {self.t_max}: change one of them")
+        if self.complementary_masks and (
+            self.noise_schedule != "linear" or not math.isclose(self.t_min + self.t_max, 1.0)
+        ):
+            raise ValueError(
+                "complementary_masks pairs t with 1 - t, which needs noise_schedule linear and t_min + t_max 1, found "
+                f"{self.noise_schedule} and {self.t_min} + {self.t_max}: change them, or set complementary_masks=false"
+            )
+        return self
 
 
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]

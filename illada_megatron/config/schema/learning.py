@@ -1,6 +1,6 @@
 """What a step does with a batch: loss, optimizer, schedule, loop, validation."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
@@ -112,6 +112,14 @@ class ScheduleConfig(Section):
         return self
 
 
+class Seeds(NamedTuple):
+    """Of a run's draws."""
+
+    init: int
+    data: int
+    noise: int
+
+
 class TrainingConfig(Section):
     """The loop."""
 
@@ -130,9 +138,19 @@ class TrainingConfig(Section):
     """Save and stop at this step although the schedule is made for train_steps."""
     precision: Dtype = "bf16"
     seed: Seed = 1234
+    init_seed: Seed | None = None
+    data_seed: Seed | None = None
+    noise_seed: Seed | None = None
+    """Of the initial weights, of the order of the data, and of t, masks and segments; None: seed."""
     recompute: Recompute = "none"
     """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers make again
     what is cheap in any case, docs/cpu_kernels.md) or whole layers (full)."""
+
+    @property
+    def seeds(self) -> Seeds:
+        """What each kind of draw is keyed with."""
+        own = (self.init_seed, self.data_seed, self.noise_seed)
+        return Seeds(*(self.seed if one is None else one for one in own))
 
 
 class ValidationConfig(Section):

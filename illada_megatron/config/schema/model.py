@@ -26,6 +26,9 @@ class ModelConfig(Section):
     """The embedding has vocab_size rounded up to this multiple. The padded size does not depend on the layout,
     padded rows never enter the loss."""
     mask_token_id: NonNegativeInt = 5
+    exclude_mask_logit: bool = False
+    """The mask's logit is minus infinity, in training and generation: no probability is learned for what is never
+    right."""
     max_sequence_length: PositiveInt = 8192
     """Longest sequence the model is meant for (exported as max_position_embeddings)."""
     tie_word_embeddings: bool = True
@@ -41,6 +44,11 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def excluded_id(self) -> int | None:
+        """The token that takes no part in the softmax."""
+        return self.mask_token_id if self.exclude_mask_logit else None
 
     @property
     def padded_vocab_size(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Literal
 
+from illada_megatron.config import RunConfig
 from illada_megatron.config.schema import BlendEntry, DataConfig
 from illada_megatron.data.corpus.blend import BlendSchedule
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
@@ -12,12 +13,30 @@ from illada_megatron.data.shards.shard_list import KnownShards, ShardList, list_
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
 
+def corpus_of_run(config: RunConfig, tokenizer: Tokenizer | None) -> BlendedCorpus:
+    """The `training_corpus` of a run."""
+    return training_corpus(
+        config.data,
+        config.training.seeds.data,
+        config.model.vocab_size,
+        tokenizer,
+        config.checkpoint.allow_mismatch,
+        config.diffusion.samples_per_window,
+    )
+
+
 def training_corpus(
-    data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None, allow_mismatch: Collection[str] = ()
+    data: DataConfig,
+    seed: int,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    allow_mismatch: Collection[str] = (),
+    samples_per_window: int = 1,
 ) -> BlendedCorpus:
     """What `data.train_paths` or `data.blend` names, without what is held out.
 
     allow_mismatch: `checkpoint.allow_mismatch`; with "tokenizer" in it, other tokenizers are warnings of the corpus.
+    samples_per_window: see `BlendedCorpus`.
 
     Raises DataError: no shards, shards that cannot be used, that are validation shards as well, that two corpora have
     where tokens are held out of each, or that a manifest says were made by another tokenizer."""
@@ -31,7 +50,7 @@ def training_corpus(
         _require_unseen(validation, listed)
     if data.holdout_tokens:
         _require_once(listed)
-    return _blend(data, entries, listed, seed, vocab_size, "training", warnings)
+    return _blend(data, entries, listed, seed, vocab_size, "training", warnings, samples_per_window)
 
 
 def validation_corpus(
@@ -85,6 +104,7 @@ def _blend(
     vocab_size: int,
     part: Literal["training", "validation"],
     warnings: Sequence[str],
+    samples_per_window: int = 1,
 ) -> BlendedCorpus:
     training = part == "training"
     corpora = [
@@ -102,9 +122,9 @@ def _blend(
     ]
     phases = [(0, [entry.weight for entry in entries])]
     for phase in data.phases if training else []:
-        first_sample = -(-phase.from_tokens // data.sequence_length)
+        first_sample = -(-phase.from_tokens // (data.sequence_length * samples_per_window))
         phases.append((first_sample, [phase.weights.get(entry.name, 0.0) for entry in entries]))
-    return BlendedCorpus(corpora, BlendSchedule(phases), warnings)
+    return BlendedCorpus(corpora, BlendSchedule(phases), warnings, samples_per_window)
 
 
 def _check_tokenizers(

@@ -28,6 +28,8 @@ def fingerprints(corpus: BlendedCorpus, tokenizer: Tokenizer | None) -> dict[str
                 "sequence_length": corpus.sequence_length,
                 "seed": corpus.corpora[0].seed,
                 "shuffle": corpus.corpora[0].shuffle,
+                # only where it is not 1: checkpoints from before there was a choice lack it
+                **({} if corpus.samples_per_window == 1 else {"samples_per_window": corpus.samples_per_window}),
                 "shares_from_sample": {
                     str(start): [str(share) for share in proportions.shares]
                     for start, proportions in zip(corpus.schedule.starts, corpus.schedule.proportions, strict=True)

@@ -116,11 +116,11 @@ def _give_up(job: Job) -> None:
 
 
 def _differences(found: JobRecord, job: Job) -> str:
-    options = job.options()
-    names = sorted(name for name in options if found.options.get(name) != options[name])
+    options, before = job.options(), {"prepend_bos": False, **found.options}  # which older records lack
+    names = sorted(name for name in options if before.get(name) != options[name])
     if not names:
         return "its inputs were others, or have changed since"
-    return ", ".join(f"{name} was {found.options.get(name)!r:.60}, now {options[name]!r:.60}" for name in names)
+    return ", ".join(f"{name} was {before.get(name)!r:.60}, now {options[name]!r:.60}" for name in names)
 
 
 def _check_free(job: Job, found: JobRecord | None, outputs: Outputs, locked: bool) -> None:

@@ -53,6 +53,7 @@ class DocumentEncoder:
             self.renderer = _renderer(job.chat, tokenizer)
         else:
             self._open_engine(job, sample)
+        self._bos = tokenizer.bos_id if job.prepend_bos else None
         self._eos = tokenizer.eos_id if job.append_eod else None
         self.end_token = self._eos if self.renderer is None else None
         """What the writer puts behind each document."""
@@ -68,8 +69,14 @@ class DocumentEncoder:
 
     def encode(self, texts: list[str]) -> tuple[Tokens, Lengths]:
         """Tokens [n] and lengths [documents], without `end_token`. A conversation ends with EOS (append_eod) already:
-        its template may have placed it."""
+        its template may have placed it, and BOS too."""
         tokens, lengths = self._encode(texts)
+        if self._bos is not None:
+            starts = np.cumsum(lengths) - lengths
+            lacks = np.ones(len(lengths), bool)
+            if self.renderer is not None and len(tokens):
+                lacks = (lengths == 0) | (tokens[np.minimum(starts, len(tokens) - 1)] != self._bos)
+            tokens, lengths = np.insert(tokens, starts[lacks], self._bos), lengths + lacks
         if self._eos is None or self.renderer is None:
             return tokens, lengths
         ends = np.cumsum(lengths)

@@ -46,6 +46,7 @@ class Job(Reading):
     engine: str = "auto"
     """Of the tokenizer: the one asked for, then the one chosen."""
     append_eod: bool
+    prepend_bos: bool = False
     shard_bytes: int
     shuffle_seed: int | None = None
     shuffle_buffer_bytes: int
@@ -141,7 +142,9 @@ def _groups(pieces: Sequence[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
 
 def fingerprinted(job: Job, files: Sequence[InputFile]) -> Job:
     """`job` with its fingerprint: options, tokenizer, and the path, size and time of change of every input."""
-    digest = hashlib.sha256(f"{_VERSION} {job.model_dump_json(exclude=_WITHOUT_INFLUENCE)}".encode())
+    # a job that was begun before there was this choice goes on
+    left_out = _WITHOUT_INFLUENCE if job.prepend_bos else _WITHOUT_INFLUENCE | {"prepend_bos"}
+    digest = hashlib.sha256(f"{_VERSION} {job.model_dump_json(exclude=left_out)}".encode())
     for file in files:
         digest.update(file.model_dump_json().encode())
     return job.model_copy(update={"fingerprint": digest.hexdigest()})

@@ -30,6 +30,7 @@ class PreprocessOptions:
     text_key: str | None = None
     """Key or column of the text; None: "text", or "messages" for conversations."""
     append_eod: bool = True
+    prepend_bos: bool = False
     """End each document with the tokenizer's EOS."""
     skip_bad_lines: bool = False
     """Leave out and count what is not JSON, lacks the key or holds no string there; else the first one ends the run."""
@@ -136,6 +137,11 @@ def plan_job(
             f"{tokenizer_path}: the tokenizer has no end-of-document token (such as </s>): pass --no-append-eod, or "
             "add one"
         )
+    if options.prepend_bos and tokenizer.bos_id is None:
+        raise DataError(
+            f"{tokenizer_path}: the tokenizer has no token for a beginning (such as <s>): leave --prepend-bos out, or "
+            "add one"
+        )
     for name in ("max_document_mb", "shard_mb", "shuffle_buffer_mb"):
         if getattr(options, name) <= 0:
             raise DataError(f"{name} is {getattr(options, name)}, expected more than 0")
@@ -151,6 +157,7 @@ def plan_job(
         text_key=options.text_key or ("messages" if options.chat else "text"),
         chat=chat,
         append_eod=options.append_eod,
+        prepend_bos=options.prepend_bos,
         skip_bad_lines=options.skip_bad_lines,
         max_document_bytes=int(options.max_document_mb * 1e6),
         shard_bytes=max(1, int(options.shard_mb * 1e6)),

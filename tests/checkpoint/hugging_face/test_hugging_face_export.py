@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face import exporting
+from illada_megatron.checkpoint.hugging_face.config_json import read_config_json
 from illada_megatron.checkpoint.hugging_face.exporting import export
 from illada_megatron.checkpoint.hugging_face.verifying import verify
 from illada_megatron.checkpoint.predictor import find_checkpoint, open_predictor
@@ -26,6 +27,7 @@ MODELS = {
     "heads of another size": ("model.kv_channels=12", "model.num_query_groups=4"),
     "biases": ("model.add_qkv_bias=true",),
     "one group, tied, softcap": ("model.num_query_groups=1", "model.logit_softcap=3.0"),
+    "no mask in the softmax, softcap": ("model.exclude_mask_logit=true", "model.logit_softcap=3.0"),
 }
 
 
@@ -56,6 +58,25 @@ def test_transformers_gives_the_same_logits(layout: str, overrides: tuple[str, .
             logits = model(tokens).logits
         assert logits.shape == (3, 40, config.model.vocab_size)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["illada", "llada"])
+def test_a_mask_that_is_no_answer_goes_along(layout: str, tmp_path: Path) -> None:
+    """Its row of the head was never trained: in a softmax elsewhere it would be noise. What comes back excludes it."""
+    config = small_config("model.exclude_mask_logit=true")
+    random_checkpoint(tmp_path / "run", config)
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "hf", layout, "fp32")  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(_tokens(config.model)).logits
+    assert (logits.isinf().nonzero()[:, -1] == config.model.mask_token_id).all()
+    assert logits.isinf().sum() == 3 * 40
+    verify(find_checkpoint(tmp_path / "run"), tmp_path / "hf").check()
+    assert read_config_json(tmp_path / "hf").fields["exclude_mask_logit"] is True
+    plain = small_config()
+    random_checkpoint(tmp_path / "plain", plain)
+    export(find_checkpoint(tmp_path / "plain"), tmp_path / "plain_hf", layout, "fp32")  # type: ignore[arg-type]
+    assert "exclude_mask_logit" not in (tmp_path / "plain_hf" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("layout", ["illada", "llada"])

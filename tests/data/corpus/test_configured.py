@@ -233,3 +233,22 @@ def test_nothing_to_read_is_an_error() -> None:
         _training(DataConfig())
     with pytest.raises(DataError, match=r"data\.validation_paths is empty and data\.holdout_tokens is 0"):
         validation_corpus(DataConfig(train_paths=["x"]), 1, 10, None)
+
+
+def test_pairs_of_samples_share_a_window_and_epochs_take_twice_as_many(shards) -> None:
+    """Complementary masks: the blend, its phases and the epochs are those of the windows."""
+    data = _blend(shards, phases=[{"from_tokens": 100 * LENGTH, "weights": {"math": 1.0}}])
+    halved = data.model_copy(update={"phases": [data.phases[0].model_copy(update={"from_tokens": 50 * LENGTH})]})
+    pairs, single = training_corpus(data, 3, 30_000, None, (), 2), _training(halved)
+    batch, other = np.empty((400, LENGTH), dtype=np.int64), np.empty((200, LENGTH), dtype=np.int64)
+    pairs.read(range(400), batch)
+    single.read(range(200), other)
+    assert np.array_equal(batch, other.repeat(2, axis=0))
+    assert pairs.origin(301) == single.origin(150)
+    assert np.array_equal(pairs.document_starts(301), single.document_starts(150))
+    assert pairs.epochs(300) == single.epochs(150)
+    assert pairs.epochs(301) == single.epochs(151)
+    one = training_corpus(DataConfig(train_paths=[shards["web"]], sequence_length=LENGTH), 3, 30_000, None, (), 2)
+    one.read([6, 7, 8], batch[:3])
+    assert np.array_equal(batch[0], batch[1])
+    assert not np.array_equal(batch[1], batch[2])
