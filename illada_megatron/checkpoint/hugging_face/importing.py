@@ -1,10 +1,11 @@
 """A directory in a Hugging Face layout -> weights that a run begins with. Tensor by tensor: memory does not depend on
 the model.
 
-Read are the layouts of iLLaDA and LLaDA, and plain Llama and Qwen2 models, autoregressive ones: they get a mask token.
-No code of the directory is run.
+Read are the layouts of iLLaDA and LLaDA, and plain Llama, Qwen2 and Qwen3 models, autoregressive ones: they get a mask
+token. No code of the directory is run.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -155,7 +156,7 @@ def _run_config(
     directory: Path, native: ModelConfig, reader: SafetensorsReader, config: str | Path | None, overrides: Sequence[str]
 ) -> RunConfig:
     model = native.model_dump(exclude=None if config is None else set(_FREE))
-    given = [f"model.{field}={'null' if value is None else value}" for field, value in model.items()]
+    given = [f"model.{field}={json.dumps(value)}" for field, value in model.items()]
     if config is None:
         dtypes = {stored.dtype for stored in reader.tensors.values()}
         length = min(RunConfig().data.sequence_length, native.max_sequence_length)

@@ -67,6 +67,9 @@ ILLADA = Layout(
         "q bias": "self_attn.q_proj.bias",
         "k bias": "self_attn.k_proj.bias",
         "v bias": "self_attn.v_proj.bias",
+        # Qwen3's
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "gate": "mlp.gate_proj.weight",

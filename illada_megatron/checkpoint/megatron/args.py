@@ -18,6 +18,7 @@ _SAME = {
         "num_attention_heads": "num_attention_heads",
         "kv_channels": "kv_channels",
         "add_qkv_bias": "add_qkv_bias",
+        "qk_layernorm": "qk_layernorm",
         "vocab_size": "vocab_size",
         "max_sequence_length": "max_position_embeddings",
         "rotary_base": "rotary_base",

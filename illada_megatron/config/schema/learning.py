@@ -28,6 +28,9 @@ class OptimizerConfig(Section):
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Keep a moving average of the weights too: after each step ema = d ema + (1 - d) w, with d = min(ema_decay,
+    (1 + n) / (10 + n)) after n steps. 4 bytes a parameter, divided as Adam's moments are. None: not kept."""
 
 
 class ScheduleConfig(Section):
