@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.config import ModelConfig
-from illada_megatron.config.schema.model import RopeScaling
+from illada_megatron.config.schema import RopeScaling
 
 
 def scaled_frequencies(model: ModelConfig, scaling: RopeScaling) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face.layouts import ILLADA, LLADA, Layout
 from illada_megatron.config import ModelConfig
-from illada_megatron.config.schema.model import RopeScaling
+from illada_megatron.config.schema import RopeScaling
 
 CONFIG = "config.json"
 

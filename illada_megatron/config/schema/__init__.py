@@ -15,7 +15,7 @@ from illada_megatron.config.schema.learning import (
     TrainingConfig,
     ValidationConfig,
 )
-from illada_megatron.config.schema.model import LayoutChoice, ModelConfig, ParallelConfig
+from illada_megatron.config.schema.model import LayoutChoice, ModelConfig, ParallelConfig, RopeScaling
 from illada_megatron.config.schema.running import CheckpointConfig, FaultsConfig, LoggingConfig, RuntimeConfig
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "ParallelConfig",
     "Probability",
     "Recompute",
+    "RopeScaling",
     "RuntimeConfig",
     "ScheduleConfig",
     "Section",

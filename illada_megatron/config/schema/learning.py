@@ -23,6 +23,10 @@ class OptimizerConfig(Section):
     """AdamW. Norm weights are not decayed (Megatron's habit)."""
 
     weight_decay: NonNegativeFloat = 0.1
+    embedding_weight_decay: NonNegativeFloat | None = None
+    """Of the embedding, which is the head too where they are tied; None: weight_decay."""
+    embedding_lr_mult: PositiveFloat = 1.0
+    """The embedding's learning rate is the schedule's times this."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     adam_eps: PositiveFloat = 1e-8
