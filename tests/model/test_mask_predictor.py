@@ -77,10 +77,20 @@ def test_parameters_of_qwen2(single_process: Runtime) -> None:
     assert count_parameters(config) == config.model.num_parameters == 7_615_616_512
 
 
+def test_parameters_of_qwen3(single_process: Runtime) -> None:
+    """Of Qwen3-8B's shape, published as 8.2B, the norms of queries and keys counted."""
+    from illada_megatron.model.mask_predictor import count_parameters
+
+    shape = ("num_layers=36", "hidden_size=4096", "ffn_hidden_size=12288", "num_attention_heads=32")
+    more = ("num_query_groups=8", "vocab_size=151936", "tie_word_embeddings=false", "qk_layernorm=true")
+    config = load_config(None, [f"model.{field}" for field in (*shape, *more)])
+    assert count_parameters(config) == config.model.num_parameters == 8_190_735_360
+
+
 def test_biases_begin_at_zero(tiny_config: RunConfig, single_process: Runtime) -> None:
     from illada_megatron.model import build_model_chunks, fill_initial_weights
 
-    model = tiny_config.model.model_copy(update={"add_qkv_bias": True})
+    model = tiny_config.model.model_copy(update={"add_qkv_bias": True, "qk_layernorm": True})
     (chunk,) = build_model_chunks(tiny_config.model_copy(update={"model": model}), single_process.device)
     for parameter in chunk.parameters():
         torch.nn.init.constant_(parameter, 7.0)

@@ -85,8 +85,6 @@ _LLADA_NEUTRAL: dict[str, Any] = {"clip_qkv": None}
 # What a default rotary embedding may say of itself.
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _SCALED = ("linear", "llama3", "yarn")
-# What OLMo's keys, and so LLaDA's, have no name for: its attention_layer_norm is over all heads together.
-_NOT_IN_LLADA = ("qk_layernorm", "rope_scaling")
 _SCALING_FLOATS = {name for name in RopeScaling.model_fields if name != "original_max_position_embeddings"}
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embedding_dropout", "residual_dropout")
 _AUTOREGRESSIVE = ("llama", "qwen2", "qwen3")
@@ -139,10 +137,6 @@ def config_json(
         del fields["qk_layernorm"]
     if model.rope_scaling is not None:
         fields["rope_scaling"] = model.rope_scaling.model_dump(exclude_none=True)
-    if layout is LLADA and (named := [name for name in _NOT_IN_LLADA if fields.get(name)]):
-        raise CheckpointError(
-            f"the layout llada has no {' and no '.join(named)}, which this model has: export it as --layout illada"
-        )
     values = {key: fields[field] for field, key in keys.items() if field in fields}
     if layout is LLADA:
         values["vocab_size"] = model.vocab_size

@@ -168,7 +168,7 @@ def _run_config(
         resolved = load_config(config, [*given, *overrides, f"data.tokenizer_path={tokenizer.resolve()}"])
     different = [
         f"model.{field} is {value} in the configuration, {wanted} in the directory"
-        for field, wanted in native.model_dump().items()
+        for field, wanted in native
         if (value := getattr(resolved.model, field)) != wanted
         and field not in _FREE
         and not (field == "tie_word_embeddings" and wanted)  # a tied head can be untied

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, parameters
 
@@ -45,6 +46,8 @@ class Layout:
     """What a layer's names begin with; {} is its number."""
     in_layer: Mapping[str, str]
     """Parameter of a layer, or a part of one -> tensor."""
+    lacks: tuple[str, ...] = ()
+    """Fields of ModelConfig that its names and keys cannot say."""
 
 
 ILLADA = Layout(
@@ -108,6 +111,8 @@ LLADA = Layout(
         "up": "up_proj.weight",
         "mlp.linear_fc2.weight": "ff_out.weight",
     },
+    # OLMo's attention_layer_norm is over all heads together
+    lacks=("qk_layernorm", "rope_scaling"),
 )
 
 LAYOUTS: dict[LayoutName, Layout] = {"illada": ILLADA, "llada": LLADA}
@@ -126,7 +131,13 @@ class LayoutTensor:
 
 
 def layout_tensors(layout: Layout, model: ModelConfig, vocab_size: int | None = None) -> list[LayoutTensor]:
-    """All tensors of the model in a layout. vocab_size: rows of the embedding and the head; None: the model's."""
+    """All tensors of the model in a layout. vocab_size: rows of the embedding and the head; None: the model's. Raises
+    CheckpointError where the layout has no names for it."""
+    if missing := [name for name in layout.lacks if getattr(model, name)]:
+        raise CheckpointError(
+            f"the layout {layout.model_type} has no {' and no '.join(missing)}, which this model has: export it as "
+            "--layout illada"
+        )
     found = []
     for parameter in parameters(model):
         rest = parameter.shape[1:]
