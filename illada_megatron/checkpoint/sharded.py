@@ -203,7 +203,7 @@ def check_model(info: CheckpointInfo, config: RunConfig) -> None:
     wanted = config.model.model_dump(mode="json")
     # a field that came later has its default in earlier checkpoints
     saved = ModelConfig().model_dump(mode="json") | info.config["model"]
-    irrelevant = ("max_sequence_length", "init_method_std", "embedding_init_std")
+    irrelevant = ("max_sequence_length", "init_method", "init_method_std", "embedding_init_std")
     different = [
         f"model.{key} is {saved.get(key)} in the checkpoint, {value} in the configuration"
         for key, value in wanted.items()

@@ -33,7 +33,10 @@ from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.model.transformer_config import DTYPES
 
 # Of ModelConfig, what a run may choose for weights that it is given.
-_FREE = ("make_vocab_size_divisible_by", "max_sequence_length", "init_method_std", "embedding_init_std")
+_FREE = (
+    *("make_vocab_size_divisible_by", "max_sequence_length"),
+    *("init_method", "init_method_std", "embedding_init_std"),
+)
 # Buffers that old checkpoints carry.
 _IGNORED = ".rotary_emb.inv_freq"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")

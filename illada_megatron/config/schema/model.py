@@ -85,6 +85,10 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = 1e-5
     logit_softcap: NonNegativeFloat = 0.0
     """Logits become s tanh(logit / s), in training and generation; 0: they stay as they are."""
+    init_method: Literal["normal", "mitchell"] = "normal"
+    """mitchell: OLMo's of that name (`olmo/model.py`, reset_parameters): normal, cut off at 3 standard deviations;
+    these are 1 / sqrt(hidden_size), of o_proj and down_proj of layer l, from 0 on, 1 / sqrt(2 (l + 1) input size).
+    normal: as the next two say."""
     init_method_std: PositiveFloat = 0.02
     """Linear weights N(0, std); o_proj and down_proj N(0, std / sqrt(2 * num_layers))."""
     embedding_init_std: PositiveFloat | None = None
@@ -126,6 +130,8 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"the size of a head is {self.head_dim}; rotary embeddings need an even one: kv_channels")
+        if self.init_method == "mitchell" and self.embedding_init_std is not None:
+            raise ValueError("init_method mitchell has a standard deviation of its own: leave out embedding_init_std")
         scaling = self.rope_scaling
         if scaling is not None and scaling.rope_type == "yarn":
             longest = scaling.factor * (scaling.original_max_position_embeddings or 0)
