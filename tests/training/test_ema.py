@@ -11,7 +11,7 @@ import torch
 from launch import Illada, Run, TrainOnce, launch
 from test_layouts import INTERLEAVED, PLAIN, PP2, RELATIVE, SEQUENCE, TP2, assert_same_training
 
-from illada_megatron.checkpoint.files.names import EMA, split_name, tensor_name
+from illada_megatron.checkpoint.files.names import EMA, split_name
 from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import Saver
@@ -235,20 +235,3 @@ def test_exported(precision: str, kept: Callable, illada: Illada, tmp_path: Path
     assert found.code == 0, found.err
     embedding = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(embedding, _tensors(save_dir, 12, EMA)["embedding.word_embeddings.weight"][:250])
-
-
-def test_resharded(kept: Callable, illada: Illada, tmp_path: Path) -> None:
-    """It goes with a reshard to the last bit, and is left out of Megatron's format, which is said."""
-    save_dir, _ = kept(1, EVERY)
-    resharded = illada("checkpoint", "reshard", save_dir, tmp_path / "new", "--tp", "2", "--pp", "2")
-    assert resharded.code == 0, resharded.err
-    ours, theirs = _tensors(tmp_path / "new", 12, EMA), _tensors(save_dir, 12, EMA)
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "EMA of the weights" in illada("checkpoint", "inspect", tmp_path / "new").out
-    legacy = illada("checkpoint", "reshard", save_dir, tmp_path / "megatron", "--format", "legacy")
-    assert legacy.code == 0, legacy.err
-    assert "moving average of the weights is left out" in legacy.out
-    back = illada("checkpoint", "inspect", tmp_path / "megatron", "--set", "model.mask_token_id=5")
-    assert back.code == 0, back.err
-    assert tensor_name("", EMA) not in back.out
