@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.data.random_shards import machine
 from benchmarks.measuring.bars import at_least, at_most, show_bars
 from illada_megatron.checkpoint.files.metadata import TensorInfo
-from illada_megatron.checkpoint.files.names import names_of, split_name
+from illada_megatron.checkpoint.files.names import MOMENTS, WEIGHT, split_name, tensor_name
 from illada_megatron.checkpoint.tools.rewriting import Content, rewrite
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.config.parameters import parameters
@@ -48,7 +48,7 @@ class RandomSource:
     def __init__(self, config: RunConfig) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         for parameter in parameters(config.model):
-            for name in names_of(parameter):
+            for name in (tensor_name(parameter.name, state) for state in (WEIGHT, *MOMENTS, "main")):
                 dtype = torch.float32 if split_name(name).state else torch.bfloat16
                 self.tensors[name] = TensorInfo(parameter.shape, dtype, [])
 

@@ -39,9 +39,10 @@ def find_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 @contextmanager
-def open_predictor(path: str | Path, device: str = "auto") -> Iterator[tuple[Predict, RunConfig]]:
+def open_predictor(path: str | Path, device: str = "auto", ema: bool = False) -> Iterator[tuple[Predict, RunConfig]]:
     """Yield (predict, configuration) for the newest complete checkpoint below `path`, whatever layout saved it.
 
+    ema: with the moving average of its weights.
     predict: tokens [b, s] int64 on the CPU -> logits [b, s, vocab_size] on the model's device. All ranks of the world
     share each layer (tensor parallel) and call it together.
     """
@@ -59,7 +60,7 @@ def open_predictor(path: str | Path, device: str = "auto") -> Iterator[tuple[Pre
         from illada_megatron.model import build_model_chunks, equal_segments
 
         (model,) = build_model_chunks(config, run.device)
-        load_weights(info, config, [model])
+        load_weights(info, config, [model], ema)
         model.eval()
 
         @torch.no_grad()

@@ -1,6 +1,6 @@
 """A run's state to and from a checkpoint's tensors: what a rank writes, and what it reads under whatever layout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.files.names import tensor_name
+from illada_megatron.checkpoint.files.names import EMA, MOMENTS, has_ema, tensor_name, weights_state
 from illada_megatron.checkpoint.files.patience import patiently
 from illada_megatron.checkpoint.files.tensors import PIECE_BYTES, TensorReader, row_pieces
 from illada_megatron.checkpoint.state import (
-    MOMENTS,
     Held,
     Shard,
     adam_steps,
@@ -25,6 +24,7 @@ from illada_megatron.checkpoint.state import (
     optimizer_shards,
     optimizers,
     set_adam_steps,
+    start_ema,
 )
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.config import ModelConfig, RunConfig
@@ -65,10 +65,10 @@ def parts_to_save(
             continue
         if shard.main.dtype != item.tensor.dtype:
             yield from _parts(item, tensor_name(name, "main"), shard.main.detach().view(-1), shard.start, start, stop)
-        for moment in MOMENTS:
-            if moment in shard.state:
-                flat = shard.state[moment].detach().view(-1)
-                yield from _parts(item, tensor_name(name, moment), flat, shard.start, start, stop)
+        for state in (*MOMENTS, EMA):
+            if state in shard.state:
+                flat = shard.state[state].detach().view(-1)
+                yield from _parts(item, tensor_name(name, state), flat, shard.start, start, stop)
 
 
 def _parts(item: Held, name: str, flat: Tensor, begins_at: int, start: int, stop: int) -> Iterator[Part]:
@@ -90,11 +90,14 @@ def saved_progress(progress: dict[str, Any], optimizer: MegatronOptimizer) -> di
     return {**progress, "optimizer_step": adam_steps(optimizer)}
 
 
-def load_weights(info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module]) -> None:
-    """Load a complete checkpoint's weights into this rank's chunks, in megatron-core's DDP or not, whatever layout it
-    was saved under. Raises CheckpointError where the checkpoint is of another model."""
+def load_weights(info: CheckpointInfo, config: RunConfig, chunks: Sequence[nn.Module], ema: bool = False) -> None:
+    """Load a complete checkpoint's weights, or their moving average, into this rank's chunks, in megatron-core's DDP or
+    not, whatever layout it was saved under. Raises CheckpointError where the checkpoint is of another model, or has no
+    moving average."""
     check_model(info, config)
-    _read_all(TensorReader(info.path), [part for item in _held(chunks, config.model) for part in _weights(item)])
+    reader = TensorReader(info.path)
+    state = weights_state(reader.tensors, reader.place, ema)
+    _read_all(reader, [part for item in _held(chunks, config.model) for part in _weights(item, state)])
 
 
 def load_checkpoint(
@@ -102,12 +105,14 @@ def load_checkpoint(
 ) -> dict[str, Any] | None:
     """`load_weights`, with the optimizer's state: what a run goes on from.
 
-    Returns the `progress` it was saved with, None where the checkpoint is of weights alone (a run begins with them).
+    A moving average that the run keeps and the checkpoint lacks begins at the weights. Returns the `progress` it was
+    saved with, None where the checkpoint is of weights alone (a run begins with them).
     """
-    _end_gathers(chunks)
+    end_gathers(chunks)
     if info.progress is None:
         load_weights(info, config, chunks)
         optimizer.reload_model_params()
+        _start_averages(optimizer_shards(optimizer, _held(chunks, config.model)).values())
         return None
     check_model(info, config)
     reader, held = TensorReader(info.path), _held(chunks, config.model)
@@ -118,17 +123,26 @@ def load_checkpoint(
             fill_moments(shard)
             wanted += _optimizer_parts(reader, item, shard, info.progress["optimizer_step"])
     _read_all(reader, wanted)
-    _spread_main_weights(chunks, optimizer)
+    if not has_ema(reader.tensors):
+        _start_averages(shards.values())
+    spread_main_weights(chunks, optimizer)
     set_adam_steps(optimizer, info.progress["optimizer_step"])
     return info.progress
+
+
+def _start_averages(shards: Iterable[Shard]) -> None:
+    for shard in shards:
+        if EMA in shard.state:
+            start_ema(shard)
 
 
 def _held(chunks: Sequence[nn.Module], model: ModelConfig) -> list[Held]:
     return held_parameters([getattr(chunk, "module", chunk) for chunk in chunks], model)
 
 
-def _weights(item: Held) -> list[Part]:
-    return list(_parts(item, item.parameter.name, item.tensor.detach().view(-1), 0, 0, item.tensor.numel()))
+def _weights(item: Held, state: str) -> list[Part]:
+    saved = tensor_name(item.parameter.name, state)
+    return list(_parts(item, saved, item.tensor.detach().view(-1), 0, 0, item.tensor.numel()))
 
 
 def _optimizer_parts(reader: TensorReader, item: Held, shard: Shard, steps: int) -> list[Part]:
@@ -138,6 +152,8 @@ def _optimizer_parts(reader: TensorReader, item: Held, shard: Shard, steps: int)
     tensors = [(main if main in reader.tensors else name, shard.main)]
     if steps:
         tensors += [(tensor_name(name, moment), shard.state[moment]) for moment in MOMENTS]
+    if EMA in shard.state and has_ema(reader.tensors):
+        tensors.append((tensor_name(name, EMA), shard.state[EMA]))
     return [
         part
         for saved, tensor in tensors
@@ -163,7 +179,7 @@ def _read_all(reader: TensorReader, parts: Sequence[Part]) -> None:
             pass
 
 
-def _end_gathers(chunks: Sequence[nn.Module]) -> None:
+def end_gathers(chunks: Sequence[nn.Module]) -> None:
     """Wait for weights that are still being gathered. They would be written over those that are read, and a forced
     gather takes one that is under way for its own: the ranks would go on with each other's old weights."""
     for chunk in chunks:
@@ -172,7 +188,7 @@ def _end_gathers(chunks: Sequence[nn.Module]) -> None:
                 group.start_param_sync(force_sync=True)
 
 
-def _spread_main_weights(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:
+def spread_main_weights(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:
     """From the main weights that each rank has read to the weights that all compute with, as after a step."""
     for one in optimizers(optimizer):
         if hasattr(one, "_copy_main_params_to_model_params"):
@@ -187,7 +203,7 @@ def check_model(info: CheckpointInfo, config: RunConfig) -> None:
     wanted = config.model.model_dump(mode="json")
     # a field that came later has its default in earlier checkpoints
     saved = ModelConfig().model_dump(mode="json") | info.config["model"]
-    irrelevant = ("max_sequence_length", "init_method_std", "embedding_init_std")
+    irrelevant = ("max_sequence_length", "init_method", "init_method_std", "embedding_init_std")
     different = [
         f"model.{key} is {saved.get(key)} in the checkpoint, {value} in the configuration"
         for key, value in wanted.items()

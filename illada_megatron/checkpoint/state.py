@@ -16,11 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from illada_megatron.checkpoint.files.names import EMA, MOMENTS
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, Parameter, canonical_name, parameters
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ class Shard:
     main: Tensor
     """[stop - start] fp32 (or the shape of the whole tensor); the weight itself where that is fp32."""
     state: dict[str, Any]
-    """The inner optimizer's: the moments in the shape of `main`; empty before the first step."""
+    """The inner optimizer's: the moments in the shape of `main`; empty before the first step. Beside them the weight's
+    moving average, where the run keeps one (`start_ema`)."""
 
 
 def boxes(parameter: Parameter, rank: int, size: int, start: int, stop: int) -> Iterator[Box]:
@@ -152,3 +151,11 @@ def fill_moments(shard: Shard) -> None:
     for moment in MOMENTS:
         if moment not in shard.state:
             shard.state[moment] = torch.zeros_like(shard.main, dtype=torch.float32)
+
+
+def start_ema(shard: Shard) -> Tensor:
+    """Let the moving average of a shard's weight begin at the weight, wherever it was; returns it."""
+    fill_moments(shard)  # the inner optimizer makes them where a weight has no state at all
+    if EMA not in shard.state:
+        shard.state[EMA] = torch.empty_like(shard.main, dtype=torch.float32)
+    return shard.state[EMA].copy_(shard.main.detach())

@@ -213,3 +213,5 @@ def _say_written(done: "Rewritten", seconds: float) -> None:
         f"{done.path}: step {done.step}, {done.tensors:,} tensors, {done.nbytes:,} bytes in {seconds:.1f} s "
         f"({done.nbytes / seconds / 1e9:.2f} GB/s)"
     )
+    if done.without_ema:
+        say("the moving average of the weights is left out: Megatron's format has no place for it")

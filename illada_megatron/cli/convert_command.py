@@ -41,6 +41,7 @@ def to_hf(
     dtype: Annotated[
         Literal["bf16", "fp32"], typer.Option(help="fp32: of a run in bf16, the optimizer's main weights.")
     ] = "bf16",
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights in their place.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Of a file, as 5GB or 500MiB.")] = "5GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's data.tokenizer_path.")] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave it out.")] = False,
@@ -59,14 +60,15 @@ def to_hf(
     info = find_checkpoint(checkpoint)
     words = None if no_tokenizer else _tokenizer_files(info, tokenizer)
     with _bar("exporting", export_bytes(info, layout, dtype)) as advance:
-        done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance)
+        done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance, ema)
     weights = f"{dtype}, the optimizer's main weights" if done.from_main_weights else dtype
+    weights += ", the moving average of the weights" if ema else ""
     say(f"{directory}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, layout {layout}")
     shards = [name for name in done.files if name.endswith(".safetensors")]
     others = [name for name in done.files if name not in shards]
     say(f"files: {shards[0] if len(shards) == 1 else f'{len(shards):,} shards'}, {', '.join(others)}")
     if verify:
-        _verify(info, directory)
+        _verify(info, directory, ema)
 
 
 @app.command("from-hf")
@@ -125,10 +127,10 @@ def _tokenizer_files(info: "CheckpointInfo", tokenizer: Path | None) -> "Tokeniz
     return tokenizer_files(path, config.model.max_sequence_length, config.model.mask_token_id)
 
 
-def _verify(info: "CheckpointInfo", directory: Path) -> None:
+def _verify(info: "CheckpointInfo", directory: Path, ema: bool = False) -> None:
     from illada_megatron.checkpoint.hugging_face.verifying import verify
 
-    result = verify(info, directory)
+    result = verify(info, directory, ema=ema)
     say(
         f"verified in fp32 on weights in {result.rounded_to}: largest difference of logits "
         f"{result.largest_difference:.3g}, largest logit {result.largest_logit:.3g}"

@@ -31,6 +31,7 @@ def generate(
     remasking: Annotated[str, typer.Option(help="low_confidence or random.")] = "low_confidence",
     seed: Annotated[int, typer.Option(help="Of the samples, where there are any.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    ema: Annotated[bool, typer.Option("--ema", help="With the moving average of the weights.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Only the text, without colours and film.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Also save what is shown as a picture.")] = None,
 ) -> None:
@@ -52,7 +53,7 @@ def generate(
         raise ConfigError(str(error)) from error
     from illada_megatron.checkpoint.predictor import open_predictor
 
-    with open_predictor(checkpoint, device) as (predict, config):
+    with open_predictor(checkpoint, device, ema) as (predict, config):
         path = tokenizer or config.data.tokenizer_path or ""
         words = load_tokenizer(path)
         _check_tokenizer(words, path, config.model)

@@ -116,6 +116,7 @@ def evaluate(
     checkpoint: Annotated[
         str | None, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")
     ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Of the moving average of the checkpoint's weights.")] = False,
     nproc: NprocOption = None,
 ) -> None:
     """Measure the held-out bound (nats/token) of a checkpoint, or of the initial weights of a configuration.
@@ -130,6 +131,8 @@ def evaluate(
 
     if (config is None) == (checkpoint is None):
         raise ConfigError("give one of --checkpoint (to evaluate it) and --config (to evaluate its initial weights)")
+    if ema and checkpoint is None:
+        raise ConfigError("--ema: initial weights have no moving average: give --checkpoint")
     if nproc is not None and nproc > 1 and not is_rank():
         from illada_megatron.runtime.launch import LaunchOptions, launch_ranks
 
@@ -139,10 +142,11 @@ def evaluate(
     end_with_launcher()
     from illada_megatron.training.evaluate import evaluate_checkpoint
 
-    figures = evaluate_checkpoint(config, overrides or (), checkpoint)
+    figures = evaluate_checkpoint(config, overrides or (), checkpoint, ema)
     if figures is not None:
+        what = checkpoint or "initial weights"
         say(
-            f"{checkpoint or 'initial weights'}: held-out bound {figures.bound:.4f} nats/token, "
+            f"{what}{', EMA' if ema else ''}: held-out bound {figures.bound:.4f} nats/token, "
             f"masked CE {figures.masked_cross_entropy:.4f} nats, over {figures.num_tokens:,} tokens"
         )
 

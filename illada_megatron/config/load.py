@@ -148,7 +148,8 @@ def _explain(error: Any) -> str:
         for part in error["loc"][:-1]:
             annotation = get_args(listed)[0] if isinstance(part, int) else parent.model_fields[part].annotation
             listed = annotation  # of a list the next part is a number, and its items' class is the parent
-            parent = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else parent
+            kinds = [annotation, *get_args(annotation)]  # of an optional section the first is the section
+            parent = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), parent)
         close = difflib.get_close_matches(str(error["loc"][-1]), parent.model_fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(parent.model_fields)}"
         return f"{where}: unknown field; {hint}"

@@ -64,10 +64,15 @@ def parameters(model: ModelConfig) -> list[Parameter]:
     vocabulary = (model.padded_vocab_size, hidden)
     qkv = (queries + 2 * groups) * head
     bias: list[tuple[str, tuple[int, ...], Split | None]] = [("self_attention.linear_qkv.bias", (qkv,), "rows")]
+    qk_norms: list[tuple[str, tuple[int, ...], Split | None]] = [
+        ("self_attention.q_layernorm.weight", (head,), None),
+        ("self_attention.k_layernorm.weight", (head,), None),
+    ]
     layer: list[tuple[str, tuple[int, ...], Split | None]] = [
         ("input_layernorm.weight", (hidden,), None),
         ("self_attention.linear_qkv.weight", (qkv, hidden), "rows"),
         *(bias if model.add_qkv_bias else []),
+        *(qk_norms if model.qk_layernorm else []),
         ("self_attention.linear_proj.weight", (hidden, queries * head), "columns"),
         ("pre_mlp_layernorm.weight", (hidden,), None),
         ("mlp.linear_fc1.weight", (2 * ffn, hidden), "gated rows"),

@@ -18,7 +18,8 @@ class SegmentSelfAttention(SelfAttention):
     """megatron-core's self attention with its projections, whose core takes queries, keys and values unsplit.
 
     Splitting them, turning queries and keys by their position and attending is one operator then. Of a layer it keeps
-    qkv, the output and a number a row for the backward pass, so that nothing is left for selective recomputation.
+    qkv, the output and a number a row for the backward pass, so that nothing is left for selective recomputation. Norms
+    of queries and keys (model.qk_layernorm) come before it, and need qkv as it was besides.
     """
 
     def forward(
@@ -37,7 +38,16 @@ class SegmentSelfAttention(SelfAttention):
         if inference_context is not None:
             raise ValueError("SegmentSelfAttention keeps no cache of keys; inference_context has to be None")
         qkv, _bias = self.linear_qkv(hidden_states)
+        if self.config.qk_layernorm:
+            qkv = self._normalised(qkv)
         return self.linear_proj(self.core_attention(qkv, rotary_pos_emb, packed_seq_params))
+
+    def _normalised(self, qkv: Tensor) -> Tensor:
+        """qkv [t, 1, ng * (np / ng + 2) * d] of this rank's heads, each query and key over its root mean square."""
+        heads = self.config.num_attention_heads // self.config.num_query_groups
+        split = qkv.view(qkv.shape[0], -1, heads + 2, self.config.kv_channels)
+        query, key, value = split.split([heads, 1, 1], dim=2)
+        return torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=2).view_as(qkv)
 
 
 class SegmentAttention(torch.nn.Module):

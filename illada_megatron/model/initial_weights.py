@@ -6,14 +6,15 @@ its own, keyed by the seed and the name, at counter i. A rank draws the rows it 
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
 from illada_megatron.config import ModelConfig
-from illada_megatron.config.parameters import EMBEDDING, HEAD, canonical_name
+from illada_megatron.config.parameters import EMBEDDING, HEAD, canonical_name, layer_of
 from illada_megatron.model.mask_predictor import MaskPredictor
 
 
@@ -30,15 +31,32 @@ def fill_initial_weights(chunks: Sequence[MaskPredictor], model: ModelConfig, se
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             full_name = canonical_name(name, chunk.layer_offset, model.tie_word_embeddings)
-            values = _sharded_normal(seed, full_name, parameter.shape, rank, size)
+            draw = _truncated_normal if model.init_method == "mitchell" else _normal
+            values = _sharded_rows(draw, seed, full_name, parameter.shape, rank, size)
             values *= _std(full_name, model)
             if full_name in (EMBEDDING, HEAD):
                 values[max(0, model.vocab_size - rank * len(values)) :] = 0.0
             parameter.copy_(torch.from_numpy(values))
 
 
-def _sharded_normal(seed: int, name: str, shape: torch.Size, rank: int, size: int) -> np.ndarray:
-    """Tensor-parallel rank `rank` of `size`'s part, of `shape`, of a matrix of standard normal values (float32)."""
+_Draw = Callable[[np.random.Generator, int], np.ndarray]
+"""(generator, n) -> n values."""
+_CUT_OFF = 3.0
+
+
+def _normal(generator: np.random.Generator, count: int) -> np.ndarray:
+    return generator.standard_normal(count, dtype=np.float32)
+
+
+def _truncated_normal(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Standard normal values between -3 and 3, by the inverse of the normal distribution's function."""
+    outside = NormalDist().cdf(-_CUT_OFF)
+    inside = outside + generator.random(count) * (1.0 - 2.0 * outside)
+    return torch.special.ndtri(torch.from_numpy(inside)).numpy()
+
+
+def _sharded_rows(draw: _Draw, seed: int, name: str, shape: torch.Size, rank: int, size: int) -> np.ndarray:
+    """Tensor-parallel rank `rank` of `size`'s part, of `shape`, of a matrix of drawn values (float32)."""
     rows, columns = shape
     if _is_row_parallel(name):  # the input is sharded: whole rows, part of their columns
         held, width, kept = np.arange(rows), columns * size, slice(rank * columns, (rank + 1) * columns)
@@ -52,7 +70,7 @@ def _sharded_normal(seed: int, name: str, shape: torch.Size, rank: int, size: in
     values = np.empty((rows, columns), dtype=np.float32)
     for index, row in enumerate(held):
         generator = np.random.Generator(np.random.Philox(key=key, counter=[0, int(row), 0, 0]))
-        values[index] = generator.standard_normal(width, dtype=np.float32)[kept]
+        values[index] = draw(generator, width)[kept]
     return values
 
 
@@ -61,6 +79,16 @@ def _is_row_parallel(name: str) -> bool:
 
 
 def _std(name: str, model: ModelConfig) -> float:
+    if model.init_method == "mitchell":
+        return _mitchell_std(name, model)
     if name == EMBEDDING:
         return model.embedding_init_std or math.sqrt(1 / (2 * model.hidden_size))
     return model.init_method_std / (math.sqrt(2 * model.num_layers) if _is_row_parallel(name) else 1.0)
+
+
+def _mitchell_std(name: str, model: ModelConfig) -> float:
+    """Of the normal distribution before it is cut off."""
+    if not _is_row_parallel(name):
+        return 1.0 / math.sqrt(model.hidden_size)
+    inputs = model.ffn_hidden_size if name.endswith("linear_fc2.weight") else model.num_attention_heads * model.head_dim
+    return 1.0 / math.sqrt(2 * ((layer_of(name) or 0) + 1) * inputs)

@@ -45,22 +45,23 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
         layer.submodules.self_attention.params = dict(_BIDIRECTIONAL)
     else:
-        layer, norm = _local_layer(), RMSNorm
+        layer, norm = _local_layer(config.qk_layernorm), RMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )
 
 
-def _local_layer() -> ModuleSpec:
+def _local_layer(qk_layernorm: bool) -> ModuleSpec:
+    qk_norm = RMSNorm if qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnLinear,
         core_attention=SegmentAttention,
         linear_proj=RowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -15,6 +15,7 @@ from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.embedding import Embedding
 from illada_megatron.model.head import Head
 from illada_megatron.model.layer_specs import block_spec, choose_implementation
+from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.model.transformer_config import transformer_config
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime.device import Device
@@ -58,6 +59,8 @@ class MaskPredictor(LanguageModule):
             rotary_base=model.rotary_base,
             use_cpu_initialization=config.use_cpu_initialization,
         )
+        if model.rope_scaling is not None:
+            self.rotary_pos_emb.inv_freq.copy_(scaled_frequencies(model, model.rope_scaling))
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(config, implementation, vp_stage),

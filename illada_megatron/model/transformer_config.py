@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
+from illada_megatron.model.rotary import attention_scale
 from illada_megatron.runtime.device import Device, has_apex, has_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,6 +32,8 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        softmax_scale=attention_scale(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel.

@@ -24,9 +24,12 @@ def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) 
     return [*batch, *ONE_STAGE_LAYOUT, f"parallel.tensor_model_parallel_size={tensor}"]
 
 
-def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint: str | None) -> HeldOut | None:
+def evaluate_checkpoint(
+    config: str | None, overrides: Sequence[str], checkpoint: str | None, ema: bool = False
+) -> HeldOut | None:
     """Evaluate the newest checkpoint below `checkpoint`, with the configuration it was saved with, or, without one, the
-    initial weights of `config` (a path or a preset). Every rank calls it; only rank 0 gets the figures.
+    initial weights of `config` (a path or a preset). ema: the moving average of a checkpoint's weights.
+    Every rank calls it; only rank 0 gets the figures.
 
     Raises ConfigError, CheckpointError or DataError.
     """
@@ -45,6 +48,6 @@ def evaluate_checkpoint(config: str | None, overrides: Sequence[str], checkpoint
         if info is None:
             fill_initial_weights(models, resolved.model, resolved.training.seeds.init)
         else:
-            load_weights(info, resolved, models)
+            load_weights(info, resolved, models, ema)
         figures = evaluate(models, source, resolved.validation.num_samples)
         return figures if run.is_main else None

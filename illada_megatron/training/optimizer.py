@@ -13,6 +13,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
 from illada_megatron.config import ParallelConfig, RunConfig
+from illada_megatron.config.parameters import EMBEDDING, HEAD
+from illada_megatron.config.schema import OptimizerConfig
 from illada_megatron.model.transformer_config import DTYPES
 
 
@@ -87,31 +89,51 @@ def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]
         _stand_in_for_fused_adam()
         _stand_in_for_fused_scale()
     settings = config.optimizer
+    core = megatron_optimizer.OptimizerConfig(
+        optimizer="adam",
+        lr=config.training.lr,
+        min_lr=config.schedule.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.precision == "bf16",
+        params_dtype=DTYPES[config.training.precision],
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
     return megatron_optimizer.get_megatron_optimizer(
-        megatron_optimizer.OptimizerConfig(
-            optimizer="adam",
-            lr=config.training.lr,
-            min_lr=config.schedule.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.training.precision == "bf16",
-            params_dtype=DTYPES[config.training.precision],
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-        ),
+        core,
         list(chunks),
+        config_overrides={
+            **megatron_optimizer.get_standard_config_overrides(core),
+            **_embedding_group(settings, config.model.tie_word_embeddings),
+        },
         use_gloo_process_groups=False,
     )
 
 
+def _embedding_group(settings: OptimizerConfig, tied: bool) -> dict[megatron_optimizer.ParamKey, Any]:
+    """What makes the embedding, with the last stage's copy of it, a group of its own, for `set_learning_rate`; nothing
+    where it learns as the rest does. start_wd and end_wd: megatron-core's names of a group's own weight decay."""
+    own: dict[str, float] = {}
+    if settings.embedding_weight_decay is not None:
+        own |= {"start_wd": settings.embedding_weight_decay, "end_wd": settings.embedding_weight_decay}
+    if settings.embedding_lr_mult != 1.0:
+        own |= {"lr_mult": settings.embedding_lr_mult}
+    if not own:
+        return {}
+    names = (EMBEDDING, HEAD) if tied else (EMBEDDING,)
+    embedding = megatron_optimizer.ParamWithNamePredicate("embedding", lambda _, name: name.endswith(names))
+    return {megatron_optimizer.ParamKey(with_name_predicate=embedding): own}
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
-    """Before a step: the rate, and the decay of the groups that decay."""
+    """Before a step: each group's rate, and the decay of the groups that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = group.get("end_wd", weight_decay) * group.get("wd_mult", 1.0)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

@@ -219,15 +219,16 @@ class Reporter:
         """Seconds of this process's work that would be lost now."""
         return time.monotonic() - self._good_at
 
-    def held_out(self, step: int, figures: HeldOut) -> None:
-        """Log a validation."""
+    def held_out(self, step: int, figures: HeldOut, ema: bool = False) -> None:
+        """Log a validation, of the weights or of their moving average."""
         if not self.enabled:
             return
         if self._writer is not None:
-            self._writer.add_scalar("validation/bound_nats_per_token", figures.bound, step)
-            self._writer.add_scalar("validation/masked_cross_entropy_nats", figures.masked_cross_entropy, step)
+            group = "validation_ema" if ema else "validation"
+            self._writer.add_scalar(f"{group}/bound_nats_per_token", figures.bound, step)
+            self._writer.add_scalar(f"{group}/masked_cross_entropy_nats", figures.masked_cross_entropy, step)
         self.console.print(
-            f"step {step:>7}  held-out bound {figures.bound:.4f} nats/token  "
+            f"step {step:>7}  {'EMA: ' if ema else ''}held-out bound {figures.bound:.4f} nats/token  "
             f"masked CE {figures.masked_cross_entropy:.4f}  ({figures.num_tokens:,} tokens)"
         )
 

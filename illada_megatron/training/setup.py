@@ -21,6 +21,7 @@ from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenize
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.bad_steps import BadSteps
+from illada_megatron.training.ema import WeightEma
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch
 from illada_megatron.training.optimizer import build_optimizer
 from illada_megatron.training.schedule import LearningRate, next_batch, samples_of_run
@@ -41,6 +42,8 @@ class TrainingState:
     validation: BatchSource | None
     fingerprints: dict[str, Any]
     """Of what the run reads."""
+    ema: WeightEma | None
+    """Of the weights; None: not kept (optimizer.ema_decay)."""
     bad_steps: BadSteps
     spikes: SpikeDetector
     clock: ComputeClock
@@ -61,7 +64,9 @@ class TrainingState:
 
     def progress(self) -> dict[str, Any]:
         """The part of a checkpoint that is not tensors."""
+        average = {} if self.ema is None else {"ema": self.ema.state_dict()}
         return {
+            **average,
             "step": self.step,
             "consumed_samples": self.consumed_samples,
             "schedule": self.schedule.state_dict(),
@@ -83,15 +88,17 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     if checkpoint is None:
         fill_initial_weights(models, config.model, seeds.init)
     chunks = wrap_data_parallel(config.parallel, models)
+    optimizer, decay = build_optimizer(config, chunks), config.optimizer.ema_decay
     state = TrainingState(
         config=config,
         runtime=runtime,
         chunks=chunks,
-        optimizer=build_optimizer(config, chunks),
+        optimizer=optimizer,
         schedule=LearningRate(config),
         source=source,
         validation=validation_source(config, runtime, tokenizer) if config.validation.interval_steps else None,
         fingerprints=fingerprints(corpus, tokenizer),
+        ema=None if decay is None else WeightEma(decay, chunks, optimizer, config.model),
         bad_steps=BadSteps(config.faults),
         spikes=SpikeDetector(config.faults),
         clock=ComputeClock(runtime.device.is_cuda),
@@ -151,11 +158,21 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     progress = load_checkpoint(checkpoint, state.config, state.chunks, state.optimizer)
     if progress is None:
         state.notes.append(f"begins with the weights of {checkpoint.path}")
+        if state.ema is not None:
+            state.ema.load_state_dict({})
         return
     state.step, state.consumed_samples = progress["step"], progress["consumed_samples"]
     state.schedule.load_state_dict(progress["schedule"])
     state.bad_steps.load_state_dict(progress.get("bad_steps", {}))
     state.spikes.load_state_dict(progress.get("spikes", {}))
+    if state.ema is not None:
+        state.ema.load_state_dict(progress.get("ema", {}))
+        if "ema" not in progress:
+            state.notes.append(
+                f"the moving average of the weights begins at those of {checkpoint.path}, which has none"
+            )
+    elif "ema" in progress:
+        state.notes.append(f"the moving average of {checkpoint.path} is left behind: optimizer.ema_decay is not set")
     save_dir = state.config.checkpoint.save_dir
     in_place = bool(save_dir) and str(folder(save_dir or "")) == str(checkpoint.path.parent)
     state.saved_step = state.step if in_place else None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from illada_megatron.config import CheckpointConfig, FaultsConfig, RunConfig
+from illada_megatron.config import CheckpointConfig, FaultsConfig, ModelConfig, RunConfig
 from illada_megatron.config.layout import layout_rows
 from illada_megatron.config.learning_rate import schedule_rows
 from illada_megatron.config.schema import BlendPhase, DiffusionConfig, LossConfig
@@ -33,7 +33,8 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
         ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
         ("layers", implementation),
         *layers,
-        ("optimizer", optimizer_name(config.parallel)),
+        *_model_rows(config.model),
+        ("optimizer", _optimizer_text(config)),
         ("loss", _loss_text(config.loss, dtype, device)),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
         *_problem_rows(device),
@@ -47,6 +48,25 @@ def _problem_rows(device: Device) -> list[tuple[str, str]]:
         for part in capabilities()
         if part.problem and (device.is_cuda or part.name != "CUDA kernels")
     ]
+
+
+def _model_rows(model: ModelConfig) -> list[tuple[str, str]]:
+    """What the model has beyond the plain one."""
+    parts = ["norms of queries and keys"] if model.qk_layernorm else []
+    if (scaling := model.rope_scaling) is not None:
+        parts.append(f"rotary frequencies scaled as {scaling.rope_type}, factor {scaling.factor:g}")
+    return [("model", "; ".join(parts))] if parts else []
+
+
+def _optimizer_text(config: RunConfig) -> str:
+    settings, parts = config.optimizer, [optimizer_name(config.parallel)]
+    if settings.embedding_weight_decay is not None:
+        parts.append(f"embedding's weight decay {settings.embedding_weight_decay:g}")
+    if settings.embedding_lr_mult != 1.0:
+        parts.append(f"embedding's rate x {settings.embedding_lr_mult:g}")
+    if settings.ema_decay is not None:
+        parts.append(f"moving average of the weights, decay {settings.ema_decay:g}")
+    return "; ".join(parts)
 
 
 def _loss_text(loss: LossConfig, dtype: torch.dtype, device: Device) -> str:

@@ -87,6 +87,11 @@ def train(config: RunConfig) -> TrainResult:
                     reporter.held_out(
                         state.step, evaluate(state.chunks, state.validation, config.validation.num_samples)
                     )
+                    if state.ema is not None:
+                        reporter.saves(saver.wait())
+                        with state.ema.as_weights():
+                            figures = evaluate(state.chunks, state.validation, config.validation.num_samples)
+                        reporter.held_out(state.step, figures, ema=True)
                 # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
                 save_due |= _due(config.checkpoint.interval_steps, state.step)
                 if save_due and not state.bad_steps.streak:
@@ -130,6 +135,8 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     good = math.isfinite(loss) and not sums.bad_gradient
     if good:
         apply_gradients(state.optimizer, norm, config.optimizer.clip_grad)
+        if state.ema is not None:
+            state.ema.update()
     state.step += 1
     state.consumed_samples = first_sample + batch_size
     seconds = time.perf_counter() - start

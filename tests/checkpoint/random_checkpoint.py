@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.files.names import OPTIMIZER_STATE, tensor_name
+from illada_megatron.checkpoint.files.names import EMA, MOMENTS, tensor_name
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig
@@ -23,14 +23,16 @@ PROGRESS = {
 
 
 def random_tensors(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
-    """All tensors of a checkpoint of `config`, moments and fp32 main weights (of a bf16 model) included."""
+    """All tensors of a checkpoint of `config`, moments, fp32 main weights (of a bf16 model) and the weights' moving
+    average (where the run keeps one) included."""
     generator = torch.Generator().manual_seed(seed)
     bf16 = config.training.precision == "bf16"
     tensors = {}
     for parameter in parameters(config.model):
         main = torch.randn(parameter.shape, generator=generator)
         tensors[parameter.name] = main.bfloat16() if bf16 else main
-        for state in OPTIMIZER_STATE[: None if bf16 else 2]:
+        average = [EMA] if config.optimizer.ema_decay else []
+        for state in (*MOMENTS, *(["main"] if bf16 else []), *average):
             value = main if state == "main" else torch.randn(parameter.shape, generator=generator)
             tensors[tensor_name(parameter.name, state)] = value
     return tensors

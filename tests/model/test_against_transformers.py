@@ -1,23 +1,54 @@
-"""The model is transformers' Llama, with biases its Qwen2, without the causal mask: hidden states, logits and every
-gradient."""
+"""The model is transformers' Llama, with biases its Qwen2, with norms of queries and keys its Qwen3, without the causal
+mask: hidden states, logits and every gradient; with scaled rotary frequencies too."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime import Runtime
 
 SEGMENTS = {"one segment": [0, 40], "packed segments": [0, 1, 14, 40], "equal segments": [0, 20, 40]}
+MODELS = {
+    "Llama": ({}, LlamaForCausalLM, LlamaConfig),
+    "Qwen2": ({"add_qkv_bias": True}, Qwen2ForCausalLM, Qwen2Config),
+    "Qwen3": ({"qk_layernorm": True}, Qwen3ForCausalLM, Qwen3Config),
+    "Llama, llama3": (
+        {
+            "rope_scaling": {
+                **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 24},
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            }
+        },
+        LlamaForCausalLM,
+        LlamaConfig,
+    ),
+    "Qwen3, yarn": (
+        {
+            "qk_layernorm": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
+        Qwen3ForCausalLM,
+        Qwen3Config,
+    ),
+}
 
 
-def _transformers_model(config: RunConfig) -> LlamaForCausalLM | Qwen2ForCausalLM:
+def _transformers_model(config: RunConfig, name: str) -> LlamaForCausalLM | Qwen2ForCausalLM | Qwen3ForCausalLM:
     model = config.model
     torch.manual_seed(0)
-    kind, settings = (Qwen2ForCausalLM, Qwen2Config) if model.add_qkv_bias else (LlamaForCausalLM, LlamaConfig)
+    _, kind, settings = MODELS[name]
+    rope = {"rope_type": "default"} if model.rope_scaling is None else model.rope_scaling.model_dump(exclude_none=True)
     theirs = kind(
         settings(
             hidden_size=model.hidden_size,
@@ -27,7 +58,8 @@ def _transformers_model(config: RunConfig) -> LlamaForCausalLM | Qwen2ForCausalL
             num_key_value_heads=model.num_query_groups,
             vocab_size=model.vocab_size,
             rms_norm_eps=model.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
+            head_dim=model.head_dim,
+            rope_parameters={**rope, "rope_theta": model.rotary_base},
             max_position_embeddings=model.max_sequence_length,
             tie_word_embeddings=model.tie_word_embeddings,
             initializer_range=0.1,
@@ -37,6 +69,8 @@ def _transformers_model(config: RunConfig) -> LlamaForCausalLM | Qwen2ForCausalL
     for name, parameter in theirs.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(parameter, std=0.3)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     return theirs
 
 
@@ -53,6 +87,8 @@ def _to_ours(config: RunConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]
             parts = [tensors[f"{theirs}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
             groups = [part.unflatten(0, (model.num_query_groups, -1)) for part in parts]
             ours[f"{name}.self_attention.linear_qkv.{kind}"] = torch.cat(groups, dim=1).flatten(0, 1)
+        for part in "qk" if model.qk_layernorm else "":
+            ours[f"{name}.self_attention.{part}_layernorm.weight"] = tensors[f"{theirs}.self_attn.{part}_norm.weight"]
         ours[f"{name}.self_attention.linear_proj.weight"] = tensors[f"{theirs}.self_attn.o_proj.weight"]
         ours[f"{name}.input_layernorm.weight"] = tensors[f"{theirs}.input_layernorm.weight"]
         ours[f"{name}.pre_mlp_layernorm.weight"] = tensors[f"{theirs}.post_attention_layernorm.weight"]
@@ -72,18 +108,18 @@ def _bidirectional_inputs(cu_seqlens: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)
-@pytest.mark.parametrize("add_qkv_bias", [False, True], ids=["Llama", "Qwen2"])
+@pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_logits_and_gradients_equal_theirs(
-    add_qkv_bias: bool, segments: str, tiny_config: RunConfig, single_process: Runtime
+    name: str, segments: str, tiny_config: RunConfig, single_process: Runtime
 ) -> None:
     """The gradients also as DDP sums them in main_grad, over two micro-batches."""
     from illada_megatron.model import build_model_chunks, pack
     from illada_megatron.training.setup import wrap_data_parallel
 
-    model = tiny_config.model.model_copy(update={"add_qkv_bias": add_qkv_bias})
+    model = tiny_config.model.model_validate({**tiny_config.model.model_dump(), **MODELS[name][0]})
     tiny_config = tiny_config.model_copy(update={"model": model})
     cu_seqlens = SEGMENTS[segments]
-    theirs = _transformers_model(tiny_config)
+    theirs = _transformers_model(tiny_config, name)
     (ours,) = build_model_chunks(tiny_config, single_process.device)
     ours.load_state_dict(_to_ours(tiny_config, dict(theirs.named_parameters())), strict=False)
 

@@ -77,10 +77,20 @@ def test_parameters_of_qwen2(single_process: Runtime) -> None:
     assert count_parameters(config) == config.model.num_parameters == 7_615_616_512
 
 
+def test_parameters_of_qwen3(single_process: Runtime) -> None:
+    """Of Qwen3-8B's shape, published as 8.2B, the norms of queries and keys counted."""
+    from illada_megatron.model.mask_predictor import count_parameters
+
+    shape = ("num_layers=36", "hidden_size=4096", "ffn_hidden_size=12288", "num_attention_heads=32")
+    more = ("num_query_groups=8", "vocab_size=151936", "tie_word_embeddings=false", "qk_layernorm=true")
+    config = load_config(None, [f"model.{field}" for field in (*shape, *more)])
+    assert count_parameters(config) == config.model.num_parameters == 8_190_735_360
+
+
 def test_biases_begin_at_zero(tiny_config: RunConfig, single_process: Runtime) -> None:
     from illada_megatron.model import build_model_chunks, fill_initial_weights
 
-    model = tiny_config.model.model_copy(update={"add_qkv_bias": True})
+    model = tiny_config.model.model_copy(update={"add_qkv_bias": True, "qk_layernorm": True})
     (chunk,) = build_model_chunks(tiny_config.model_copy(update={"model": model}), single_process.device)
     for parameter in chunk.parameters():
         torch.nn.init.constant_(parameter, 7.0)
@@ -88,6 +98,31 @@ def test_biases_begin_at_zero(tiny_config: RunConfig, single_process: Runtime) -
     vectors = {name: set(values.tolist()) for name, values in chunk.named_parameters() if values.dim() == 1}
     assert sum(name.endswith("linear_qkv.bias") for name in vectors) == model.num_layers
     assert vectors == {name: {0.0 if name.endswith(".bias") else 1.0} for name in vectors}
+
+
+def test_mitchells_initial_weights(tiny_config: RunConfig, single_process: Runtime) -> None:
+    """As torch's trunc_normal_ at 3 standard deviations makes them, of OLMo's numbers."""
+    from illada_megatron.model import build_model_chunks, fill_initial_weights
+
+    model = tiny_config.model.model_copy(update={"init_method": "mitchell", "tie_word_embeddings": False})
+    (chunk,) = build_model_chunks(tiny_config.model_copy(update={"model": model}), single_process.device)
+    fill_initial_weights([chunk], model, seed=3)
+    weights = dict(chunk.named_parameters())
+    torch.manual_seed(0)
+    like = torch.nn.init.trunc_normal_(torch.empty(1_000_000), a=-3.0, b=3.0)
+    for name, std in {
+        "embedding.word_embeddings.weight": 1 / math.sqrt(64),
+        "output_layer.weight": 1 / math.sqrt(64),
+        "decoder.layers.0.self_attention.linear_qkv.weight": 1 / math.sqrt(64),
+        "decoder.layers.1.mlp.linear_fc1.weight": 1 / math.sqrt(64),
+        "decoder.layers.0.self_attention.linear_proj.weight": 1 / math.sqrt(2 * 64),
+        "decoder.layers.1.self_attention.linear_proj.weight": 1 / math.sqrt(2 * 2 * 64),
+        "decoder.layers.1.mlp.linear_fc2.weight": 1 / math.sqrt(2 * 2 * 96),
+    }.items():
+        has_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        values = weights[name][: model.vocab_size] if has_vocabulary else weights[name]
+        assert values.std().item() == pytest.approx(std * like.std().item(), rel=0.03), name
+        assert 2.8 * std < values.abs().max().item() <= 3.0 * std, name
 
 
 def test_initial_weights_have_the_documented_spread(tiny_config: RunConfig, single_process: Runtime) -> None:
@@ -107,6 +142,7 @@ def test_initial_weights_have_the_documented_spread(tiny_config: RunConfig, sing
     for name, spread in expected.items():
         values = weights[name][: tiny_config.model.vocab_size] if "embedding" in name else weights[name]
         assert values.std().item() == pytest.approx(spread, rel=0.05), name
+        assert values.abs().max() > 3.1 * spread, name  # nothing is cut off
         assert abs(values.mean().item()) < 5 * spread / math.sqrt(values.numel()), name
     assert (weights["embedding.word_embeddings.weight"][tiny_config.model.vocab_size :] == 0).all()
     first, second = (weights[f"decoder.layers.{layer}.mlp.linear_fc1.weight"] for layer in (0, 1))

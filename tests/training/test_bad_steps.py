@@ -189,12 +189,14 @@ def _same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 def test_a_bad_step_changes_nothing(
     precision: str, sharded: str, clip_grad: str, value: float, tiny_run: tuple[str, ...]
 ) -> None:
-    """To the bit: weights, fp32 main weights, both moments, Adam's count. Weights of 1e30 leave the loss a number and
-    make the gradient NaN; infinite ones make both."""
+    """To the bit: weights, fp32 main weights, both moments, the weights' average, Adam's count. Weights of 1e30 leave
+    the loss a number and make the gradient NaN; infinite ones make both."""
     options = [f"parallel.use_distributed_optimizer={sharded}", f"optimizer.clip_grad={clip_grad}"]
+    options += ["optimizer.ema_decay=0.9"]
     config = load_config(None, [*tiny_run, f"training.precision={precision}", *options])
     with runtime(config) as run:
         state = setup(config, run)
+        assert state.ema is not None
         assert not train_step(state)[0].skipped
         models = [chunk.module for chunk in state.chunks]
         kept = [parameter.detach().clone() for parameter in models[0].parameters()]
@@ -210,6 +212,7 @@ def test_a_bad_step_changes_nothing(
         assert _same(after.weights, before.weights)
         assert _same(after.optimizer, before.optimizer)
         assert after.steps == {1}
+        assert state.ema.updates == 1
         with torch.no_grad():
             for parameter, value in zip(models[0].parameters(), kept, strict=True):
                 parameter.copy_(value)

@@ -1,13 +1,19 @@
 """Names in a checkpoint: of files; of tensors, a parameter's weight by its canonical name, its optimizer state behind a
 prefix."""
 
+from collections.abc import Container
 from typing import NamedTuple
 
-from illada_megatron.config.parameters import Parameter
+from illada_megatron.checkpoint.files.errors import CheckpointError
+from illada_megatron.config.parameters import EMBEDDING
 
 WEIGHT = ""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's."""
+EMA = "ema"
+"""The moving average of the weights (optimizer.ema_decay)."""
 # what the optimizer keeps of a parameter, all fp32; "main": the weight itself where the model's is not fp32
-OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "main")
+OPTIMIZER_STATE = (*MOMENTS, "main", EMA)
 _PREFIX = "optimizer."
 
 
@@ -32,9 +38,19 @@ def split_name(name: str) -> TensorName:
     return TensorName(name, WEIGHT)
 
 
-def names_of(parameter: Parameter) -> list[str]:
-    """All names that a checkpoint may hold of a parameter."""
-    return [tensor_name(parameter.name, state) for state in (WEIGHT, *OPTIMIZER_STATE)]
+def has_ema(names: Container[str]) -> bool:
+    """Whether the run that saved tensors of these names kept the moving average of its weights."""
+    return tensor_name(EMBEDDING, EMA) in names
+
+
+def weights_state(names: Container[str], place: object, ema: bool) -> str:
+    """Which of the tensors of a checkpoint at `place` are taken for the weights of the model, as `tensor_name` has it:
+    the weights, or their moving average. Raises CheckpointError where it has none."""
+    if ema and not has_ema(names):
+        raise CheckpointError(
+            f"{place}: holds no moving average of the weights (its run had no optimizer.ema_decay): leave out --ema"
+        )
+    return EMA if ema else WEIGHT
 
 
 def is_file_name(name: str) -> bool:

@@ -1,6 +1,7 @@
 """config.json of a layout <-> ModelConfig. What the model here does not have is refused, never left out."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.hugging_face.layouts import ILLADA, LLADA, Layout
 from illada_megatron.config import ModelConfig
+from illada_megatron.config.schema import RopeScaling
 
 CONFIG = "config.json"
 
@@ -33,6 +35,8 @@ _LLAMA_KEYS = {
     "logit_softcap": "logit_softcap",
     "exclude_mask_logit": "exclude_mask_logit",
     "add_qkv_bias": "qkv_bias",
+    "qk_layernorm": "qk_layernorm",
+    "rope_scaling": "rope_scaling",
 }
 _LLADA_KEYS = {
     "vocab_size": "embedding_size",
@@ -58,7 +62,6 @@ _LLAMA_FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_scaling": None,
     "layer_norm_eps": None,
     "attention_dropout": 0.0,
     "resid_pdrop": 0.0,
@@ -83,18 +86,24 @@ _LLAMA_NEUTRAL: dict[str, Any] = {"use_sliding_window": False, "partial_rotary_f
 _LLADA_NEUTRAL: dict[str, Any] = {"clip_qkv": None}
 # What a default rotary embedding may say of itself.
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_SCALED = ("linear", "llama3", "yarn")
+_SCALING_FLOATS = {name for name in RopeScaling.model_fields if name != "original_max_position_embeddings"}
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embedding_dropout", "residual_dropout")
-_AUTOREGRESSIVE = ("llama", "qwen2")
+_AUTOREGRESSIVE = ("llama", "qwen2", "qwen3")
 # Defaults of the classes that wrote a config.json, where a key may be missing.
 _MISSING: dict[str, dict[str, Any]] = {
     "illada": {"tie_word_embeddings": True},
     "llada": {"weight_tying": False},
     "llama": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
     "qwen2": {"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "qkv_bias": True},
+    "qwen3": {
+        **{"tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
+        **{"head_dim": 128, "qk_layernorm": True},
+    },
 }
 _OPTIONAL = (
     *("init_method_std", "kv_channels", "logit_softcap", "mask_token_id", "num_query_groups", "add_qkv_bias"),
-    "exclude_mask_logit",
+    *("exclude_mask_logit", "qk_layernorm", "rope_scaling"),
 )
 
 
@@ -128,6 +137,10 @@ def config_json(
         del fields["exclude_mask_logit"]
     if layout is ILLADA and not model.add_qkv_bias:
         del fields["add_qkv_bias"]
+    if not model.qk_layernorm:
+        del fields["qk_layernorm"]
+    if model.rope_scaling is not None:
+        fields["rope_scaling"] = model.rope_scaling.model_dump(exclude_none=True)
     values = {key: fields[field] for field, key in keys.items() if field in fields}
     if layout is LLADA:
         values["vocab_size"] = model.vocab_size
@@ -174,6 +187,8 @@ def read_config_json(directory: Path) -> ForeignModel:
             raise CheckpointError(f"{path}: has no key {key}")
     fields.setdefault("num_query_groups", fields["num_attention_heads"])
     fields.setdefault("add_qkv_bias", False)
+    fields.setdefault("qk_layernorm", False)
+    fields.setdefault("rope_scaling", None)
     if fields.get("kv_channels", 0) * fields["num_attention_heads"] == fields["hidden_size"]:
         del fields["kv_channels"]
     return ForeignModel(layout, model_type, fields)
@@ -245,20 +260,50 @@ def _flatten_rope(path: Path, values: dict[str, Any]) -> None:
         if rope is None:
             continue
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-        if kind != "default":
+        if kind != "default" and kind not in _SCALED:
             raise CheckpointError(
-                f"{path}: {key} is {rope!r}; this model knows only the default rotary embedding, and would read such "
-                "weights wrongly at every position"
+                f"{path}: {key} is {rope!r}; this model knows only the default rotary embedding and those scaled as "
+                f"{', '.join(_SCALED)}, and would read such weights wrongly at every position"
             )
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointError(
                 f"{path}: {key} has partial_rotary_factor {rope['partial_rotary_factor']}, expected 1"
             )
-        if more := sorted(rope.keys() - _ROPE_KEYS):
+        scaled = None if kind == "default" else _scaling(path, key, kind, rope)
+        if scaled is None and (more := sorted(rope.keys() - _ROPE_KEYS)):
             raise CheckpointError(
                 f"{path}: {key} is {rope!r}: {', '.join(more)} would change the default rotary embedding, which has no "
                 f"such parameter: it is another type than it says, or has to be null"
             )
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
-        values[key] = None
+        del values[key]
+        if scaled is not None:
+            values["rope_scaling"] = scaled
+
+
+def _scaling(path: Path, key: str, kind: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """model.rope_scaling of a scaled rotary embedding."""
+    fields = {name: value for name, value in rope.items() if name not in _ROPE_KEYS and value is not None}
+    if kind == "yarn":
+        if fields.pop("truncate", True) is not True:
+            raise CheckpointError(f"{path}: {key} has truncate {rope['truncate']!r}, expected true")
+        mscales = fields.pop("mscale", None), fields.pop("mscale_all_dim", None)
+        if "attention_factor" not in fields and all(mscales):
+            one, all_dim = (_mscale(fields.get("factor"), mscale) for mscale in mscales)
+            fields["attention_factor"] = one / all_dim
+    # JSON may spell 8.0 as 8
+    floats = {
+        name: float(value) if type(value) is int and name in _SCALING_FLOATS else value
+        for name, value in fields.items()
+    }
+    try:
+        return RopeScaling.model_validate({"rope_type": kind, **floats}).model_dump()
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in error.errors()]
+        raise CheckpointError(f"{path}: {key} is {rope!r}: {'; '.join(reasons)}") from error
+
+
+def _mscale(factor: Any, mscale: Any) -> float:
+    """DeepSeek's, as `modeling_rope_utils.get_mscale`."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

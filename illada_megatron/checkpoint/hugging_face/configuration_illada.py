@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 class ILLaDAConfig(PretrainedConfig):
     """Keys as in the released iLLaDA checkpoints. Not in those, and written only where a model needs them: head_dim,
     logit_softcap (logits become s tanh(logit / s); 0: they stay), qkv_bias (biases at queries, keys and values, as
-    Qwen2 has them; attention_bias, which is Llama's, would be one at the output too), mask_token_id,
-    exclude_mask_logit (the mask's logit is minus infinity)."""
+    Qwen2 has them; attention_bias, which is Llama's, would be one at the output too), qk_layernorm (RMSNorm of each
+    query and key head, as Qwen3 has it), mask_token_id, exclude_mask_logit (the mask's logit is minus infinity)."""
 
     model_type = "illada"
 
@@ -28,14 +28,17 @@ class ILLaDAConfig(PretrainedConfig):
         logit_softcap: float = 0.0,
         exclude_mask_logit: bool = False,
         qkv_bias: bool = False,
+        qk_layernorm: bool = False,
         initializer_range: float = 0.02,
         mask_token_id: int | None = 5,
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
-        # a key of the released files; transformers 5 has another place for it
-        if (scaling := kwargs.pop("rope_scaling", None)) is not None:
-            raise ValueError(f"rope_scaling is {scaling}; this model knows only the default rotary embedding (null)")
+        # `rope_scaling` is a key of the released files; transformers 5 keeps it, with rope_theta, as `rope_parameters`
+        scaling = kwargs.pop("rope_scaling", None) or kwargs.pop("rope_parameters", None)
+        if scaling is not None:
+            self.rope_parameters = {"rope_theta": rope_theta, **scaling}
+            rope_theta = self.rope_parameters["rope_theta"]
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -49,6 +52,7 @@ class ILLaDAConfig(PretrainedConfig):
         self.logit_softcap = logit_softcap
         self.exclude_mask_logit = exclude_mask_logit
         self.qkv_bias = qkv_bias
+        self.qk_layernorm = qk_layernorm
         self.initializer_range = initializer_range
         self.mask_token_id = mask_token_id
         kwargs["tie_word_embeddings"] = tie_word_embeddings

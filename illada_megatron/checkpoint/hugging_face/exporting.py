@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint.files.local_files import LocalFolder
-from illada_megatron.checkpoint.files.names import WEIGHT, tensor_name
+from illada_megatron.checkpoint.files.names import WEIGHT, tensor_name, weights_state
 from illada_megatron.checkpoint.files.new_directory import staged
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.files.tensors import TensorReader
@@ -54,10 +54,12 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: TokenizerFiles | None = None,
     progress: Progress = lambda _: None,
+    ema: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint, of any layout and precision, to `directory`, which must not exist or be empty.
 
-    dtype: fp32 takes the optimizer's main weights where the run was in bf16 and the checkpoint has them. The directory
+    dtype: fp32 takes the optimizer's main weights where the run was in bf16 and the checkpoint has them. ema: the
+    moving average of the weights takes their place. The directory
     gets its name when all of it is durable. Raises CheckpointError, OSError.
     """
     layout, model = LAYOUTS[layout_name], saved_config(info).model
@@ -66,7 +68,12 @@ def export(
     reader = TensorReader(info.path)
     tensors = layout_tensors(layout, model)
     target = DTYPES[dtype]
-    main = dtype == "fp32" and all(tensor_name(tensor.parameter, "main") in reader.tensors for tensor in tensors)
+    state = weights_state(reader.tensors, reader.place, ema)
+    main = (
+        state == WEIGHT
+        and dtype == "fp32"
+        and all(tensor_name(tensor.parameter, "main") in reader.tensors for tensor in tensors)
+    )
     values = config_json(layout, model, str(target).removeprefix("torch."), tokenizer.special_ids if tokenizer else {})
 
     with staged(directory, export_bytes(info, layout_name, dtype), may_be_empty=True) as temporary:
@@ -78,8 +85,8 @@ def export(
             write_file(place, name, source.read_bytes())
         if tokenizer is not None:
             tokenizer.write(place)
-        state = "main" if main else WEIGHT
-        blocks = (block for tensor in tensors for block in _blocks(reader, tensor, state, target, progress))
+        kept = "main" if main else state
+        blocks = (block for tensor in tensors for block in _blocks(reader, tensor, kept, target, progress))
         new = [NewTensor(tensor.name, tensor.shape) for tensor in tensors]
         write_safetensors(place, new, target, max_shard_bytes, blocks)
         written = tuple(sorted(path.name for path in temporary.iterdir()))

@@ -1,10 +1,11 @@
 """A directory in a Hugging Face layout -> weights that a run begins with. Tensor by tensor: memory does not depend on
 the model.
 
-Read are the layouts of iLLaDA and LLaDA, and plain Llama and Qwen2 models, autoregressive ones: they get a mask token.
-No code of the directory is run.
+Read are the layouts of iLLaDA and LLaDA, and plain Llama, Qwen2 and Qwen3 models, autoregressive ones: they get a mask
+token. No code of the directory is run.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -32,7 +33,10 @@ from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.model.transformer_config import DTYPES
 
 # Of ModelConfig, what a run may choose for weights that it is given.
-_FREE = ("make_vocab_size_divisible_by", "max_sequence_length", "init_method_std", "embedding_init_std")
+_FREE = (
+    *("make_vocab_size_divisible_by", "max_sequence_length"),
+    *("init_method", "init_method_std", "embedding_init_std"),
+)
 # Buffers that old checkpoints carry.
 _IGNORED = ".rotary_emb.inv_freq"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -155,7 +159,7 @@ def _run_config(
     directory: Path, native: ModelConfig, reader: SafetensorsReader, config: str | Path | None, overrides: Sequence[str]
 ) -> RunConfig:
     model = native.model_dump(exclude=None if config is None else set(_FREE))
-    given = [f"model.{field}={'null' if value is None else value}" for field, value in model.items()]
+    given = [f"model.{field}={json.dumps(value)}" for field, value in model.items()]
     if config is None:
         dtypes = {stored.dtype for stored in reader.tensors.values()}
         length = min(RunConfig().data.sequence_length, native.max_sequence_length)
@@ -167,7 +171,7 @@ def _run_config(
         resolved = load_config(config, [*given, *overrides, f"data.tokenizer_path={tokenizer.resolve()}"])
     different = [
         f"model.{field} is {value} in the configuration, {wanted} in the directory"
-        for field, wanted in native.model_dump().items()
+        for field, wanted in native
         if (value := getattr(resolved.model, field)) != wanted
         and field not in _FREE
         and not (field == "tie_word_embeddings" and wanted)  # a tied head can be untied

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, parameters
 
@@ -45,6 +46,8 @@ class Layout:
     """What a layer's names begin with; {} is its number."""
     in_layer: Mapping[str, str]
     """Parameter of a layer, or a part of one -> tensor."""
+    lacks: tuple[str, ...] = ()
+    """Fields of ModelConfig that its names and keys cannot say."""
 
 
 ILLADA = Layout(
@@ -67,6 +70,9 @@ ILLADA = Layout(
         "q bias": "self_attn.q_proj.bias",
         "k bias": "self_attn.k_proj.bias",
         "v bias": "self_attn.v_proj.bias",
+        # Qwen3's
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "gate": "mlp.gate_proj.weight",
@@ -105,6 +111,8 @@ LLADA = Layout(
         "up": "up_proj.weight",
         "mlp.linear_fc2.weight": "ff_out.weight",
     },
+    # OLMo's attention_layer_norm is over all heads together
+    lacks=("qk_layernorm", "rope_scaling"),
 )
 
 LAYOUTS: dict[LayoutName, Layout] = {"illada": ILLADA, "llada": LLADA}
@@ -123,7 +131,13 @@ class LayoutTensor:
 
 
 def layout_tensors(layout: Layout, model: ModelConfig, vocab_size: int | None = None) -> list[LayoutTensor]:
-    """All tensors of the model in a layout. vocab_size: rows of the embedding and the head; None: the model's."""
+    """All tensors of the model in a layout. vocab_size: rows of the embedding and the head; None: the model's. Raises
+    CheckpointError where the layout has no names for it."""
+    if missing := [name for name in layout.lacks if getattr(model, name)]:
+        raise CheckpointError(
+            f"the layout {layout.model_type} has no {' and no '.join(missing)}, which this model has: export it as "
+            "--layout illada"
+        )
     found = []
     for parameter in parameters(model):
         rest = parameter.shape[1:]

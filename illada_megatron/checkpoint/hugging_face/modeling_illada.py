@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_illada import ILLaDAConfig
 
@@ -33,10 +34,17 @@ class RMSNorm(nn.Module):
 
 def rotation(config: Any, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines [length, head_dim / 2] in float32 of the angles of rotary embeddings (arXiv 2104.09864): made
-    in each forward pass, which takes no time, so that no precision or device of the model changes them."""
+    in each forward pass, which takes no time, so that no precision or device of the model changes them.
+
+    Scaled frequencies are transformers' own, at a length that none of them looks at; yarn's factor of queries and keys
+    is part of both tables."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), config.rope_theta**-exponents)
-    return angles.cos(), angles.sin()
+    frequencies, factor = config.rope_theta**-exponents, 1.0
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind != "default":
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, device)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,6 +96,7 @@ def without_mask(logits: Tensor, config: Any) -> Tensor:
 class ILLaDAAttention(nn.Module):
     def __init__(self, config: ILLaDAConfig) -> None:
         super().__init__()
+        self.config = config
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         groups = config.num_key_value_heads * config.head_dim
@@ -95,9 +104,15 @@ class ILLaDAAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        if config.qk_layernorm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.qk_layernorm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         return self.o_proj(attention(q, k, v, self.head_dim, cos, sin, visible))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.files.names import tensor_name
+from illada_megatron.checkpoint.files.names import EMA, tensor_name
 from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.hugging_face.config_json import config_json, read_config_json
 from illada_megatron.checkpoint.hugging_face.layouts import LLADA, Layout
@@ -56,7 +56,7 @@ def check_transformers() -> None:
         ) from error
 
 
-def verify(info: CheckpointInfo, directory: Path, seed: int = 0) -> Verified:
+def verify(info: CheckpointInfo, directory: Path, seed: int = 0, ema: bool = False) -> Verified:
     """Compare a checkpoint with a directory in any layout that can be imported, on random sequences with masks. Needs
     transformers. Raises CheckpointError where they cannot be compared."""
     foreign, reader = read_config_json(directory), TensorReader(info.path)
@@ -68,7 +68,7 @@ def verify(info: CheckpointInfo, directory: Path, seed: int = 0) -> Verified:
     if model.mask_token_id < vocab_size:
         tokens[torch.rand(tokens.shape, generator=generator) < 0.5] = model.mask_token_id
     theirs, dtype = _foreign_logits(directory, foreign.layout, model, foreign.fields, tokens, reader)
-    ours = _own_logits(info, reader, tokens, dtype)[..., :vocab_size]
+    ours = _own_logits(info, reader, tokens, dtype, ema)[..., :vocab_size]
     difference, largest = (ours - theirs[..., :vocab_size]).abs().max().item(), ours.abs().max().item()
     return Verified(difference, largest, str(dtype).removeprefix("torch."))
 
@@ -112,7 +112,7 @@ def _classes(layout: Layout) -> tuple[Any, Any]:
     return configuration_illada.ILLaDAConfig, modeling_illada.ILLaDAForCausalLM
 
 
-def _own_logits(info: CheckpointInfo, reader: TensorReader, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def _own_logits(info: CheckpointInfo, reader: TensorReader, tokens: Tensor, dtype: torch.dtype, ema: bool) -> Tensor:
     from illada_megatron.runtime import runtime
 
     fp32 = ("parallel.tensor_model_parallel_size=1", "training.precision=fp32", "runtime.device=cpu")
@@ -125,7 +125,11 @@ def _own_logits(info: CheckpointInfo, reader: TensorReader, tokens: Tensor, dtyp
             saved = canonical_name(name, 0, config.model.tie_word_embeddings)
             # an export in fp32 is of the main weights
             main = tensor_name(saved, "main")
-            reader.read(main if dtype == torch.float32 and main in reader.tensors else saved, out=parameter.data)
+            if ema:
+                saved = tensor_name(saved, EMA)
+            elif dtype == torch.float32 and main in reader.tensors:
+                saved = main
+            reader.read(saved, out=parameter.data)
         _round(model, dtype)
         batch, length = tokens.shape
         hidden = model(tokens.view(1, -1), equal_segments(batch, length, run.device.torch_device))

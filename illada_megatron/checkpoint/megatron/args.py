@@ -8,6 +8,7 @@ import torch
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.megatron.stage_parameters import Implementation
 from illada_megatron.config import RunConfig
+from illada_megatron.config.schema import RopeScaling
 
 # our field -> Megatron's argument, where they mean the same
 _SAME = {
@@ -18,6 +19,7 @@ _SAME = {
         "num_attention_heads": "num_attention_heads",
         "kv_channels": "kv_channels",
         "add_qkv_bias": "add_qkv_bias",
+        "qk_layernorm": "qk_layernorm",
         "vocab_size": "vocab_size",
         "max_sequence_length": "max_position_embeddings",
         "rotary_base": "rotary_base",
@@ -58,7 +60,6 @@ _MEANING = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "use_rope_scaling": False,
     "normalization": "RMSNorm",
     "apply_layernorm_1p": False,
     "swiglu": True,
@@ -76,6 +77,7 @@ def namespace(config: RunConfig, iteration: int, consumed_samples: int, implemen
     model, precision = config.model, config.training.precision
     return Namespace(
         **values
+        | _rope_arguments(model.rope_scaling)
         | {
             "kv_channels": model.head_dim,
             "group_query_attention": model.num_query_groups != model.num_attention_heads,
@@ -95,6 +97,41 @@ def namespace(config: RunConfig, iteration: int, consumed_samples: int, implemen
             "tokenizer_type": None,
             "data_parallel_random_init": False,
         }
+    )
+
+
+def _rope_arguments(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Megatron scales rotary frequencies as llama3 with the numbers of Llama 3, and linearly. Raises CheckpointError
+    where it has no such scaling."""
+    values: dict[str, Any] = {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}
+    if scaling is None:
+        return values
+    if scaling.rope_type == "linear":
+        return values | {"rotary_seq_len_interpolation_factor": scaling.factor}
+    if scaling == _llama3(scaling.factor):
+        return values | {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
+    raise CheckpointError(
+        f"model.rope_scaling is {scaling.model_dump(exclude_none=True)}: Megatron's arguments have only linear scaling "
+        f"and {_llama3(scaling.factor).model_dump(exclude_none=True)} with any factor: its format cannot say this model"
+    )
+
+
+def _rope_scaling(args: Any) -> dict[str, Any] | None:
+    """model.rope_scaling of Megatron's arguments."""
+    if getattr(args, "use_rope_scaling", False):
+        return _llama3(float(getattr(args, "rope_scaling_factor", 8.0))).model_dump()
+    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    return None if factor is None else RopeScaling(rope_type="linear", factor=float(factor)).model_dump()
+
+
+def _llama3(factor: float) -> RopeScaling:
+    """With the defaults of megatron-core's RotaryEmbedding, which Megatron does not change."""
+    return RopeScaling(
+        rope_type="llama3",
+        factor=factor,
+        original_max_position_embeddings=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
     )
 
 
@@ -134,6 +171,7 @@ def config_values(args: Any, where: object) -> dict[str, Any]:
     model |= {
         "make_vocab_size_divisible_by": multiple,
         "num_query_groups": args.num_query_groups if grouped else model["num_attention_heads"],
+        "rope_scaling": _rope_scaling(args),
         "tie_word_embeddings": not getattr(args, "untie_embeddings_and_output_weights", False),
     }
     model["max_sequence_length"] = max(

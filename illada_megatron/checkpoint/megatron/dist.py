@@ -11,7 +11,7 @@ from torch import Tensor
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.metadata import TensorInfo
-from illada_megatron.checkpoint.files.names import OPTIMIZER_STATE, WEIGHT, tensor_name
+from illada_megatron.checkpoint.files.names import WEIGHT, tensor_name
 from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import layer_of, parameters
@@ -34,7 +34,7 @@ class MegatronDistSource:
         self._reader = reader
         self._places: dict[str, tuple[str, int | None]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        states = [state for state in OPTIMIZER_STATE if with_main or state != "main"]
+        states = [state for state in _STATE if with_main or state != "main"]
         for parameter in parameters(model):
             for state in (WEIGHT, *states):
                 self._find(tensor_name(parameter.name, state), parameter.name, parameter.shape, state, model)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.metadata import TensorInfo
-from illada_megatron.checkpoint.files.names import OPTIMIZER_STATE, WEIGHT, split_name, tensor_name
+from illada_megatron.checkpoint.files.names import MOMENTS, WEIGHT, split_name, tensor_name
 from illada_megatron.checkpoint.files.restricted_unpickler import data_offset, load_plain
 from illada_megatron.checkpoint.files.tensors import bytes_of
 from illada_megatron.checkpoint.megatron import legacy_layout as layout
@@ -247,7 +247,7 @@ def _optimizer(
             moments = inner["state"].get(identity)
             if moments is None:
                 continue
-            for moment in OPTIMIZER_STATE[:2]:
+            for moment in MOMENTS:
                 yield tensor_name(one.parameter.name, moment), _slot(file, moments[moment], one, tensor)
             if mains is not None:
                 yield tensor_name(one.parameter.name, "main"), _slot(file, mains[number][index], one, tensor)

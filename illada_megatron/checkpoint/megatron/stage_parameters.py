@@ -9,13 +9,16 @@ from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, Param
 Implementation = Literal["local", "transformer_engine"]
 
 # In the order of megatron-core's modules (attention makes linear_proj first), which is that of named_parameters() and
-# so of the optimizer's parameters. The bias only where the model has it (add_qkv_bias).
+# so of the optimizer's parameters. The bias and the norms of queries and keys only where the model has them
+# (add_qkv_bias, qk_layernorm).
 _LAYER_NAMES: dict[Implementation, dict[str, str]] = {
     "local": {
         "input_layernorm.weight": "input_layernorm.weight",
         "self_attention.linear_proj.weight": "self_attention.linear_proj.weight",
         "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
         "self_attention.linear_qkv.bias": "self_attention.linear_qkv.bias",
+        "self_attention.q_layernorm.weight": "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight": "self_attention.k_layernorm.weight",
         "pre_mlp_layernorm.weight": "pre_mlp_layernorm.weight",
         "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
         "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
@@ -26,6 +29,8 @@ _LAYER_NAMES: dict[Implementation, dict[str, str]] = {
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",
         "self_attention.linear_qkv.bias": "self_attention.linear_qkv.bias",
+        "self_attention.q_layernorm.weight": "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight": "self_attention.k_layernorm.weight",
         "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
         "mlp.linear_fc1.weight": "mlp.linear_fc1.weight",
         "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",

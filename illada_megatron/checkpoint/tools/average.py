@@ -23,7 +23,7 @@ from illada_megatron.config.parameters import parameters
 # of a bf16 block: as it is written, one that is read (fp32), the same and the sum in fp64; and a piece to cut from
 _COPIES_OF_A_BLOCK = 16
 # fields of a model that its weights do not depend on
-_IRRELEVANT = {"max_sequence_length", "init_method_std", "embedding_init_std"}
+_IRRELEVANT = {"max_sequence_length", "init_method", "init_method_std", "embedding_init_std"}
 
 
 class AverageSource:

@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from illada_megatron.checkpoint.files.integrity import FileRecord, checksum
-from illada_megatron.checkpoint.files.names import WEIGHT, split_name
+from illada_megatron.checkpoint.files.names import EMA, WEIGHT, split_name
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.tools.compare import row_blocks
 from illada_megatron.checkpoint.tools.opening import OpenCheckpoint
@@ -103,6 +103,7 @@ def _facts(opened: OpenCheckpoint, tensors: list[TensorFacts], verify: bool) -> 
     weights = sum(one.nbytes for one in tensors if split_name(one.name).state == WEIGHT)
     elements = sum(math.prod(one.shape) for one in tensors if split_name(one.name).state == WEIGHT)
     total = sum(one.nbytes for one in tensors)
+    average = sum(one.nbytes for one in tensors if split_name(one.name).state == EMA)
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     layout = (
         f"tensor {parallel.tensor_model_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}"
@@ -120,6 +121,7 @@ def _facts(opened: OpenCheckpoint, tensors: list[TensorFacts], verify: bool) -> 
         ("parameters", f"{elements:,}"),
         ("weights", f"{weights:,} bytes"),
         ("optimizer", f"{total - weights:,} bytes" if total > weights else "none: weights only"),
+        *([("of it, EMA of the weights", f"{average:,} bytes")] if average else []),
         ("files", f"{files}; {state}" if info.files else "without checksums: Megatron has written them"),
         ("configuration", xxhash.xxh3_128_hexdigest(json.dumps(info.config, sort_keys=True).encode())),
     ]

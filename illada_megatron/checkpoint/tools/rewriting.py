@@ -12,7 +12,7 @@ from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, checksum
 from illada_megatron.checkpoint.files.local_files import LocalFolder
-from illada_megatron.checkpoint.files.names import OPTIMIZER_STATE, WEIGHT, tensor_name
+from illada_megatron.checkpoint.files.names import EMA, OPTIMIZER_STATE, WEIGHT, tensor_name
 from illada_megatron.checkpoint.files.new_directory import staged
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.files.tensors import PIECE_BYTES, WrittenPart, write_metadata
@@ -63,6 +63,8 @@ class Rewritten:
     tensors: int
     nbytes: int
     """Of the tensors, each once."""
+    without_ema: bool = False
+    """The source has a moving average of the weights, and Megatron's format has no place for it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def rewrite(
     config, step = content.config, content.step
     if format_ == "torch_dist":
         store.check_name(LocalFolder(target))
-    tasks = _copies(content)
+    states = [state for state in OPTIMIZER_STATE if _has(content.source, state)]
+    without_ema = format_ == "legacy" and EMA in states
+    tasks = _copies(content, [state for state in states if not (without_ema and state == EMA)])
     checks = [
         _Check(info.path, name, record) for info in content.verified for name, record in sorted(info.files.items())
     ]
@@ -146,15 +150,18 @@ def rewrite(
         else:
             files = dict(sorted(entry for part in parts for entry in part.files.items()))
         _finish(path, content, files, format_)
-    return Rewritten(target, step, tensors, nbytes)
+    return Rewritten(target, step, tensors, nbytes, without_ema)
 
 
-def _copies(content: Content) -> list[_Copy]:
+def _has(source: Source, state: str) -> bool:
+    return any(name.startswith(tensor_name("", state)) for name in source.tensors)
+
+
+def _copies(content: Content, states: Sequence[str]) -> list[_Copy]:
     """All tensors of the source in the order in which the new layout's ranks read them: a stage after the other, its
     weights before its optimizer's state."""
     source, config = content.source, content.config
     parallel, held = config.parallel, source.tensors
-    states = [state for state in OPTIMIZER_STATE if any(name.startswith(tensor_name("", state)) for name in held)]
     if states and "main" not in states and config.training.precision != "fp32":
         raise CheckpointError(
             f"{content.name}: holds Adam's moments of a {config.training.precision} model but no fp32 main weights: a "

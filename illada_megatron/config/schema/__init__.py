@@ -17,7 +17,7 @@ from illada_megatron.config.schema.learning import (
     TrainingConfig,
     ValidationConfig,
 )
-from illada_megatron.config.schema.model import LayoutChoice, ModelConfig, ParallelConfig
+from illada_megatron.config.schema.model import LayoutChoice, ModelConfig, ParallelConfig, RopeScaling
 from illada_megatron.config.schema.running import CheckpointConfig, FaultsConfig, LoggingConfig, RuntimeConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Probability",
     "RateChange",
     "Recompute",
+    "RopeScaling",
     "RuntimeConfig",
     "ScheduleConfig",
     "Section",

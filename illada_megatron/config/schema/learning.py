@@ -24,11 +24,18 @@ class OptimizerConfig(Section):
     """AdamW. Norm weights are not decayed (Megatron's habit)."""
 
     weight_decay: NonNegativeFloat = 0.1
+    embedding_weight_decay: NonNegativeFloat | None = None
+    """Of the embedding, which is the head too where they are tied; None: weight_decay."""
+    embedding_lr_mult: PositiveFloat = 1.0
+    """The embedding's learning rate is the schedule's times this."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Keep a moving average of the weights too: after each step ema = d ema + (1 - d) w, with d = min(ema_decay,
+    (1 + n) / (10 + n)) after n steps. 4 bytes a parameter, divided as Adam's moments are. None: not kept."""
 
 
 Shape = Literal["linear", "cosine", "minus_sqrt"]

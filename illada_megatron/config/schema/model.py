@@ -1,11 +1,58 @@
 """The mask predictor and how it is divided among ranks."""
 
-from typing import Self
+import math
+from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
 from illada_megatron.config.schema.base import Recompute, Section
+
+
+class RopeScaling(Section):
+    """Rotary frequencies of a model that reads more positions than it was first trained on; names as in Hugging Face's
+    config.json. Fields of other types than `rope_type` stay out.
+
+    Hugging Face's "dynamic" is not here: its frequencies follow the longest sequence of a batch, so that a sequence's
+    loss would depend on which others it lies with. What it does at one length, `rotary_base` times factor^(d / (d - 2))
+    of a head of size d does (NTK-aware scaling)."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    """linear: positions over `factor` (arXiv 2306.15595); llama3: only long wavelengths (arXiv 2407.21783); yarn: by
+    turns within the original length, and sharper attention (arXiv 2309.00071)."""
+    factor: Annotated[float, Field(ge=1.0)]
+    original_max_position_embeddings: PositiveInt | None = None
+    """llama3, yarn: the length before."""
+    low_freq_factor: PositiveFloat | None = None
+    """llama3: wavelengths above original / low_freq_factor are stretched by `factor`..."""
+    high_freq_factor: PositiveFloat | None = None
+    """...those below original / high_freq_factor stay, and those between are interpolated."""
+    beta_fast: PositiveFloat | None = None
+    """yarn: what turns this often within the original length stays; None: 32..."""
+    beta_slow: PositiveFloat | None = None
+    """...and what turns less than this is stretched by `factor`; None: 1."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: queries and keys are multiplied by it; None: 0.1 ln(factor) + 1."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        needed, allowed = {
+            "linear": ((), ()),
+            "llama3": (("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+            "yarn": (("original_max_position_embeddings",), ("beta_fast", "beta_slow", "attention_factor")),
+        }[self.rope_type]
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        if missing := [name for name in needed if name not in given]:
+            raise ValueError(f"rope_type {self.rope_type} needs {', '.join(missing)}")
+        if more := sorted(given - {"rope_type", "factor", *needed, *allowed}):
+            raise ValueError(f"rope_type {self.rope_type} has no {', '.join(more)}: leave it out")
+        if (self.low_freq_factor or 0.0) >= (self.high_freq_factor or math.inf):
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
+        if (self.beta_slow or 1.0) >= (self.beta_fast or 32.0):
+            raise ValueError(f"beta_slow {self.beta_slow or 1.0} is not below beta_fast {self.beta_fast or 32.0}")
+        return self
 
 
 class ModelConfig(Section):
@@ -21,6 +68,9 @@ class ModelConfig(Section):
     """Size of a head; None: hidden_size / num_attention_heads."""
     add_qkv_bias: bool = False
     """Biases at the query, key and value projections, as Qwen2 has them; nothing else has one."""
+    qk_layernorm: bool = False
+    """RMSNorm of each query and key head before it is turned by its position, with one weight for all query heads of a
+    layer and one for all key heads (Megatron's name; arXiv 2302.05442; as Qwen3 has it)."""
     vocab_size: PositiveInt = 8000
     make_vocab_size_divisible_by: PositiveInt = 128
     """The embedding has vocab_size rounded up to this multiple. The padded size does not depend on the layout,
@@ -33,9 +83,15 @@ class ModelConfig(Section):
     """Longest sequence the model is meant for (exported as max_position_embeddings)."""
     tie_word_embeddings: bool = True
     rotary_base: PositiveFloat = 500000.0
+    rope_scaling: RopeScaling | None = None
+    """None: the frequencies of rotary_base as they are."""
     norm_epsilon: PositiveFloat = 1e-5
     logit_softcap: NonNegativeFloat = 0.0
     """Logits become s tanh(logit / s), in training and generation; 0: they stay as they are."""
+    init_method: Literal["normal", "mitchell"] = "normal"
+    """mitchell: OLMo's of that name (`olmo/model.py`, reset_parameters): normal, cut off at 3 standard deviations;
+    these are 1 / sqrt(hidden_size), of o_proj and down_proj of layer l, from 0 on, 1 / sqrt(2 (l + 1) input size).
+    normal: as the next two say."""
     init_method_std: PositiveFloat = 0.02
     """Linear weights N(0, std); o_proj and down_proj N(0, std / sqrt(2 * num_layers))."""
     embedding_init_std: PositiveFloat | None = None
@@ -62,6 +118,8 @@ class ModelConfig(Section):
         attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
         if self.add_qkv_bias:
             attention += d * (self.num_attention_heads + 2 * self.num_query_groups)
+        if self.qk_layernorm:
+            attention += 2 * d
         layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
         embeddings = self.padded_vocab_size * h * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * layer + h + embeddings
@@ -80,6 +138,17 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"the size of a head is {self.head_dim}; rotary embeddings need an even one: kv_channels")
+        if self.init_method == "mitchell" and self.embedding_init_std is not None:
+            raise ValueError("init_method mitchell has a standard deviation of its own: leave out embedding_init_std")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.rope_type == "yarn":
+            longest = scaling.factor * (scaling.original_max_position_embeddings or 0)
+            if self.max_sequence_length > longest:
+                raise ValueError(
+                    f"max_sequence_length {self.max_sequence_length} is beyond rope_scaling's factor "
+                    f"{scaling.factor:g} * original_max_position_embeddings "
+                    f"{scaling.original_max_position_embeddings}: raise the factor"
+                )
         if self.mask_token_id >= self.vocab_size:
             raise ValueError(
                 f"mask_token_id {self.mask_token_id} is not below vocab_size {self.vocab_size}: "

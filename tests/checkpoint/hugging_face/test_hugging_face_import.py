@@ -12,7 +12,15 @@ from launch import Illada
 from random_weights import DTYPES, random_checkpoint, small_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.tensors import TensorReader
@@ -82,7 +90,8 @@ def test_there_and_back_is_the_same_checkpoint(
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_row_of_every_parameter_has_one_place(layout: Any) -> None:
     """In both directions, and under the names of Transformer Engine's layers, too."""
-    model = small_config("model.tie_word_embeddings=false", "model.add_qkv_bias=true").model
+    norms = ["model.qk_layernorm=true"] if layout is LAYOUTS["illada"] else []
+    model = small_config("model.tie_word_embeddings=false", "model.add_qkv_bias=true", *norms).model
     rows: dict[str, list[int]] = {}
     names = []
     for tensor in layout_tensors(layout, model):
@@ -146,8 +155,11 @@ def _config(directory: Path, **changes: Any) -> None:
         ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
         ({"qkv_bias": "yes"}, "qkv_bias is 'yes': Input should be a valid boolean"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .* knows only the default rotary"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .* knows only the default rotary"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is .* knows only the default rotary"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*: factor Field required"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta Extra inputs are not permitted"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type llama3 needs original_max_position"),
+        ({"qk_layernorm": True}, r"has no tensor model\.layers\.0\.self_attn\.q_norm\.weight"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": "left out"}, "has no key hidden_size"),
         ({"hidden_size": "32"}, "hidden_size is '32': Input should be a valid integer"),
@@ -359,6 +371,60 @@ def test_qwen2_comes_with_its_biases(tied: bool, tmp_path: Path) -> None:
         back = _read(import_weights(again, tmp_path / f"back-{layout}"))
         assert back.keys() == weights.keys()
         assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4},
+    "llama3": {
+        **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 24,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, as DeepSeek": {
+        **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16.0},
+        **{"mscale": 0.7, "mscale_all_dim": 0.2},
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", [None, *SCALINGS])
+def test_qwen3_comes_with_its_norms_and_frequencies(scaling: str | None, tmp_path: Path) -> None:
+    """The same logits as transformers' Qwen3, told that everything is visible; out again, loaded by AutoModel, saved by
+    transformers, and in again bit for bit. LLaDA's layout has no names for either."""
+    torch.manual_seed(0)
+    rope = {"rope_parameters": {"rope_theta": 5000.0, **SCALINGS[scaling]}} if scaling else {}
+    qwen = Qwen3ForCausalLM(Qwen3Config(**SIZES, **rope, head_dim=12, attn_implementation="eager"))
+    for name, parameter in qwen.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+    qwen.save_pretrained(tmp_path / "qwen")
+    source = open_source(tmp_path / "qwen", mask_token_id=150)
+    assert source.model.qk_layernorm
+    assert (source.model.rope_scaling is None) == (scaling is None)
+    weights = _read(import_weights(source, tmp_path / "start"))
+    theirs = qwen.model.layers[1].self_attn.q_norm.weight
+    assert torch.equal(weights["decoder.layers.1.self_attention.q_layernorm.weight"], theirs)
+    info = find_checkpoint(tmp_path / "start")
+    verify(info, tmp_path / "qwen").check()
+    tokens = torch.randint(0, 200, (3, 40))
+    with torch.no_grad():
+        logits = qwen(tokens, attention_mask=torch.zeros(3, 1, 40, 40)).logits
+    with open_predictor(tmp_path / "start", "cpu") as (predict, _):
+        torch.testing.assert_close(predict(tokens), logits, rtol=1e-5, atol=1e-5)
+    directory = export(info, tmp_path / "illada", "illada", "fp32").directory
+    verify(info, directory).check()
+    model = AutoModel.from_pretrained(directory, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "theirs")
+    for place in (directory, tmp_path / "theirs"):
+        again = open_source(place)
+        assert again.model == source.model
+        back = _read(import_weights(again, tmp_path / f"back-{place.name}"))
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+    with pytest.raises(CheckpointError, match="the layout llada has no qk_layernorm"):
+        export(info, tmp_path / "llada", "llada", "fp32")
 
 
 def test_llamas_attention_bias_is_one_at_the_output_too(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from random_checkpoint import PROGRESS, STEP, random_tensors, write_checkpoint
 from torch import Tensor
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
-from illada_megatron.checkpoint.megatron.args import namespace
+from illada_megatron.checkpoint.megatron.args import config_values, namespace
 from illada_megatron.checkpoint.megatron.legacy_files import LegacyFile
 from illada_megatron.checkpoint.tools.compare import compare
 from illada_megatron.checkpoint.tools.copying import Block, LegacySink, Target
@@ -23,6 +23,7 @@ from illada_megatron.checkpoint.tools.opening import open_checkpoint
 from illada_megatron.checkpoint.tools.reshard import LayoutChange, reshard
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.config.parameters import Parameter
+from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.runtime import runtime
 
 # 4 layers, grouped queries, a padded vocabulary; vectors of 32 are shorter than the buffers' alignment of 64
@@ -34,7 +35,8 @@ MODEL = (
 # of a layer, in the order of megatron-core's modules
 LOCAL = (
     *("input_layernorm.weight", "self_attention.linear_proj.weight", "self_attention.linear_qkv.weight"),
-    *("self_attention.linear_qkv.bias", "pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
+    *("self_attention.linear_qkv.bias", "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"),
+    *("pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
 )
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -84,7 +86,7 @@ def test_files_are_megatrons_and_come_back_bit_for_bit(
     config = load_config(
         None,
         [
-            *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}"),
+            *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}", f"model.qk_layernorm={bias}"),
             f"parallel.use_distributed_optimizer={str(distributed).lower()}",
         ],
     )
@@ -251,7 +253,7 @@ def test_files_of_megatron_cores_optimizers_are_read(precision: str, optimizer: 
     config = load_config(
         None,
         [
-            *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}"),
+            *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}", f"model.qk_layernorm={bias}"),
             *OPTIMIZERS[optimizer],
         ],
     )
@@ -284,6 +286,44 @@ def test_megatron_cores_optimizers_take_what_is_written(precision: str, optimize
     _load_as_megatron(config, tmp_path / "legacy", tmp_path / "again")
     theirs = open_checkpoint(str(tmp_path / "again"), ["model.mask_token_id=5"])
     assert compare(open_checkpoint(str(tmp_path / "ours")), theirs, processes=2).identical
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        "{rope_type: linear, factor: 3.0}",
+        "{rope_type: llama3, factor: 32.0, original_max_position_embeddings: 8192, low_freq_factor: 1.0, "
+        "high_freq_factor: 4.0}",
+    ],
+)
+def test_rotary_frequencies_in_megatrons_words(scaling: str) -> None:
+    """The arguments say the same frequencies, as megatron-core makes them of these arguments, and come back."""
+    config = load_config(None, [*MODEL, f"model.rope_scaling={scaling}"])
+    args = namespace(config, STEP, 28, "local")
+    assert config_values(args, "args")["model"]["rope_scaling"] == config.model.rope_scaling.model_dump()
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    theirs = RotaryEmbedding(
+        kv_channels=args.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        use_cpu_initialization=True,
+        cp_group=object(),
+    )
+    positions = torch.outer(torch.arange(64).float(), scaled_frequencies(config.model, config.model.rope_scaling))
+    torch.testing.assert_close(theirs.get_freqs_non_repeated(64), positions)
+
+
+def test_a_scaling_that_megatron_cannot_say(tmp_path: Path) -> None:
+    scaling = "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 16}"
+    config = load_config(None, [*MODEL, "training.precision=fp32", f"model.rope_scaling={scaling}"])
+    write_checkpoint(tmp_path / "ours", config, random_tensors(config))
+    with pytest.raises(CheckpointError, match="Megatron's arguments have only linear scaling and"):
+        reshard(open_checkpoint(str(tmp_path / "ours")), tmp_path / "legacy", LayoutChange(), "legacy", processes=1)
+    assert not (tmp_path / "legacy").exists()
 
 
 def _load_as_megatron(config: RunConfig, legacy: Path, again: Path) -> None:

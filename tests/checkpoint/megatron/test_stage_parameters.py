@@ -12,18 +12,18 @@ from illada_megatron.config.parameters import parameters
 from illada_megatron.runtime import Runtime
 
 
-@pytest.mark.parametrize("add_qkv_bias", [False, True])
-def test_names_and_order_are_gpt_models(add_qkv_bias: bool, tiny_config: RunConfig, single_process: Runtime) -> None:
+@pytest.mark.parametrize("more", [{}, {"add_qkv_bias": True, "qk_layernorm": True}], ids=["plain", "biases, norms"])
+def test_names_and_order_are_gpt_models(more: dict[str, bool], tiny_config: RunConfig, single_process: Runtime) -> None:
     """A name or a place in the order that differs would put moments to other parameters in Megatron."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from illada_megatron.model.transformer_config import transformer_config
 
-    model = tiny_config.model.model_copy(update={"add_qkv_bias": add_qkv_bias})
+    model = tiny_config.model.model_copy(update=more)
     core = transformer_config(tiny_config.model_copy(update={"model": model}), single_process.device, "local")
     core.use_te_activation_func = False
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_layernorm)
     gpt = GPTModel(
         core,
         spec,

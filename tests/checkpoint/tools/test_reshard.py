@@ -334,3 +334,21 @@ def test_another_copy_of_the_embedding_in_the_last_stage(tmp_path: Path, illada:
     assert outcome.code == 2
     assert f"{file}: its copy of embedding.word_embeddings.weight is not that of" in outcome.err
     shutil.rmtree(tmp_path / "legacy")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_weights_average_goes_with_them(precision: str, illada: Illada, tmp_path: Path) -> None:
+    """To the last bit; Megatron's format has no place for it, which is said, and nothing of it stays in the files."""
+    source = _random(tmp_path / "run", "optimizer.ema_decay=0.9", f"training.precision={precision}")
+    resharded = illada("checkpoint", "reshard", source, tmp_path / "new", "--tp", "2", "--pp", "2")
+    assert resharded.code == 0, resharded.err
+    assert "left out" not in resharded.out
+    assert compare(open_checkpoint(str(source)), open_checkpoint(str(tmp_path / "new"))).identical
+    assert "EMA of the weights" in illada("checkpoint", "inspect", tmp_path / "new").out
+    legacy = illada("checkpoint", "reshard", source, tmp_path / "megatron", "--format", "legacy")
+    assert legacy.code == 0, legacy.err
+    assert "the moving average of the weights is left out" in legacy.out
+    found = compare(open_checkpoint(str(source)), open_checkpoint(str(tmp_path / "megatron")))
+    assert not (found.differences or found.only_in_second)
+    assert all(name.startswith("optimizer.ema.") for name in found.only_in_first)
+    assert len(found.only_in_first) == len(parameters(load_config(None, TINY).model))
