@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.system.terminal import say
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def preprocess(
         typer.Option(
             "--tokenizer",
             "--tokenizer-model",
-            help="A SentencePiece .model or Hugging Face tokenizer.json.",
+            help="A SentencePiece .model or Hugging Face tokenizer.json, a directory with one, or org/name on the hub.",
             readable=_TOLD_HERE,
         ),
     ],
@@ -90,13 +91,14 @@ def preprocess(
 
     Then train on `data.train_paths=[data/train.manifest.json]`.
     """
-    _check_type(tokenizer, tokenizer_type)
+    found = find_tokenizer(tokenizer, "--tokenizer")
+    _check_type(found, tokenizer_type)
     paths = [*(inputs or []), *(input or [])]
     is_chat = chat or chat_template is not None
     keys: list[str | None] = [*json_keys] if json_keys else [None]
     with _stoppable(), _process_of_its_own():
         if engine == "local" and not is_chat and _is_one_shard(paths, shard_mb):
-            _open_while_importing(tokenizer_engine, tokenizer)
+            _open_while_importing(tokenizer_engine, found)
         from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions
         from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
 
@@ -120,7 +122,7 @@ def preprocess(
                 overwrite=overwrite,
                 log_interval_seconds=log_interval,
             )
-            say(_told(run_preprocess(paths, prefix, tokenizer, options)))
+            say(_told(run_preprocess(paths, prefix, found, options)))
 
 
 def _is_one_shard(paths: list[Path], shard_mb: float) -> bool:

@@ -17,6 +17,7 @@ from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
 from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
+from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
@@ -97,6 +98,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         spikes=SpikeDetector(config.faults),
         clock=ComputeClock(runtime.device.is_cuda),
     )
+    if tokenizer is not None:
+        unused = unused_rows(tokenizer, config.data.tokenizer_path or "", config.model.vocab_size)
+        state.notes += [f"warning: {unused}"] if unused else []
     forget_tokenizers()  # by now it is compared with all that it has to fit
     models[0].config.timers = state.clock
     state.notes += [f"warning: {line} (allowed)" for line in corpus.warnings]
@@ -196,6 +200,7 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer | None:
             f"{config.data.tokenizer_path} reserves id {tokenizer.mask_id} for the mask, model.mask_token_id is "
             f"{model.mask_token_id}: set model.mask_token_id={tokenizer.mask_id}"
         )
+    check_mask(tokenizer, config.data.tokenizer_path, model.mask_token_id)
     return tokenizer
 
 

@@ -19,7 +19,10 @@ from illada_megatron.data.preprocessing.progress import ProgressBar
 from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRecord
 from illada_megatron.data.preprocessing.worker_pool import run_here, run_workers
 from illada_megatron.data.shards.manifest import Manifest, write_manifest
+from illada_megatron.data.tokenizers.finding import find_tokenizer
+from illada_megatron.data.tokenizers.fitting import check_mask, without_mask
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.system.terminal import say
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def preprocess(
     """Tokenize `inputs` (files, globs, directories; JSONL, Parquet, text) into `output_prefix`.bin/.idx or, of more
     than one shard, `output_prefix`_00000.bin/.idx and so on, and `output_prefix`.manifest.json.
 
+    tokenizer_path: as `find_tokenizer` takes it: a file, a directory, a name on the Hugging Face hub.
+
     A run that was stopped in any way goes on where it was when it is started again with the same inputs and options;
     the result is the same bytes, whatever the number of workers or machines.
 
@@ -128,9 +133,14 @@ def preprocess(
 def plan_job(
     inputs: Sequence[str | Path], output_prefix: str | Path, tokenizer_path: str | Path, options: PreprocessOptions
 ) -> tuple[Job, list[ShardTask], str]:
-    """What is to be done, and what is left out of the input; nothing is written."""
+    """What is to be done, and what is left out of the input; nothing is written. Says on stderr where the tokenizer
+    has no mask."""
     found = find_inputs(inputs, options.input_format)
+    tokenizer_path = find_tokenizer(tokenizer_path, "--tokenizer")
     tokenizer = load_tokenizer(tokenizer_path)
+    check_mask(tokenizer, tokenizer_path)
+    if tokenizer.mask_id is None:
+        say(f"warning: {without_mask(tokenizer, tokenizer_path)}", error=True)
     if options.append_eod and tokenizer.eos_id is None:
         raise DataError(
             f"{tokenizer_path}: the tokenizer has no end-of-document token (such as </s>): pass --no-append-eod, or "
@@ -141,10 +151,10 @@ def plan_job(
             raise DataError(f"{name} is {getattr(options, name)}, expected more than 0")
     if options.workers is not None and options.workers < 1:
         raise DataError(f"workers is {options.workers}, expected 1 or more")
-    chat = load_chat_template(Path(tokenizer_path), options.chat_template) if options.chat else None
+    chat = load_chat_template(tokenizer_path, options.chat_template) if options.chat else None
     job = Job(
         prefix=os.path.abspath(output_prefix),  # noqa: PTH100 (a prefix is no path: it may end in a dot)
-        tokenizer_path=str(Path(tokenizer_path).absolute()),
+        tokenizer_path=str(tokenizer_path.absolute()),
         tokenizer_sha256=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         engine=options.tokenizer_engine,
