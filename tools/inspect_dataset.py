@@ -20,7 +20,7 @@ from illada_megatron.data.shards.inspect import (
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.system.console import made_console
-from illada_megatron.system.terminal import fail
+from illada_megatron.system.terminal import counted, fail
 
 SHOWN_SHARDS = 20
 
@@ -67,7 +67,7 @@ def main(
     if problems:
         raise SystemExit(1)
     if verify:
-        screen.print(f"verified: {len(shards)} shards, no problems")
+        screen.print(f"verified: {counted(len(shards), 'shard')}, no problems")
 
 
 def print_shards(screen: Console, opened: list[IndexedDataset]) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.tokenizers.finding import find_tokenizer
-from illada_megatron.system.terminal import say
+from illada_megatron.system.terminal import counted, say
 
 if TYPE_CHECKING:
     from illada_megatron.data.preprocessing.produce_corpus import PreprocessSummary
@@ -186,11 +186,14 @@ def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:
 def _told(summary: "PreprocessSummary") -> str:
     counts = summary.counts
     lines = [
-        f"{summary.manifest}: {counts.documents:,} documents, {counts.tokens:,} tokens "
+        f"{summary.manifest}: {counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} "
         f"({counts.text_bytes / max(1, counts.tokens):.2f} bytes/token), shards: {summary.shards:,}",
-        f"skipped {sum(counts.bad.values()):,} bad lines{_by_reason(counts.bad)} and "
-        f"{sum(counts.dropped.values()):,} documents{_by_reason(counts.dropped)}",
+        f"skipped {counted(sum(counts.bad.values()), 'bad line')}{_by_reason(counts.bad)} and "
+        f"{counted(sum(counts.dropped.values()), 'document')}{_by_reason(counts.dropped)}",
     ]
+    if places := summary.bad_places():
+        others = sum(counts.bad.values()) - len(places)
+        lines.append(f"bad lines: {', '.join(places)}{f' and {others:,} more' if others else ''}")
     if summary.left_out:
         lines.append(f"left out of directories and globs: {summary.left_out}")
     if summary.was_finished:

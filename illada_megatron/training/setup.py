@@ -48,6 +48,8 @@ class TrainingState:
     step: int = 0
     """Steps done."""
     consumed_samples: int = 0
+    held_out: dict[str, float] | None = None
+    """The last validation: its step, the bound in nats/token and the tokens it is over."""
     saved_step: int | None = None
     """The step of the checkpoint of save_dir that the run continues from."""
     notes: list[str] = field(default_factory=list)
@@ -68,6 +70,7 @@ class TrainingState:
             "schedule": self.schedule.state_dict(),
             "bad_steps": self.bad_steps.state_dict(),
             "spikes": self.spikes.state_dict(),
+            **({} if self.held_out is None else {"held_out": self.held_out}),
         }
 
 
@@ -158,6 +161,7 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     state.schedule.load_state_dict(progress["schedule"])
     state.bad_steps.load_state_dict(progress.get("bad_steps", {}))
     state.spikes.load_state_dict(progress.get("spikes", {}))
+    state.held_out = progress.get("held_out")
     save_dir = state.config.checkpoint.save_dir
     in_place = bool(save_dir) and str(folder(save_dir or "")) == str(checkpoint.path.parent)
     state.saved_step = state.step if in_place else None

@@ -84,9 +84,9 @@ def train(config: RunConfig) -> TrainResult:
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     watchdog.now("validation", state.step)
-                    reporter.held_out(
-                        state.step, evaluate(state.chunks, state.validation, config.validation.num_samples)
-                    )
+                    figures = evaluate(state.chunks, state.validation, config.validation.num_samples)
+                    state.held_out = figures.noted(state.step)
+                    reporter.held_out(state.step, figures)
                 # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
                 save_due |= _due(config.checkpoint.interval_steps, state.step)
                 if save_due and not state.bad_steps.streak:

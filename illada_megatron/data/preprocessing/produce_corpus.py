@@ -9,6 +9,7 @@ from typing import Literal
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import records
+from illada_megatron.data.preprocessing.bad_places import told
 from illada_megatron.data.preprocessing.chat_template import load_chat_template
 from illada_megatron.data.preprocessing.claim import claimed_prefix, remove_records
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
@@ -82,6 +83,10 @@ class PreprocessSummary:
     @property
     def megabytes_per_second(self) -> float:
         return self.read_bytes / 1e6 / self.seconds
+
+    def bad_places(self) -> list[str]:
+        """Where the first bad lines are, as file:line. Raises OSError."""
+        return told(self.counts.bad_places)
 
     @property
     def was_finished(self) -> bool:
