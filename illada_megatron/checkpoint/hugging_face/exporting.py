@@ -59,8 +59,8 @@ def export(
 ) -> Exported:
     """Write the model of a checkpoint, of any layout and precision, to `directory`, which must not exist or be empty.
 
-    dtype: fp32 takes the optimizer's main weights where the run was in bf16 and the checkpoint has them. card: for README.md.
-    The directory gets its name when all of it is durable. Raises CheckpointError, OSError.
+    dtype: fp32 takes the optimizer's main weights where the run was in bf16 and the checkpoint has them. card: for
+    README.md. The directory gets its name when all of it is durable. Raises CheckpointError, OSError.
     """
     layout, config = LAYOUTS[layout_name], saved_config(info)
     model = config.model

@@ -1,4 +1,5 @@
-"""README.md of an export: what the Hugging Face hub calls a model card. It says what the checkpoint knows; license, languages and intended use are for whoever publishes it."""
+"""README.md of an export: what the Hugging Face hub calls a model card. It says what the checkpoint knows; license,
+languages and intended use are for whoever publishes it."""
 
 import re
 from dataclasses import dataclass
