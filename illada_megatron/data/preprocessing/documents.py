@@ -119,13 +119,8 @@ def _read_records(job: Reading, piece: Piece, progress: chunks.Progress) -> Gene
 
         for rows in parquet.read_rows(path, piece.start, piece.end, job.text_key, job.max_document_bytes):
             progress(piece.size_bytes * rows.count // max(1, rows.total))
-            first = rows.first
-            yield _Records(
-                rows.values,
-                rows.source_bytes,
-                lambda i, first=first: BadPlace(path=str(path), row=first + i),
-                rows.too_long,
-            )
+            place = functools.partial(_row_place, piece, rows.first)
+            yield _Records(rows.values, rows.source_bytes, place, rows.too_long)
         return
     if piece.file.compression == "gzip":
         stream = chunks.gzip_chunks(path, progress)
@@ -151,6 +146,10 @@ def _line_records(stream: Iterator[bytes], piece: Piece, limit_bytes: int) -> It
 def _line_place(piece: Piece, before: int, line: int) -> BadPlace:
     """Of line before + `line`, from 0, of those that begin in `piece`."""
     return BadPlace(path=piece.file.path, behind_byte=piece.start, number=before + line + 1)
+
+
+def _row_place(piece: Piece, first: int, row: int) -> BadPlace:
+    return BadPlace(path=piece.file.path, row=first + row)
 
 
 def _text_records(stream: Iterator[bytes], piece: Piece, limit_bytes: int) -> Iterator[_Records]:
