@@ -1,6 +1,5 @@
 """Shows what shards hold and verifies them; see illada_megatron.data.shards.inspect."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,7 @@ from illada_megatron.data.shards.inspect import (
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.system.console import made_console
-from illada_megatron.system.terminal import fail
+from illada_megatron.system.terminal import counted, fail
 
 SHOWN_SHARDS = 20
 
@@ -32,14 +31,16 @@ def main(
     ],
     verify: Annotated[bool, typer.Option("--verify", help="check all of index, tokens and checksums")] = False,
     vocab_size: Annotated[int | None, typer.Option(help="ids must be below it; default: the manifest's")] = None,
-    tokenizer_model: Annotated[Path | None, typer.Option(help="shows documents' first tokens as text")] = None,
+    tokenizer_model: Annotated[
+        str | None, typer.Option(help="shows documents' first tokens as text: a file, a directory or org/name")
+    ] = None,
     samples: Annotated[int, typer.Option(help="how many documents of the first shard to show")] = 3,
 ) -> None:
     """Statistics of shards. Exit status 1 with a list of all problems if there are any."""
     screen, problems = made_console(), []
     try:
         shards = find_shards(paths)
-        tokenizer = load_tokenizer(tokenizer_model) if tokenizer_model else None
+        tokenizer = load_tokenizer(tokenizer_model, option="--tokenizer-model") if tokenizer_model else None
     except (DataError, OSError) as error:
         fail(error)
     statistics, opened = LengthStatistics(), []
@@ -66,7 +67,7 @@ def main(
     if problems:
         raise SystemExit(1)
     if verify:
-        screen.print(f"verified: {len(shards)} shards, no problems")
+        screen.print(f"verified: {counted(len(shards), 'shard')}, no problems")
 
 
 def print_shards(screen: Console, opened: list[IndexedDataset]) -> None:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.merge import merge, progress_bytes
 from illada_megatron.data.shards.shard_list import find_shards
-from illada_megatron.system.terminal import fail, say
+from illada_megatron.system.terminal import counted, fail, say
 
 
 def main(
@@ -28,7 +28,8 @@ def main(
     except (DataError, OSError) as error:
         fail(error)
     say(
-        f"{output_prefix}: {len(shards)} shards, {summary.documents} documents, {summary.tokens} tokens, "
+        f"{output_prefix}: {counted(len(shards), 'shard')}, {counted(summary.documents, 'document')}, "
+        f"{counted(summary.tokens, 'token')}, "
         f"{summary.bin_bytes} bytes; {summary.seconds:.1f} s ({summary.bin_bytes / summary.seconds / 1e6:.0f} MB/s)"
     )
     if summary.manifest_path:

@@ -12,7 +12,9 @@ from illada_megatron.system.terminal import fail, say
 
 def main(
     input: Annotated[list[Path], typer.Option(help="JSON Lines file; repeat the option for several")],
-    output: Annotated[Path, typer.Option(help="the model to write, ending in .model")],
+    output: Annotated[
+        Path, typer.Option(help="the model to write, ending in .model, or a directory for tokenizer.model")
+    ],
     vocab_size: Annotated[int, typer.Option(help="pieces, special tokens and 256 bytes included")] = 8000,
     json_keys: Annotated[str, typer.Option(help="key of the text")] = "text",
 ) -> None:

@@ -1,5 +1,6 @@
 """A run's state to and from a checkpoint's tensors: what a rank writes, and what it reads under whatever layout."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from illada_megatron.checkpoint.state import (
     start_ema,
 )
 from illada_megatron.checkpoint.store import CheckpointInfo
-from illada_megatron.config import ModelConfig, RunConfig
+from illada_megatron.config import ModelConfig, RunConfig, load_config
+from illada_megatron.config.parameters import parameters
 
 # Reading waits for the storage, not for the processor.
 _READERS = 8
+_SHOWN_SHAPES = 3
 
 
 @dataclass(frozen=True)
@@ -204,14 +207,28 @@ def check_model(info: CheckpointInfo, config: RunConfig) -> None:
     # a field that came later has its default in earlier checkpoints
     saved = ModelConfig().model_dump(mode="json") | info.config["model"]
     irrelevant = ("max_sequence_length", "init_method", "init_method_std", "embedding_init_std")
-    different = [
-        f"model.{key} is {saved.get(key)} in the checkpoint, {value} in the configuration"
-        for key, value in wanted.items()
-        if saved.get(key) != value and key not in irrelevant
-    ]
-    if different and "model" not in config.checkpoint.allow_mismatch:
+    different = [key for key, value in wanted.items() if saved.get(key) != value and key not in irrelevant]
+    shapes = _other_shapes(info, config.model) if different else []
+    if shapes or (different and "model" not in config.checkpoint.allow_mismatch):
+        lines = [
+            f"model.{key} is {saved.get(key)} in the checkpoint, {wanted[key]} in the configuration"
+            for key in different
+        ]
+        theirs = " ".join(f"model.{key}={json.dumps(saved.get(key))}" for key in different)
+        other = "" if shapes else ', or set checkpoint.allow_mismatch=["model"] where that is meant'
         raise CheckpointError(
             f"{info.path}: a checkpoint of another model:\n  "
-            + "\n  ".join(different)
-            + '\n  correct the configuration, or set checkpoint.allow_mismatch=["model"] where that is meant'
+            + "\n  ".join([*lines, *shapes[:_SHOWN_SHAPES]])
+            + f"\n  take the checkpoint's: {theirs}{other}"
         )
+
+
+def _other_shapes(info: CheckpointInfo, model: ModelConfig) -> list[str]:
+    """What keeps weights from being loaded, whatever is allowed."""
+    saved = load_config({"model": info.config["model"]}, source=str(info.path)).model
+    shapes = {one.name: one.shape for one in parameters(saved)}
+    return [
+        f"{one.name} has shape {shapes.get(one.name, 'none')}, this model's is {one.shape}"
+        for one in parameters(model)
+        if shapes.get(one.name) != one.shape
+    ]

@@ -12,7 +12,7 @@ from rich.table import Table
 from illada_megatron.checkpoint.tools.processes import prepare
 from illada_megatron.config import ConfigError
 from illada_megatron.system.console import made_console
-from illada_megatron.system.terminal import say
+from illada_megatron.system.terminal import counted, say
 
 if TYPE_CHECKING:
     from illada_megatron.checkpoint.tools.opening import OpenCheckpoint
@@ -90,7 +90,8 @@ def reshard(
 def inspect(
     path: SourceArgument,
     overrides: Overrides = None,
-    norms: Annotated[bool, typer.Option("--norms", help="The L2 norm of each tensor; reads everything.")] = False,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="List the optimizer's tensors too.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="The L2 norm of each tensor listed; reads them all.")] = False,
     memory_mb: MemoryOption = 512,
     processes: ProcessesOption = None,
     verify: VerifyOption = True,
@@ -105,7 +106,7 @@ def inspect(
     from illada_megatron.checkpoint.tools.inspection import inspect_checkpoint
 
     opened = _opened(path, overrides or ())
-    found = inspect_checkpoint(opened, norms, verify, memory_mb, processes)
+    found = inspect_checkpoint(opened, norms, verify, memory_mb, processes, optimizer)
     screen = _console()
     facts = Table(show_header=False)
     for row in found.facts:
@@ -119,6 +120,8 @@ def inspect(
     for column in tensors.columns[3:]:
         column.justify = "right"
     screen.print(tensors)
+    if found.left_out:
+        say(f"{counted(found.left_out, 'tensor')} of the optimizer not listed: --optimizer lists them")
     damages = [*opened.refused, *found.damages]
     for damage in damages:
         say(f"damaged: {damage}")
@@ -210,7 +213,7 @@ def _opened(path: str, overrides: Sequence[str]) -> "OpenCheckpoint":
 
 def _say_written(done: "Rewritten", seconds: float) -> None:
     say(
-        f"{done.path}: step {done.step}, {done.tensors:,} tensors, {done.nbytes:,} bytes in {seconds:.1f} s "
+        f"{done.path}: step {done.step}, {counted(done.tensors, 'tensor')}, {done.nbytes:,} bytes in {seconds:.1f} s "
         f"({done.nbytes / seconds / 1e9:.2f} GB/s)"
     )
     if done.without_ema:

@@ -1,6 +1,8 @@
 """`illada convert`: to and from the directories that Hugging Face's transformers loads. What needs torch is imported
 when a command runs."""
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from illada_megatron.config import ConfigError
 from illada_megatron.system.console import made_console
-from illada_megatron.system.terminal import say
+from illada_megatron.system.terminal import counted, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,8 +45,13 @@ def to_hf(
     ] = "bf16",
     ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights in their place.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Of a file, as 5GB or 500MiB.")] = "5GB",
-    tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's data.tokenizer_path.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A file, a directory or org/name; default: the run's data.tokenizer_path.")
+    ] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Leave it out.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="For README.md, as the hub writes it: apache-2.0, mit, other.")
+    ] = None,
     verify: Verify = False,
 ) -> None:
     """Write a checkpoint as a directory for `AutoModel.from_pretrained(DIRECTORY, trust_remote_code=True)`.
@@ -52,21 +59,25 @@ def to_hf(
     `illada convert to-hf runs/tiny/checkpoints exported --verify`
     """
     from illada_megatron.checkpoint.hugging_face.exporting import export, export_bytes
+    from illada_megatron.checkpoint.hugging_face.model_card import CARD, CardWords
     from illada_megatron.checkpoint.hugging_face.verifying import check_transformers
     from illada_megatron.checkpoint.predictor import find_checkpoint
 
     if verify:
         check_transformers()
+    card = CardWords(license_, shlex.join(["illada", *sys.argv[1:]]))
     info = find_checkpoint(checkpoint)
     words = None if no_tokenizer else _tokenizer_files(info, tokenizer)
     with _bar("exporting", export_bytes(info, layout, dtype)) as advance:
-        done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance, ema)
+        done = export(info, directory, layout, dtype, _bytes(max_shard_size), words, advance, ema, card)
     weights = f"{dtype}, the optimizer's main weights" if done.from_main_weights else dtype
     weights += ", the moving average of the weights" if ema else ""
     say(f"{directory}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, layout {layout}")
     shards = [name for name in done.files if name.endswith(".safetensors")]
     others = [name for name in done.files if name not in shards]
-    say(f"files: {shards[0] if len(shards) == 1 else f'{len(shards):,} shards'}, {', '.join(others)}")
+    say(f"files: {shards[0] if len(shards) == 1 else counted(len(shards), 'shard')}, {', '.join(others)}")
+    missing = "" if license_ else "a license (--license), "
+    say(f"to publish: complete {directory / CARD} ({missing}languages, use), then hf upload ORG/NAME {directory}")
     if verify:
         _verify(info, directory, ema)
 
@@ -81,11 +92,14 @@ def from_hf(
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="Of the runs to come; the model is the directory's.")
     ] = None,
+    config_out: Annotated[
+        Path | None, typer.Option(help="Where their configuration is written; default: CHECKPOINT/train.yaml.")
+    ] = None,
     mask_token_id: Annotated[
         int | None,
         typer.Option(
             help="Where config.json has none. Default: the released models' (illada 5, llada 126336); for Llama and "
-            "Qwen2 a new row behind the vocabulary."
+            "Qwen2 the tokenizer's mask, or else a new row behind the vocabulary."
         ),
     ] = None,
     verify: Verify = False,
@@ -94,37 +108,48 @@ def from_hf(
 
     `illada convert from-hf exported runs/imported --verify`
 
-    `illada convert from-hf Llama-3.2-1B runs/start --config my.yaml training.precision=bf16`
+    `illada convert from-hf Llama-3.2-1B runs/start data.tokenizer_path=tokenizer-with-mask training.precision=bf16`
 
-    Then `illada generate --checkpoint runs/imported`, or `illada train checkpoint.load_dir=runs/imported`.
+    Then `illada generate --checkpoint runs/imported`, or
+    `illada train --config runs/imported/train.yaml data.train_paths=[...]`.
     """
     from illada_megatron.checkpoint.hugging_face.importing import described, import_weights, open_source
+    from illada_megatron.checkpoint.hugging_face.run_config import write_run_config
     from illada_megatron.checkpoint.hugging_face.verifying import check_transformers
     from illada_megatron.checkpoint.predictor import find_checkpoint
     from illada_megatron.runtime.tables import two_columns
 
     if verify:
         check_transformers()
+    written = config_out or (None if checkpoint.startswith("s3://") else Path(checkpoint) / "train.yaml")
+    if written is not None and written.exists():
+        raise ConfigError(f"{written}: exists, and is not replaced: give another file with --config-out")
     source = open_source(directory, config, overrides or (), mask_token_id)
     made_console().print(two_columns(f"{directory}", described(source)))
     with _bar("importing", source.nbytes) as advance:
         path = import_weights(source, checkpoint, advance)
     say(f"{path}: {source.config.model.num_parameters:,} parameters, weights that runs begin with")
+    if written is None:
+        say("no configuration is written at s3://: --config-out FILE writes one to this machine")
+    else:
+        write_run_config(source, checkpoint, written)
+        say(f"{written}: to train on, illada train --config {written} data.train_paths=[...] checkpoint.save_dir=...")
     if verify:
         _verify(find_checkpoint(checkpoint), directory)
 
 
-def _tokenizer_files(info: "CheckpointInfo", tokenizer: Path | None) -> "TokenizerFiles | None":
+def _tokenizer_files(info: "CheckpointInfo", tokenizer: str | None) -> "TokenizerFiles | None":
     from illada_megatron.checkpoint.hugging_face.tokenizer_files import tokenizer_files
     from illada_megatron.checkpoint.predictor import saved_config
 
     config = saved_config(info)
-    path = tokenizer or (Path(config.data.tokenizer_path) if config.data.tokenizer_path else None)
-    if path is None:
+    name = tokenizer or config.data.tokenizer_path
+    if name is None:
         raise ConfigError(
             f"{info.path}: the run names no data.tokenizer_path: give --tokenizer, or leave it out with --no-tokenizer"
         )
-    return tokenizer_files(path, config.model.max_sequence_length, config.model.mask_token_id)
+    option = "data.tokenizer_path" if tokenizer is None else "--tokenizer"
+    return tokenizer_files(name, config.model.max_sequence_length, config.model.mask_token_id, option)
 
 
 def _verify(info: "CheckpointInfo", directory: Path, ema: bool = False) -> None:

@@ -23,7 +23,9 @@ def generate(
     checkpoint: Annotated[str, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; `<mask:N>` in it: N tokens to fill in.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The same, from a file.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's data.tokenizer_path.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A file, a directory or org/name; default: the run's data.tokenizer_path.")
+    ] = None,
     gen_length: Annotated[int, typer.Option(help="Most tokens to append.")] = 128,
     block_length: Annotated[int, typer.Option(help="Masks denoised together.")] = 32,
     steps: Annotated[int, typer.Option(help="Denoising steps of a block.")] = 32,
@@ -54,15 +56,20 @@ def generate(
     from illada_megatron.checkpoint.predictor import open_predictor
 
     with open_predictor(checkpoint, device, ema) as (predict, config):
-        path = tokenizer or config.data.tokenizer_path or ""
-        words = load_tokenizer(path)
+        path = tokenizer or config.data.tokenizer_path
+        if path is None:
+            raise ConfigError(
+                f"{checkpoint}: the run names no data.tokenizer_path: give its tokenizer with --tokenizer"
+            )
+        words = load_tokenizer(path, option="data.tokenizer_path" if tokenizer is None else "--tokenizer")
         _check_tokenizer(words, path, config.model)
+        predict = _in_words(predict, words.vocab_size)
         tokens = _tokens(text, words, config.model)
         if (tokens == config.model.mask_token_id).any():
-            result = infill(_on_cpu(predict), tokens, settings, config.model.mask_token_id)
+            result = infill(predict, tokens, settings, config.model.mask_token_id)
         else:
             _check_length(len(tokens) + gen_length, config.model)
-            result = continue_text(_on_cpu(predict), tokens, settings, config.model.mask_token_id, words.eos_id)
+            result = continue_text(predict, tokens, settings, config.model.mask_token_id, words.eos_id)
     _show(result, words, plain, svg)
 
 
@@ -95,8 +102,15 @@ def _check_length(tokens: int, model: ModelConfig) -> None:
         )
 
 
-def _on_cpu(predict: "Predict") -> "Predict":
-    return lambda tokens: predict(tokens).cpu()
+def _in_words(predict: "Predict", vocab_size: int) -> "Predict":
+    """On the CPU, and never an id that the tokenizer has no word for: a model may have more rows than that."""
+
+    def logits(tokens: "torch.Tensor") -> "torch.Tensor":
+        found = predict(tokens).cpu()
+        found[..., vocab_size:] = float("-inf")
+        return found
+
+    return logits
 
 
 def _show(result: "Denoised", words: Tokenizer, plain: bool, svg: Path | None) -> None:

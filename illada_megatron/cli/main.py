@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, sample, preprocess, checkpoint, convert, plan, doctor."""
+"""`illada`: train, evaluate, generate, sample, preprocess, tokenizer, checkpoint, convert, plan, doctor."""
 
 import os
 import socket
@@ -17,6 +17,7 @@ _COMMANDS = {
     "evaluate": ("run_commands", "evaluate"),
     "generate": ("generate_command", "generate"),
     "preprocess": ("preprocess_command", "preprocess"),
+    "tokenizer": ("tokenizer_command", "app"),
     "sample": ("sample_command", "sample"),
     "plan": ("plan_command", "plan"),
     "doctor": ("run_commands", "doctor"),

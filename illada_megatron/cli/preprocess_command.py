@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from illada_megatron.data.errors import DataError
-from illada_megatron.system.terminal import say
+from illada_megatron.data.tokenizers.finding import find_tokenizer
+from illada_megatron.system.terminal import counted, say
 
 if TYPE_CHECKING:
     from illada_megatron.data.preprocessing.produce_corpus import PreprocessSummary
@@ -37,7 +38,7 @@ def preprocess(
         typer.Option(
             "--tokenizer",
             "--tokenizer-model",
-            help="A SentencePiece .model or Hugging Face tokenizer.json.",
+            help="A SentencePiece .model or Hugging Face tokenizer.json, a directory with one, or org/name on the hub.",
             readable=_TOLD_HERE,
         ),
     ],
@@ -93,13 +94,14 @@ def preprocess(
 
     Then train on `data.train_paths=[data/train.manifest.json]`.
     """
-    _check_type(tokenizer, tokenizer_type)
+    found = find_tokenizer(tokenizer, "--tokenizer")
+    _check_type(found, tokenizer_type)
     paths = [*(inputs or []), *(input or [])]
     is_chat = chat or chat_template is not None
     keys: list[str | None] = [*json_keys] if json_keys else [None]
     with _stoppable(), _process_of_its_own():
         if engine == "local" and not is_chat and _is_one_shard(paths, shard_mb):
-            _open_while_importing(tokenizer_engine, tokenizer)
+            _open_while_importing(tokenizer_engine, found)
         from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions
         from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
 
@@ -124,7 +126,7 @@ def preprocess(
                 overwrite=overwrite,
                 log_interval_seconds=log_interval,
             )
-            say(_told(run_preprocess(paths, prefix, tokenizer, options)))
+            say(_told(run_preprocess(paths, prefix, found, options)))
 
 
 def _is_one_shard(paths: list[Path], shard_mb: float) -> bool:
@@ -188,11 +190,14 @@ def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:
 def _told(summary: "PreprocessSummary") -> str:
     counts = summary.counts
     lines = [
-        f"{summary.manifest}: {counts.documents:,} documents, {counts.tokens:,} tokens "
+        f"{summary.manifest}: {counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')} "
         f"({counts.text_bytes / max(1, counts.tokens):.2f} bytes/token), shards: {summary.shards:,}",
-        f"skipped {sum(counts.bad.values()):,} bad lines{_by_reason(counts.bad)} and "
-        f"{sum(counts.dropped.values()):,} documents{_by_reason(counts.dropped)}",
+        f"skipped {counted(sum(counts.bad.values()), 'bad line')}{_by_reason(counts.bad)} and "
+        f"{counted(sum(counts.dropped.values()), 'document')}{_by_reason(counts.dropped)}",
     ]
+    if places := summary.bad_places():
+        others = sum(counts.bad.values()) - len(places)
+        lines.append(f"bad lines: {', '.join(places)}{f' and {others:,} more' if others else ''}")
     if summary.left_out:
         lines.append(f"left out of directories and globs: {summary.left_out}")
     if summary.was_finished:

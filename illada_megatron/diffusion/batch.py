@@ -126,6 +126,7 @@ def _refuse_masks(labels: NDArray[np.int64], sample_indices: Sequence[int], mask
     if rows.size:
         raise DataError(
             f"sample {sample_indices[rows[0]]} contains the mask token {mask_token_id} at position {positions[0]} "
-            f"({np.count_nonzero(rows == rows[0])} in all): the tokenizer must not produce it, or mask_token_id names "
-            "the wrong token"
+            f"({np.count_nonzero(rows == rows[0])} in all), expected none in text: set "
+            "model.mask_token_id to the mask of the tokenizer that made the corpus; `illada tokenizer add-mask` gives "
+            "one to a tokenizer that has none"
         )

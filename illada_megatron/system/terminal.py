@@ -22,6 +22,11 @@ def say(text: object, error: bool = False) -> None:
     print(printable(str(text)), file=sys.stderr if error else sys.stdout, flush=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 shard", "1,000 shards": for nouns whose plural ends in s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def fail(error: object) -> NoReturn:
     """End the program with 1, and `error` on stderr."""
     say(f"error: {error}", error=True)

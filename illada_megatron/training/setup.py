@@ -17,6 +17,7 @@ from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
 from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems, validation_corpus
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
+from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
@@ -50,6 +51,8 @@ class TrainingState:
     step: int = 0
     """Steps done."""
     consumed_samples: int = 0
+    held_out: dict[str, float] | None = None
+    """The last validation: its step, the bound in nats/token and the tokens it is over."""
     saved_step: int | None = None
     """The step of the checkpoint of save_dir that the run continues from."""
     notes: list[str] = field(default_factory=list)
@@ -72,6 +75,7 @@ class TrainingState:
             "schedule": self.schedule.state_dict(),
             "bad_steps": self.bad_steps.state_dict(),
             "spikes": self.spikes.state_dict(),
+            **({} if self.held_out is None else {"held_out": self.held_out}),
         }
 
 
@@ -103,6 +107,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         spikes=SpikeDetector(config.faults),
         clock=ComputeClock(runtime.device.is_cuda),
     )
+    if tokenizer is not None:
+        unused = unused_rows(tokenizer, config.data.tokenizer_path or "", config.model.vocab_size)
+        state.notes += [f"warning: {unused}"] if unused else []
     forget_tokenizers()  # by now it is compared with all that it has to fit
     models[0].config.timers = state.clock
     state.notes += [f"warning: {line} (allowed)" for line in corpus.warnings]
@@ -173,6 +180,7 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
             )
     elif "ema" in progress:
         state.notes.append(f"the moving average of {checkpoint.path} is left behind: optimizer.ema_decay is not set")
+    state.held_out = progress.get("held_out")
     save_dir = state.config.checkpoint.save_dir
     in_place = bool(save_dir) and str(folder(save_dir or "")) == str(checkpoint.path.parent)
     state.saved_step = state.step if in_place else None
@@ -215,6 +223,7 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer | None:
             f"{config.data.tokenizer_path} reserves id {tokenizer.mask_id} for the mask, model.mask_token_id is "
             f"{model.mask_token_id}: set model.mask_token_id={tokenizer.mask_id}"
         )
+    check_mask(tokenizer, config.data.tokenizer_path, model.mask_token_id)
     return tokenizer
 
 

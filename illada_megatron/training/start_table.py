@@ -13,6 +13,7 @@ from illada_megatron.model.layer_specs import choose_implementation
 from illada_megatron.model.transformer_config import DTYPES
 from illada_megatron.ops import chosen_implementation, rms_norm, segment_attention, swiglu
 from illada_megatron.runtime import Device, capabilities
+from illada_megatron.system.terminal import counted
 from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.plateau import PlateauDetector
 from illada_megatron.training.setup import TrainingState, count_held_parameters
@@ -133,7 +134,7 @@ def _corpus_rows(corpus: BlendedCorpus, phases: Sequence[BlendPhase]) -> list[tu
     """One row a corpus: its size, its share of the samples in each phase."""
     rows = []
     for number, one in enumerate(corpus.corpora):
-        text = f"{one.num_tokens:,} tokens in {len(one.shards):,} shards, {one.num_windows:,} samples an epoch"
+        text = f"{one.num_tokens:,} tokens in {counted(len(one.shards), 'shard')}, {one.num_windows:,} samples an epoch"
         if len(corpus.corpora) > 1:
             shares = [f"{float(phase.shares[number]):.2%}" for phase in corpus.schedule.proportions]
             text = f"share {' -> '.join(shares)}, {text}"

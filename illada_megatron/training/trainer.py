@@ -84,9 +84,9 @@ def train(config: RunConfig) -> TrainResult:
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     watchdog.now("validation", state.step)
-                    reporter.held_out(
-                        state.step, evaluate(state.chunks, state.validation, config.validation.num_samples)
-                    )
+                    figures = evaluate(state.chunks, state.validation, config.validation.num_samples)
+                    state.held_out = figures.noted(state.step)
+                    reporter.held_out(state.step, figures)
                     if state.ema is not None:
                         reporter.saves(saver.wait())
                         with state.ema.as_weights():

@@ -1,6 +1,7 @@
 """The held-out bound: the training objective on samples and masks that never change."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,11 @@ class HeldOut:
     masked_cross_entropy: float
     """Mean CE of a masked token, nats."""
     num_tokens: int
+
+    def noted(self, step: int) -> dict[str, float] | None:
+        """For a checkpoint, whose exports say it; None where it is no number."""
+        found = {"step": step, "bound_nats_per_token": self.bound, "tokens": self.num_tokens}
+        return found if math.isfinite(self.bound) else None
 
 
 def run_schedule(

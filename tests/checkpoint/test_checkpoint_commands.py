@@ -33,7 +33,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], config: RunConfig | None
 def test_inspect_shows_what_is_there(tmp_path: Path, illada: Illada) -> None:
     tensors = random_tensors(_config())
     path = _write(tmp_path / "run", tensors)
-    outcome = illada("checkpoint", "inspect", tmp_path / "run", "--norms", "--memory-mb", 1)
+    outcome = illada("checkpoint", "inspect", tmp_path / "run", "--norms", "--optimizer", "--memory-mb", 1)
     assert outcome.code == 0, outcome.err
     for name, tensor in tensors.items():
         line = next(line for line in outcome.out.splitlines() if f" {name} " in line)
@@ -44,10 +44,20 @@ def test_inspect_shows_what_is_there(tmp_path: Path, illada: Illada) -> None:
     facts = dict(re.findall(r"│ (\S.*?)\s*│ (.*?)\s*│\n", outcome.out))
     assert facts["checkpoint"] == str(path)
     assert facts["step"] == str(STEP)
-    assert "checksums compared" in facts["files"]
+    assert "checksums compared" in facts["on disk"]
     assert facts["optimizer step"] == "6"
     weights = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("optimizer."))
     assert facts["weights"] == f"{weights:,} bytes"
+    assert facts["tokens"].startswith(f"{28 * _config().data.sequence_length:,} in 28 consumed samples")
+    # without --optimizer: the model's tensors, and how many are not listed; what follows from all of them stays
+    outcome = illada("checkpoint", "inspect", tmp_path / "run")
+    listed = [name for name in tensors if f" {name} " in outcome.out]
+    assert listed == [name for name in tensors if not name.startswith("optimizer.")]
+    assert f"{len(tensors) - len(listed)} tensors of the optimizer not listed: --optimizer" in outcome.out
+    short = dict(re.findall(r"│ (\S.*?)\s*│ (.*?)\s*│\n", outcome.out))
+    assert {key: short[key] for key in ("parameters", "optimizer", "weights")} == {
+        key: facts[key] for key in ("parameters", "optimizer", "weights")
+    }
 
 
 @pytest.mark.parametrize("damage", ["bit", "truncated", "missing file"])

@@ -174,14 +174,14 @@ def test_tokenizer_is_part_of_the_checkpoint(
 ) -> None:
     save = f"checkpoint.save_dir={tmp_path / 'checkpoints'}"
     tokenizer = tmp_path / "tokenizer.json"
-    words = {"[MASK]": 0} | {chr(97 + index): index + 1 for index in range(26)}
+    words = {"[MASK]": 0} | {chr(97 + index): index + 6 for index in range(26)}  # none of them the mask, 5
     content = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "a"}}
     tokenizer.write_text(json.dumps(content))
     given = f"data.tokenizer_path={tokenizer}"
     assert illada("train", *tiny_run, f"checkpoint.load_dir={two_steps}", given).code == 2  # it had none
     outcome = illada("train", *tiny_run, save, given, "training.exit_steps=2")
     assert outcome.code == 0, outcome.err
-    words["z"] = 30
+    words["z"] = 40
     tokenizer.write_text(json.dumps(content))
     outcome = illada("train", *tiny_run, save, given)
     assert outcome.code == 2
@@ -193,8 +193,12 @@ def test_model_that_may_differ(two_steps: Path, tiny_run: tuple[str, ...], illad
     """Another rotary base, say for a longer context, where it is meant; never another shape."""
     allowed = ("train", *tiny_run, f"checkpoint.load_dir={two_steps}", 'checkpoint.allow_mismatch=["model"]')
     assert illada(*allowed, "model.rotary_base=10000.0").code == 0
-    outcome = illada(*allowed, "model.ffn_hidden_size=64")
-    assert outcome.code == 2
+    outcome = illada(*allowed[:-1], "model.rotary_base=10000.0")
+    assert 'model.rotary_base=500000.0, or set checkpoint.allow_mismatch=["model"] where' in outcome.err
+    for arguments in (allowed, allowed[:-1]):
+        outcome = illada(*arguments, "model.ffn_hidden_size=64")
+        assert outcome.code == 2
+        assert "take the checkpoint's: model.ffn_hidden_size=48\n" in outcome.err  # no advice that leads nowhere
     assert "decoder.layers.0.mlp.linear_fc1.weight has shape (96, 32), this model's is (128, 32)" in outcome.err
 
 

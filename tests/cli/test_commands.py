@@ -265,6 +265,7 @@ def test_preprocess_counts_the_lines_it_skips(
     assert skipped.code == 0, skipped.err
     assert "2 documents" in skipped.out
     assert "skipped 2 bad lines (1 key missing, 1 not JSON)" in skipped.out
+    assert f"bad lines: {tmp_path / 'in.jsonl'}:2, {tmp_path / 'in.jsonl'}:3\n" in skipped.out
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,8 @@ def test_preprocess_counts_the_lines_it_skips(
         ([], "give one of --prompt and --prompt-file"),
         (["--prompt", "x", "--steps", "0"], "steps"),
         (["--prompt", "x", "--remasking", "highest"], "remasking"),
-        (["--prompt", "x"], "tokenizer"),
+        (["--prompt", "x"], "the run names no data.tokenizer_path: give its tokenizer with --tokenizer"),
+        (["--prompt", "x", "--tokenizer", "nowhere.json"], "nowhere.json: no such file or directory"),
         (["--prompt", "x <mask:99999>", "--tokenizer", "TOKENIZER"], "model.max_sequence_length is 64"),
         (["--prompt", "x", "--tokenizer", "TOKENIZER"], "take"),  # 128 tokens to append by default, 64 at most
         (["--prompt-file", "nowhere.txt", "--tokenizer", "TOKENIZER"], "nowhere.txt"),

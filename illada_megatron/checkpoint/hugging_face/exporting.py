@@ -19,6 +19,7 @@ from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.files.tensors import TensorReader
 from illada_megatron.checkpoint.hugging_face.config_json import CONFIG, config_json
 from illada_megatron.checkpoint.hugging_face.layouts import LAYOUTS, LayoutName, LayoutTensor, layout_tensors
+from illada_megatron.checkpoint.hugging_face.model_card import CARD, CardWords, model_card
 from illada_megatron.checkpoint.hugging_face.safetensors_files import NewTensor, write_file, write_safetensors
 from illada_megatron.checkpoint.hugging_face.tokenizer_files import TokenizerFiles, check_fits
 from illada_megatron.checkpoint.predictor import saved_config
@@ -55,14 +56,16 @@ def export(
     tokenizer: TokenizerFiles | None = None,
     progress: Progress = lambda _: None,
     ema: bool = False,
+    card: CardWords | None = None,
 ) -> Exported:
     """Write the model of a checkpoint, of any layout and precision, to `directory`, which must not exist or be empty.
 
     dtype: fp32 takes the optimizer's main weights where the run was in bf16 and the checkpoint has them. ema: the
-    moving average of the weights takes their place. The directory
-    gets its name when all of it is durable. Raises CheckpointError, OSError.
+    moving average of the weights takes their place. card: for README.md. The directory gets its name when all of it is
+    durable. Raises CheckpointError, OSError.
     """
-    layout, model = LAYOUTS[layout_name], saved_config(info).model
+    layout, config = LAYOUTS[layout_name], saved_config(info)
+    model = config.model
     if tokenizer is not None:
         check_fits(tokenizer.path, tokenizer.vocab_size, model.vocab_size)
     reader = TensorReader(info.path)
@@ -85,6 +88,7 @@ def export(
             write_file(place, name, source.read_bytes())
         if tokenizer is not None:
             tokenizer.write(place)
+        write_file(place, CARD, model_card(directory.absolute().name, info, config, layout, dtype, card or CardWords()))
         kept = "main" if main else state
         blocks = (block for tensor in tensors for block in _blocks(reader, tensor, kept, target, progress))
         new = [NewTensor(tensor.name, tensor.shape) for tensor in tensors]

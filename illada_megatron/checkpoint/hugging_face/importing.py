@@ -29,7 +29,10 @@ from illada_megatron.checkpoint.hugging_face.safetensors_files import Safetensor
 from illada_megatron.checkpoint.hugging_face.tokenizer_files import check_fits
 from illada_megatron.config import ModelConfig, RunConfig, load_config
 from illada_megatron.config.parameters import EMBEDDING, HEAD, parameters
-from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizers.finding import NAMES, find_tokenizer
+from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.model.transformer_config import DTYPES
 
 # Of ModelConfig, what a run may choose for weights that it is given.
@@ -39,7 +42,6 @@ _FREE = (
 )
 # Buffers that old checkpoints carry.
 _IGNORED = ".rotary_emb.inv_freq"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Source:
     """All that are read; where the head has to be made from a tied embedding, the embedding's tensor twice."""
     new_mask_row: bool
     """The mask is a row more than the directory has."""
+    words: Tokenizer | None = None
+    """Of the runs to come, where it is on this machine; its ids and its mask go with the model."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,8 +84,8 @@ def open_source(
     those of queries, keys and values.
 
     config, overrides: of the runs that begin with these weights, as for training; the model is the directory's.
-    mask_token_id: where the directory does not say it; None: the released model's, for an autoregressive model a new
-    row behind its vocabulary. Raises CheckpointError, ConfigError.
+    mask_token_id: where the directory does not say it; None: the released model's, for an autoregressive model its
+    tokenizer's mask, or else a new row behind its vocabulary. Raises CheckpointError, ConfigError, DataError.
     """
     foreign, reader = read_config_json(directory), SafetensorsReader(directory)
     mask, new_row = _mask(directory, foreign, mask_token_id)
@@ -89,13 +93,22 @@ def open_source(
     fields = {**foreign.fields, "mask_token_id": mask, "vocab_size": vocab_size + new_row}
     native = model_config(directory / CONFIG, foreign.layout, fields)
     resolved = _run_config(directory, native, reader, config, overrides)
-    _check_tokenizer(resolved)
+    words = _tokenizer(resolved)
+    if words is not None and words.mask_id not in (None, mask):
+        if foreign.is_autoregressive and mask_token_id is None and "mask_token_id" not in foreign.fields:
+            return open_source(directory, config, overrides, words.mask_id)
+        raise CheckpointError(
+            f"{resolved.data.tokenizer_path}: reserves id {words.mask_id} for the mask, the model's mask is {mask}: "
+            f"name the model's own tokenizer in data.tokenizer_path, or give --mask-token-id {words.mask_id}"
+        )
+    if words is not None and foreign.is_autoregressive:  # else it was trained so
+        check_mask(words, resolved.data.tokenizer_path or "", mask)
     tensors = layout_tensors(foreign.layout, native, vocab_size)
     _check_tensors(reader, tensors, native.tie_word_embeddings, foreign)
     if native.tie_word_embeddings and not resolved.model.tie_word_embeddings:
         (embedding,) = [tensor for tensor in tensors if tensor.parameter == EMBEDDING]
         tensors.append(replace(embedding, parameter=HEAD))
-    return Source(directory, foreign, reader, resolved.model, resolved, tuple(tensors), new_row)
+    return Source(directory, foreign, reader, resolved.model, resolved, tuple(tensors), new_row, words)
 
 
 def import_weights(source: Source, save_dir: str | Path, progress: Callable[[int], None] = lambda _: None) -> Folder:
@@ -166,7 +179,7 @@ def _run_config(
         given += [f"training.precision={'bf16' if dtypes == {torch.bfloat16} else 'fp32'}"]
         given += [f"data.sequence_length={length}"]
     resolved = load_config(config, [*given, *overrides])
-    tokenizer = next((path for name in _TOKENIZERS if (path := directory / name).is_file()), None)
+    tokenizer = next((path for name in NAMES if (path := directory / name).is_file()), None)
     if resolved.data.tokenizer_path is None and tokenizer is not None:
         resolved = load_config(config, [*given, *overrides, f"data.tokenizer_path={tokenizer.resolve()}"])
     different = [
@@ -181,11 +194,20 @@ def _run_config(
     return resolved
 
 
-def _check_tokenizer(config: RunConfig) -> None:
-    """Where it is on this machine: the runs to come may be on another."""
-    path = config.data.tokenizer_path
-    if path is not None and Path(path).is_file():
-        check_fits(Path(path), load_tokenizer(path).vocab_size, config.model.vocab_size)
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    """None: it is not on this machine; the runs to come may be on another."""
+    name = config.data.tokenizer_path
+    if name is None:
+        return None
+    try:
+        path = find_tokenizer(name)
+    except DataError:
+        if Path(name).exists():
+            raise
+        return None
+    words = load_tokenizer(path)
+    check_fits(path, words.vocab_size, config.model.vocab_size)
+    return words
 
 
 def _check_tensors(
@@ -282,4 +304,14 @@ def described(source: Source) -> list[tuple[str, str]]:
     kind["embeddings"] = "tied" if model.tie_word_embeddings else "untied"
     kind["precision"] = source.config.training.precision
     kind["tokenizer"] = source.config.data.tokenizer_path or "none found"
+    if (words := source.words) is None:
+        kind["tokenizer"] += (
+            ", not on this machine: not compared with the model" if source.config.data.tokenizer_path else ""
+        )
+    else:
+        kind["tokenizer's ids"] = f"{words.vocab_size:,}, the model's {model.vocab_size:,}"
+        if words.mask_id is None:
+            kind["tokenizer's mask"] = "none, and none is needed: the model's mask is no id of text"
+        if unused := unused_rows(words, source.config.data.tokenizer_path or "", model.vocab_size):
+            kind["warning"] = unused
     return list(kind.items())

@@ -14,6 +14,7 @@ from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.hugging_face.safetensors_files import write_file
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.tokenizers.engine_probes import probe_texts
+from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer, load_tokenizer
 
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -40,9 +41,12 @@ class TokenizerFiles:
             write_file(place, name, content)
 
 
-def tokenizer_files(path: Path, max_length: int, mask_token_id: int) -> TokenizerFiles:
-    """Of the tokenizer at `path` (`.model` or `.json`), for a model of contexts of `max_length` tokens whose mask is
+def tokenizer_files(
+    name: str | Path, max_length: int, mask_token_id: int, option: str = "data.tokenizer_path"
+) -> TokenizerFiles:
+    """Of the tokenizer that `find_tokenizer` finds, for a model of contexts of `max_length` tokens whose mask is
     `mask_token_id`. Raises DataError where it cannot be read, or cannot be expressed as a tokenizer.json."""
+    path = find_tokenizer(name, option)
     words = load_tokenizer(path)
     content = path.read_bytes()
     files = {"tokenizer.json": content}

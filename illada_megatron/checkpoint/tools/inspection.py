@@ -10,11 +10,13 @@ import xxhash
 from illada_megatron.checkpoint.files.integrity import FileRecord, checksum
 from illada_megatron.checkpoint.files.names import EMA, WEIGHT, split_name
 from illada_megatron.checkpoint.files.storage import Folder
+from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.checkpoint.tools.compare import row_blocks
 from illada_megatron.checkpoint.tools.opening import OpenCheckpoint
 from illada_megatron.checkpoint.tools.processes import default_processes, pool
 from illada_megatron.checkpoint.tools.sources import Source
 from illada_megatron.config.parameters import parameters
+from illada_megatron.system.terminal import counted
 
 _COPIES_OF_A_BLOCK = 4
 _BLOCK_BYTES = 16 << 20
@@ -39,19 +41,28 @@ class Inspection:
     facts: list[tuple[str, str]]
     """Rows of a table: of the checkpoint as a whole."""
     tensors: list[TensorFacts]
-    """In the model's order, weights before optimizer state."""
+    """Those that were asked for, in the model's order, weights before optimizer state."""
+    left_out: int
+    """Of the optimizer's state."""
     damages: list[str]
 
 
 def inspect_checkpoint(
-    opened: OpenCheckpoint, norms: bool, verify: bool, memory_mb: int = 512, processes: int | None = None
+    opened: OpenCheckpoint,
+    norms: bool,
+    verify: bool,
+    memory_mb: int = 512,
+    processes: int | None = None,
+    optimizer: bool = True,
 ) -> Inspection:
-    """Look into a checkpoint. norms: of all tensors, streaming. verify: compare the checksums of its files.
+    """Look into a checkpoint. norms: of the tensors listed, streaming. verify: compare the checksums of its files.
+    optimizer: list its state too.
 
     memory_mb: of tensors that all processes together hold at a time. Raises CheckpointError, OSError.
     """
     source, info = opened.source, opened.info
-    names = _ordered(opened)
+    ordered = _ordered(opened)
+    names = [name for name in ordered if optimizer or split_name(name).state == WEIGHT]
     count = processes or default_processes()
     block_bytes = min(_BLOCK_BYTES, memory_mb * 10**6 // (count * _COPIES_OF_A_BLOCK))
     damages, found = _missing(opened), dict.fromkeys(names)
@@ -73,7 +84,7 @@ def inspect_checkpoint(
         )
         for name in names
     ]
-    return Inspection(_facts(opened, tensors, verify), tensors, damages)
+    return Inspection(_facts(opened, verify), tensors, len(ordered) - len(names), damages)
 
 
 def _ordered(opened: OpenCheckpoint) -> list[str]:
@@ -98,39 +109,72 @@ def _missing(opened: OpenCheckpoint) -> list[str]:
     return lines
 
 
-def _facts(opened: OpenCheckpoint, tensors: list[TensorFacts], verify: bool) -> list[tuple[str, str]]:
-    info, parallel = opened.info, opened.config.parallel
-    weights = sum(one.nbytes for one in tensors if split_name(one.name).state == WEIGHT)
-    elements = sum(math.prod(one.shape) for one in tensors if split_name(one.name).state == WEIGHT)
-    total = sum(one.nbytes for one in tensors)
-    average = sum(one.nbytes for one in tensors if split_name(one.name).state == EMA)
+def _facts(opened: OpenCheckpoint, verify: bool) -> list[tuple[str, str]]:
+    info, parallel, tensors = opened.info, opened.config.parallel, opened.source.tensors
+    of_model = [one for name, one in tensors.items() if split_name(name).state == WEIGHT]
+    weights = sum(one.nbytes for one in of_model)
+    elements = sum(math.prod(one.shape) for one in of_model)
+    total = sum(one.nbytes for one in tensors.values())
+    average = sum(one.nbytes for name, one in tensors.items() if split_name(name).state == EMA)
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     layout = (
         f"tensor {parallel.tensor_model_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}"
         f"{f' x {virtual} chunks' if virtual > 1 else ''}, data {parallel.data_parallel_size or 'any'}, "
         f"{'distributed' if parallel.use_distributed_optimizer else 'plain'} optimizer"
     )
-    files = f"{len(info.files):,}, {sum(record['bytes'] for record in info.files.values()):,} bytes"
     state = "checksums compared" if verify else "only sizes compared"
+    on_disk = sum(record["bytes"] for record in info.files.values())
     rows = [
         ("checkpoint", str(info.path)),
         ("format", opened.kind),
         ("step", f"{info.step:,}"),
-        ("saved under", layout),
-        ("precision", opened.config.training.precision),
+        *_progress(info, opened.config.data.sequence_length),
         ("parameters", f"{elements:,}"),
+        ("precision", opened.config.training.precision),
         ("weights", f"{weights:,} bytes"),
         ("optimizer", f"{total - weights:,} bytes" if total > weights else "none: weights only"),
         *([("of it, EMA of the weights", f"{average:,} bytes")] if average else []),
-        ("files", f"{files}; {state}" if info.files else "without checksums: Megatron has written them"),
+        (
+            "on disk",
+            f"{on_disk:,} bytes in {counted(len(info.files), 'file')}; {state}"
+            if info.files
+            else "without checksums: Megatron has written them",
+        ),
+        ("saved under", layout),
+        *_read(info),
         ("configuration", xxhash.xxh3_128_hexdigest(json.dumps(info.config, sort_keys=True).encode())),
     ]
-    for name, value in (info.progress or {}).items():
-        if name != "step":
-            rows.append((name.replace("_", " "), json.dumps(value) if isinstance(value, dict) else f"{value}"))
-    rows += [(f"fingerprint of {name}", json.dumps(value)) for name, value in info.fingerprints.items()]
-    rows += [(f"{name} version", version) for name, version in info.versions.items()]
+    return rows + [(f"{name} version", version) for name, version in info.versions.items()]
+
+
+def _progress(info: CheckpointInfo, sequence_length: int) -> list[tuple[str, str]]:
+    """Where the run was, in its own words at the end."""
+    if info.progress is None:
+        return [("progress", "none: weights that runs begin with")]
+    rest = dict(info.progress)
+    rest.pop("step", None)
+    rows = []
+    if (samples := rest.pop("consumed_samples", None)) is not None:
+        rows.append(("tokens", f"{samples * sequence_length:,} in {samples:,} consumed samples of {sequence_length:,}"))
+    if (held_out := rest.pop("held_out", None)) is not None:
+        bound = f"{held_out['bound_nats_per_token']:.4f} nats/token at step {held_out['step']:,}"
+        rows.append(("held-out bound", bound))
+    for name, value in rest.items():
+        rows.append((name.replace("_", " "), json.dumps(value) if isinstance(value, dict) else f"{value}"))
     return rows
+
+
+def _read(info: CheckpointInfo) -> list[tuple[str, str]]:
+    """What the run read."""
+    data = info.fingerprints.get("data") or {}
+    rows = [(f"corpus {name}".rstrip(), str(found)) for name, found in (data.get("corpora") or {}).items()]
+    order = data.get("order") or {}
+    if order:
+        rows.append(("order of samples", ", ".join(f"{name} {json.dumps(value)}" for name, value in order.items())))
+    if "tokenizer" in info.fingerprints:
+        rows.append(("tokenizer", f"SHA-256 {found}" if (found := info.fingerprints["tokenizer"]) else "none"))
+    known = {"data", "tokenizer"}
+    return rows + [(f"fingerprint of {k}", json.dumps(v)) for k, v in info.fingerprints.items() if k not in known]
 
 
 def _check(shared: tuple[Source, Folder, int], task: tuple[str, FileRecord]) -> str | None:

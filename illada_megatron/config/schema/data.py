@@ -113,7 +113,8 @@ class DataConfig(Section):
     holdout_tokens: NonNegativeInt = 0
     """Instead of validation_paths: the last tokens of each training corpus, which training then leaves out."""
     tokenizer_path: str | None = None
-    """A SentencePiece `.model` or a Hugging Face `tokenizer.json`."""
+    """A SentencePiece `.model` or a Hugging Face `tokenizer.json`, a directory with one, or `org/name` on the Hugging
+    Face hub (from its cache, or the network)."""
     sequence_length: PositiveInt = 512
     shuffle: bool = True
     loader_threads: PositiveInt = 2

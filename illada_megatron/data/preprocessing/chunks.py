@@ -228,11 +228,12 @@ def split_text(chunks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes | No
         yield bytes(pending)
 
 
-def count_newlines(path: Path, end: int) -> int:
-    """In bytes [0, end), to give a line its number."""
-    count = 0
+def count_newlines(path: Path, end: int, start: int = 0) -> int:
+    """In bytes [start, end), to give a line its number."""
+    count, left = 0, end - start
     with path.open("rb", buffering=0) as stream:
-        while end > 0 and (chunk := stream.read(min(CHUNK_BYTES, end))):
+        stream.seek(start)
+        while left > 0 and (chunk := stream.read(min(CHUNK_BYTES, left))):
             count += chunk.count(b"\n")
-            end -= len(chunk)
+            left -= len(chunk)
     return count

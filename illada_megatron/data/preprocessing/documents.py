@@ -12,6 +12,7 @@ import orjson
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import chunks
+from illada_megatron.data.preprocessing.bad_places import MOST_BAD_PLACES, BadPlace, told
 from illada_megatron.data.preprocessing.chat_template import BadConversation
 from illada_megatron.data.preprocessing.inputs import InputFile, require_unchanged
 from illada_megatron.data.preprocessing.plan import Piece, Reading
@@ -43,6 +44,8 @@ class Batch:
     """Reason -> number of documents."""
     bad: Counter[str] = field(default_factory=Counter)
     """Reason -> number of lines that could not be used; other than zero only with skip_bad_lines."""
+    bad_places: list[BadPlace] = field(default_factory=list)
+    """Where the first of those are."""
 
     def joined(self, after: "Batch") -> "Batch":
         return Batch(
@@ -52,6 +55,7 @@ class Batch:
             self.source_bytes + after.source_bytes,
             self.dropped + after.dropped,
             self.bad + after.bad,
+            (self.bad_places + after.bad_places)[:MOST_BAD_PLACES],
         )
 
 
@@ -63,8 +67,8 @@ class BadRecordError(Exception):
         self.reason = reason
 
 
-Place = Callable[[int], str]
-"""Number of a record in its batch -> where it stands, as file:line."""
+Place = Callable[[int], BadPlace]
+"""Number of a record in its batch -> where it stands."""
 
 
 @dataclass
@@ -115,7 +119,8 @@ def _read_records(job: Reading, piece: Piece, progress: chunks.Progress) -> Gene
 
         for rows in parquet.read_rows(path, piece.start, piece.end, job.text_key, job.max_document_bytes):
             progress(piece.size_bytes * rows.count // max(1, rows.total))
-            yield _Records(rows.values, rows.source_bytes, rows.place, rows.too_long)
+            place = functools.partial(_row_place, piece, rows.first)
+            yield _Records(rows.values, rows.source_bytes, place, rows.too_long)
         return
     if piece.file.compression == "gzip":
         stream = chunks.gzip_chunks(path, progress)
@@ -138,18 +143,19 @@ def _line_records(stream: Iterator[bytes], piece: Piece, limit_bytes: int) -> It
         before += len(lines)
 
 
-def _line_place(piece: Piece, before: int, line: int) -> str:
-    """file:line of line before + `line`, from 0, of those that begin in `piece`."""
-    line += before
-    if piece.start:
-        line += 1 + chunks.count_newlines(Path(piece.file.path), piece.start - 1)
-    return f"{piece.file.path}:{line + 1}"
+def _line_place(piece: Piece, before: int, line: int) -> BadPlace:
+    """Of line before + `line`, from 0, of those that begin in `piece`."""
+    return BadPlace(path=piece.file.path, behind_byte=piece.start, number=before + line + 1)
+
+
+def _row_place(piece: Piece, first: int, row: int) -> BadPlace:
+    return BadPlace(path=piece.file.path, row=first + row)
 
 
 def _text_records(stream: Iterator[bytes], piece: Piece, limit_bytes: int) -> Iterator[_Records]:
     for document in chunks.split_text(stream, limit_bytes):
         values = [] if document is None else [document]
-        yield _Records(values, len(document or b""), lambda _: piece.file.path, int(document is None))
+        yield _Records(values, len(document or b""), lambda _: BadPlace(path=piece.file.path), int(document is None))
 
 
 class _Texts:
@@ -196,8 +202,10 @@ class _Texts:
             except BadRecordError as error:
                 if not self._skip:
                     choice = "" if self._skip is None else ", or skip and count such documents: --skip-bad-lines"
-                    raise DataError(f"{records.place(i)}: {error}. Correct it{choice}") from error
+                    raise DataError(f"{told([records.place(i)])[0]}: {error}. Correct it{choice}") from error
                 batch.bad[error.reason] += 1
+                if len(batch.bad_places) < MOST_BAD_PLACES:
+                    batch.bad_places.append(records.place(i))
                 continue
             except BadConversation as error:
                 batch.dropped[str(error)] += 1

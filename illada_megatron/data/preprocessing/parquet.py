@@ -17,7 +17,8 @@ class Rows:
 
     values: list[Any]
     source_bytes: int
-    place: Callable[[int], str]
+    first: int
+    """Number of the first row: exact for each unless one before it in its batch was too long."""
     too_long: int
     count: int
     total: int
@@ -61,8 +62,7 @@ def _rows(path: Path, column: Any, first: int, limit_bytes: int, total: int) -> 
     is_short = _is_short(_library(path), column, limit_bytes) if source_bytes > limit_bytes or _shares(column) else None
     if is_short is not None:
         column = column.filter(is_short)
-    # the number of the row is that of the rows that were kept: exact unless one before it in its batch was too long
-    return Rows(_values(column), source_bytes, lambda i: f"{path}: row {first + i}", count - len(column), count, total)
+    return Rows(_values(column), source_bytes, first, count - len(column), count, total)
 
 
 def _without_views(pyarrow: Any, column: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing import records
+from illada_megatron.data.preprocessing.bad_places import told
 from illada_megatron.data.preprocessing.chat_template import load_chat_template
 from illada_megatron.data.preprocessing.claim import claimed_prefix, remove_records
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
@@ -19,7 +20,10 @@ from illada_megatron.data.preprocessing.progress import ProgressBar
 from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRecord
 from illada_megatron.data.preprocessing.worker_pool import run_here, run_workers
 from illada_megatron.data.shards.manifest import Manifest, write_manifest
+from illada_megatron.data.tokenizers.finding import find_tokenizer
+from illada_megatron.data.tokenizers.fitting import check_mask, without_mask
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.system.terminal import say
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,10 @@ class PreprocessSummary:
     def megabytes_per_second(self) -> float:
         return self.read_bytes / 1e6 / self.seconds
 
+    def bad_places(self) -> list[str]:
+        """Where the first bad lines are, as file:line. Raises OSError."""
+        return told(self.counts.bad_places)
+
     @property
     def was_finished(self) -> bool:
         """There was nothing left to do."""
@@ -95,6 +103,8 @@ def preprocess(
 ) -> PreprocessSummary:
     """Tokenize `inputs` (files, globs, directories; JSONL, Parquet, text) into `output_prefix`.bin/.idx or, of more
     than one shard, `output_prefix`_00000.bin/.idx and so on, and `output_prefix`.manifest.json.
+
+    tokenizer_path: as `find_tokenizer` takes it: a file, a directory, a name on the Hugging Face hub.
 
     A run that was stopped in any way goes on where it was when it is started again with the same inputs and options;
     the result is the same bytes, whatever the number of workers or machines.
@@ -129,9 +139,14 @@ def preprocess(
 def plan_job(
     inputs: Sequence[str | Path], output_prefix: str | Path, tokenizer_path: str | Path, options: PreprocessOptions
 ) -> tuple[Job, list[ShardTask], str]:
-    """What is to be done, and what is left out of the input; nothing is written."""
+    """What is to be done, and what is left out of the input; nothing is written. Says on stderr where the tokenizer
+    has no mask."""
     found = find_inputs(inputs, options.input_format)
+    tokenizer_path = find_tokenizer(tokenizer_path, "--tokenizer")
     tokenizer = load_tokenizer(tokenizer_path)
+    check_mask(tokenizer, tokenizer_path)
+    if tokenizer.mask_id is None:
+        say(f"warning: {without_mask(tokenizer, tokenizer_path)}", error=True)
     if options.append_eod and tokenizer.eos_id is None:
         raise DataError(
             f"{tokenizer_path}: the tokenizer has no end-of-document token (such as </s>): pass --no-append-eod, or "
@@ -147,10 +162,10 @@ def plan_job(
             raise DataError(f"{name} is {getattr(options, name)}, expected more than 0")
     if options.workers is not None and options.workers < 1:
         raise DataError(f"workers is {options.workers}, expected 1 or more")
-    chat = load_chat_template(Path(tokenizer_path), options.chat_template) if options.chat else None
+    chat = load_chat_template(tokenizer_path, options.chat_template) if options.chat else None
     job = Job(
         prefix=os.path.abspath(output_prefix),  # noqa: PTH100 (a prefix is no path: it may end in a dot)
-        tokenizer_path=str(Path(tokenizer_path).absolute()),
+        tokenizer_path=str(tokenizer_path.absolute()),
         tokenizer_sha256=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         engine=options.tokenizer_engine,

@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.preprocessing.bad_places import MOST_BAD_PLACES, BadPlace
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.shards.durable import write_whole
 from illada_megatron.data.shards.manifest import ShardEntry
@@ -32,6 +33,8 @@ class Counts(_Stored):
     """Reason -> documents that were left out, as intended."""
     bad: dict[str, int] = {}
     """Reason -> lines that could not be used (skip_bad_lines)."""
+    bad_places: tuple[BadPlace, ...] = ()
+    """Of the first of those, in the order of the input."""
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -40,6 +43,7 @@ class Counts(_Stored):
             text_bytes=self.text_bytes + other.text_bytes,
             dropped=_sum(self.dropped, other.dropped),
             bad=_sum(self.bad, other.bad),
+            bad_places=(self.bad_places + other.bad_places)[:MOST_BAD_PLACES],
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.data.preprocessing import records
+from illada_megatron.data.preprocessing.bad_places import MOST_BAD_PLACES
 from illada_megatron.data.preprocessing.chunks import CHUNK_BYTES
 from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder, Lengths, Tokens
 from illada_megatron.data.preprocessing.documents import Batch, read_batches
@@ -185,6 +186,8 @@ class _Counting:
             self._batch.text_bytes += source.text_bytes
             self._batch.dropped += source.dropped
             self._batch.bad += source.bad
+            if len(self._batch.bad_places) < MOST_BAD_PLACES:
+                self._batch.bad_places += source.bad_places
             self._report(source.read_bytes, 0 if batch.tokens is None else len(batch.tokens[0]))
             if batch.tokens is not None:
                 yield batch.tokens
@@ -196,4 +199,5 @@ class _Counting:
             text_bytes=self._batch.text_bytes,
             dropped=dict(sorted(self._batch.dropped.items())),
             bad=dict(sorted(self._batch.bad.items())),
+            bad_places=tuple(self._batch.bad_places[:MOST_BAD_PLACES]),
         )

@@ -9,6 +9,7 @@ from typing import Literal
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.documents import read_texts
 from illada_megatron.data.preprocessing.inputs import described, find_inputs
+from illada_megatron.data.tokenizers.finding import NAMES
 from illada_megatron.system.terminal import say
 from illada_megatron.system.whole_file import replaced
 
@@ -30,7 +31,8 @@ def train_sentencepiece(
     max_passages: int = 200_000,
     num_threads: int = 4,
 ) -> Path:
-    """Train on the `text_key` of every line and write `output_path` (ending in .model, written whole or not at all).
+    """Train on the `text_key` of every line and write `output_path` (ending in .model, written whole or not at all;
+    a directory gets a tokenizer.model).
 
     Nothing is normalised; runs of spaces and newlines can be pieces; each digit is its own piece; characters that
     are not in the vocabulary are spelled in bytes. So decode(encode(text)) == text for every text.
@@ -43,6 +45,8 @@ def train_sentencepiece(
     import sentencepiece
 
     output_path = Path(output_path)
+    if output_path.is_dir():
+        output_path /= NAMES[1]
     if output_path.suffix != ".model":
         raise DataError(f"{output_path}: a SentencePiece model is expected to end in .model; choose such a name")
     inputs = find_inputs(jsonl_paths)

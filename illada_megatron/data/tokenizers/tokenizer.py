@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from illada_megatron.data.errors import DataError
+from illada_megatron.data.tokenizers.finding import find_tokenizer
 
 MASK_NAMES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
 BOS_NAMES = ("<s>", "<|startoftext|>", "[BOS]", "<bos>", "<|begin_of_text|>")
@@ -19,7 +20,7 @@ EOS_NAMES = ("</s>", "<|endoftext|>", "[EOS]", "<eos>", "<|end_of_text|>")
 
 MOST_IDS = 1 << 24
 """Far above any vocabulary: what has a place for each id has room for them."""
-_UNKNOWN = "\U0010fffd"
+UNKNOWN_CHARACTER = "\U0010fffd"
 
 # SentencePiece writes a space as this character and reads it back as a space
 SPACE_SIGN = "\u2581"
@@ -55,31 +56,26 @@ class Tokenizer(Protocol):
         """One token as the vocabulary spells it, with its own sign for a space; "": there is none of this id."""
 
 
-def load_tokenizer(path: str | Path, special_tokens: bool = False) -> Tokenizer:
-    """The tokenizer in `path`, by its suffix: `.model` SentencePiece, `.json` Hugging Face.
+def load_tokenizer(name: str | Path, special_tokens: bool = False, option: str = "data.tokenizer_path") -> Tokenizer:
+    """The tokenizer that `find_tokenizer` finds: a file, a directory or a name on the Hugging Face hub.
 
     special_tokens: encode the name of a special token as that token, for text that a chat template has rendered.
+    option: that gave the name, for messages.
 
-    Raises DataError when there is no such file, the suffix is another or the library cannot read the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file, expected a tokenizer: correct data.tokenizer_path")
-    if path.suffix not in (".model", ".json"):
-        raise DataError(
-            f"{path}: the name ends in {path.suffix!r}, expected `.model` (SentencePiece) or `.json` (a Hugging Face "
-            "tokenizer.json): correct data.tokenizer_path"
-        )
-    return _parsed(path, path.read_bytes(), special_tokens)
+    Raises DataError when there is none or the library cannot read the file."""
+    path = find_tokenizer(name, option)
+    return parsed_tokenizer(path, path.read_bytes(), special_tokens)
 
 
 def forget_tokenizers() -> None:
     """Where this process needs the tokenizers that it has loaded no more: one takes some 50 MB."""
-    _parsed.cache_clear()
+    parsed_tokenizer.cache_clear()
 
 
 @functools.lru_cache(maxsize=2)
-def _parsed(path: Path, content: bytes, special_tokens: bool) -> Tokenizer:
-    """Whoever reads the same file again gets the same tokenizer: parsing one takes a tenth of a second."""
+def parsed_tokenizer(path: Path, content: bytes, special_tokens: bool = False) -> Tokenizer:
+    """The tokenizer of a file with this content. Whoever reads the same file again gets the same one: parsing takes a
+    tenth of a second. Raises DataError."""
     kind = SentencePieceTokenizer if path.suffix == ".model" else HuggingFaceTokenizer
     return kind(path, content, special_tokens)
 
@@ -223,7 +219,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             # what the file lacks for a character that it does not know, it would lack in the middle of a corpus
-            self._tokenizer.decode(self._tokenizer.encode(_UNKNOWN, add_special_tokens=False).ids)
+            self._tokenizer.decode(self._tokenizer.encode(UNKNOWN_CHARACTER, add_special_tokens=False).ids)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises bare Exception, and its panics are none

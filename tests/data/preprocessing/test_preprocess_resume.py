@@ -277,7 +277,7 @@ def test_several_keys_give_several_corpora(sentencepiece_path: Path, tmp_path: P
     process = _start([*_command([tmp_path / "in.jsonl"], tmp_path / "out", sentencepiece_path, 1), *keys])
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "1 documents" in output
+    assert "1 document," in output
     for key, documents in (("text", 2), ("title", 1)):
         (shard,) = read_manifest(tmp_path / f"out_{key}_document.manifest.json").shards
         assert shard.path == f"out_{key}_document"
