@@ -9,6 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from illada_megatron.cli.main import run_tool
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.inspect import (
@@ -21,7 +22,6 @@ from illada_megatron.data.shards.inspect import (
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.system.console import made_console
-from illada_megatron.system.terminal import fail
 
 SHOWN_SHARDS = 20
 
@@ -35,13 +35,11 @@ def main(
     tokenizer_model: Annotated[Path | None, typer.Option(help="shows documents' first tokens as text")] = None,
     samples: Annotated[int, typer.Option(help="how many documents of the first shard to show")] = 3,
 ) -> None:
-    """Statistics of shards. Exit status 1 with a list of all problems if there are any."""
+    """Statistics of shards. Exit status 1 with a list of all problems if there are any, 2 where nothing could be
+    looked at."""
     screen, problems = made_console(), []
-    try:
-        shards = find_shards(paths)
-        tokenizer = load_tokenizer(tokenizer_model) if tokenizer_model else None
-    except (DataError, OSError) as error:
-        fail(error)
+    shards = find_shards(paths)
+    tokenizer = load_tokenizer(tokenizer_model) if tokenizer_model else None
     statistics, opened = LengthStatistics(), []
     for shard in shards:
         try:
@@ -118,4 +116,4 @@ def verify_all(screen: Console, shards: list[FoundShard], vocab_size: int | None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_tool(main, "inspect_dataset")
