@@ -41,7 +41,7 @@ def preprocess(
     vocab_file: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of --tokenizer, with --merge-file: a byte-level BPE's vocab.json; writes PREFIX.tokenizer.json.",
+            help="Instead of --tokenizer: vocab.json of a byte-level BPE; PREFIX.tokenizer.json is written.",
             readable=_TOLD_HERE,
         ),
     ] = None,
@@ -198,8 +198,8 @@ def _tokenizer_file(
         raise DataError("no tokenizer: give --tokenizer (or --tokenizer-model), or --vocab-file and --merge-file")
     if isinstance(file, tuple) and tokenizer.suffix in (".model", ".json") and tokenizer.suffix not in file:
         raise DataError(
-            f"{tokenizer}: --tokenizer-type {kind} expects a file that ends in {' or '.join(file)}: leave the type out, "
-            "it is known by the name"
+            f"{tokenizer}: --tokenizer-type {kind} expects a file that ends in {' or '.join(file)}: leave the type "
+            "out, it is known by the name"
         )
     return tokenizer
 

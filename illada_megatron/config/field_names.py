@@ -42,7 +42,7 @@ _HUGGING_FACE = {
     "learning_rate": "training.lr",
     "per_device_train_batch_size": "training.micro_batch_size",
     "train_batch_size": "training.global_batch_size",
-    "gradient_accumulation_steps": "set training.global_batch_size = training.micro_batch_size * this * data-parallel size",
+    "gradient_accumulation_steps": "set training.global_batch_size = micro_batch_size * this * data-parallel size",
     "max_steps": "training.train_steps",
     "num_train_epochs": "set training.train_steps; data.max_epochs bounds how often a corpus is read",
     "gradient_checkpointing": "training.recompute",

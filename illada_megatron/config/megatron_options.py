@@ -32,7 +32,7 @@ class Given:
 
 
 def read_options(words: Sequence[str]) -> Given:
-    """words: of the whole command, as `torchrun --nproc_per_node 8 pretrain_gpt.py --num-layers 32 ...`, or its options.
+    """words: of a command, as `torchrun --nproc_per_node 8 pretrain_gpt.py --num-layers 32 ...`, or its options.
 
     Raises ConfigError: a value of another type, a shell variable that nobody has set, or another program."""
     given = Given()

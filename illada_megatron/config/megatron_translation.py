@@ -7,6 +7,7 @@ num_microbatches_calculator.py.
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, get_args
 
 import yaml
@@ -124,7 +125,17 @@ def _model(done: Translation) -> None:
 
 
 def _rope_scaling(done: Translation) -> None:
-    if done.given.get("--use-rope-scaling"):
+    """Llama 3.1's numbers, as megatron/core/models/common/embeddings/rotary_pos_embedding.py has them."""
+    if not done.given.get("--use-rope-scaling"):
+        return
+    scaling = {
+        "rope_type": "llama3",
+        "factor": done.given.get("--rope-scaling-factor", 8.0),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    if not done.put("model.rope_scaling", scaling):
         done.notes["not supported"].append("--use-rope-scaling: rotary frequencies are not scaled")
 
 
@@ -218,8 +229,8 @@ def _stepwise(done: Translation, text: str) -> None:
     except ValueError as error:
         raise ConfigError(f"--step-batch-size-schedule is {text!r}, expected THRESHOLD:BATCH ...") from error
     starts, sizes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    rises = {b - a for a, b in zip(sizes, sizes[1:], strict=False)}
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    rises = {b - a for a, b in pairwise(sizes)}
+    lengths = [b - a for a, b in pairwise(starts)]
     if len(rises) == 1 and starts[0] == 0 and max(lengths) - min(lengths) < 1e-6 * max(lengths):
         done.put("training.rampup_batch_size", [sizes[0], rises.pop(), round(starts[-1])])
         done.put("training.global_batch_size", sizes[-1])

@@ -54,8 +54,8 @@ class BlendPhase(Section):
 
 
 def weighted_paths(words: Sequence[str]) -> list[BlendEntry]:
-    """`0.3 dir/a 0.7 dir/b`, Megatron's --data-path, as a blend: corpora named as their files. Empty: there is no weight
-    before each path, and so no blend."""
+    """`0.3 dir/a 0.7 dir/b`, Megatron's --data-path, as a blend of corpora named as their files. Empty: not every
+    path has a weight before it."""
     weights = [_number(word) for word in words[::2]]
     paths = words[1::2]
     if not paths or len(weights) != len(paths) or None in weights or any(_number(path) is not None for path in paths):

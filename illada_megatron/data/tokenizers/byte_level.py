@@ -1,4 +1,4 @@
-"""A byte-level BPE in GPT-2's two files, vocab.json and merges.txt, as the one tokenizer.json that this program reads."""
+"""A byte-level BPE in GPT-2's two files, vocab.json and merges.txt, as one tokenizer.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def write_tokenizer_json(vocab_file: str | Path, merge_file: str | Path, path: P
     if path.exists():
         if path.read_bytes() != made.content:
             raise DataError(
-                f"{path} is the tokenizer of other files than {vocab_file} and {merge_file}: remove it, or take another "
+                f"{path} was made of other files than {vocab_file} and {merge_file}: remove it, or take another "
                 "--output-prefix"
             )
         return made
