@@ -1,9 +1,7 @@
-"""`illada convert` under Megatron's habit of tools: `to-hf CHECKPOINT DIRECTORY`, `from-hf DIRECTORY CHECKPOINT`."""
+"""`illada convert` under Megatron's habit of tools: `to-hf CHECKPOINT DIRECTORY`, `from-hf DIRECTORY CHECKPOINT`, or
+tools/checkpoint/convert.py's --loader, --saver, --load-dir and --save-dir."""
 
-import sys
-
-from illada_megatron.cli.main import main
+from illada_megatron.cli.main import run_convert_tool
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "convert")
-    main()
+    run_convert_tool()

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from illada_megatron.cli.main import run_tool
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.inspect import (
@@ -20,7 +21,7 @@ from illada_megatron.data.shards.inspect import (
 from illada_megatron.data.shards.shard_list import FoundShard, find_shards
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.system.console import made_console
-from illada_megatron.system.terminal import counted, fail
+from illada_megatron.system.terminal import counted
 
 SHOWN_SHARDS = 20
 
@@ -36,13 +37,11 @@ def main(
     ] = None,
     samples: Annotated[int, typer.Option(help="how many documents of the first shard to show")] = 3,
 ) -> None:
-    """Statistics of shards. Exit status 1 with a list of all problems if there are any."""
+    """Statistics of shards. Exit status 1 with a list of all problems if there are any, 2 where nothing could be
+    looked at."""
     screen, problems = made_console(), []
-    try:
-        shards = find_shards(paths)
-        tokenizer = load_tokenizer(tokenizer_model, option="--tokenizer-model") if tokenizer_model else None
-    except (DataError, OSError) as error:
-        fail(error)
+    shards = find_shards(paths)
+    tokenizer = load_tokenizer(tokenizer_model, option="--tokenizer-model") if tokenizer_model else None
     statistics, opened = LengthStatistics(), []
     for shard in shards:
         try:
@@ -119,4 +118,4 @@ def verify_all(screen: Console, shards: list[FoundShard], vocab_size: int | None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_tool(main, "inspect_dataset")

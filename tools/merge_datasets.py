@@ -6,27 +6,24 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from illada_megatron.data.errors import DataError
+from illada_megatron.cli.main import run_tool
 from illada_megatron.data.shards.merge import merge, progress_bytes
 from illada_megatron.data.shards.shard_list import find_shards
-from illada_megatron.system.terminal import counted, fail, say
+from illada_megatron.system.terminal import counted, say
 
 
 def main(
     input: Annotated[
-        list[str], typer.Option(help="folder, prefix, quoted glob of prefixes or manifest; repeat the option for more")
+        list[str], typer.Option(help="folders, prefixes, quoted globs of prefixes or manifests, in this order")
     ],
     output_prefix: Annotated[Path, typer.Option(help="PREFIX of the PREFIX.bin and PREFIX.idx to write")],
 ) -> None:
     """Concatenate shards of one token type. Inputs from manifests give the output a manifest, PREFIX.manifest.json."""
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    try:
-        shards = find_shards(input)
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task("merge", total=progress_bytes(shards))
-            summary = merge(shards, output_prefix, lambda count: bar.advance(task, count))
-    except (DataError, OSError) as error:
-        fail(error)
+    shards = find_shards(input)
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("merge", total=progress_bytes(shards))
+        summary = merge(shards, output_prefix, lambda count: bar.advance(task, count))
     say(
         f"{output_prefix}: {counted(len(shards), 'shard')}, {counted(summary.documents, 'document')}, "
         f"{counted(summary.tokens, 'token')}, "
@@ -37,4 +34,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_tool(main, "merge_datasets")

@@ -1,14 +1,17 @@
-"""`illada`: train, evaluate, generate, sample, preprocess, tokenizer, checkpoint, convert, plan, doctor."""
+"""`illada`: train, evaluate, generate, preprocess, tokenizer, sample, plan, translate, doctor, checkpoint, convert; and
+how it, and the programs of tools/, end."""
 
 import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 
 import typer
 
+from illada_megatron.cli.megatrons_habits import MegatronsHabits, converter_words, tool_app
 from illada_megatron.system.terminal import say, show_defect
 
 # Command -> module of this folder and what it is there; in the order of the help.
@@ -20,6 +23,7 @@ _COMMANDS = {
     "tokenizer": ("tokenizer_command", "app"),
     "sample": ("sample_command", "sample"),
     "plan": ("plan_command", "plan"),
+    "translate": ("translate_command", "translate_command"),
     "doctor": ("run_commands", "doctor"),
     "checkpoint": ("checkpoint_commands", "app"),
     "convert": ("convert_command", "app"),
@@ -44,7 +48,9 @@ def _made_app(names: list[str]) -> typer.Typer:
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name)
         else:
-            app.command(name)(command)
+            # another program's options are the words that `translate` is about
+            settings = {"ignore_unknown_options": name == "translate"}
+            app.command(name, cls=MegatronsHabits, context_settings=settings)(command)
     return app
 
 
@@ -68,8 +74,28 @@ def main() -> None:
     sys.excepthook = show_defect
     # what the other commands import takes as long as starting Python
     asked = [name for name in sys.argv[1:2] if name in _COMMANDS]
+    _run(_made_app(asked or list(_COMMANDS)))
+
+
+def run_tool(function: Callable[..., None], tool: str) -> None:
+    """Entry point of tools/TOOL.py; it ends as `main` does."""
+    sys.excepthook = show_defect
+    _run(tool_app(function, tool))
+
+
+def run_convert_tool() -> None:
+    """Entry point of tools/convert_checkpoint.py: `illada convert`, also with the options of Megatron's converter."""
+    app = _made_app(["convert"])
+
+    def convert() -> None:
+        app(["convert", *converter_words(sys.argv[1:])])
+
+    _run(convert)
+
+
+def _run(app: Callable[[], None]) -> None:
     try:
-        _made_app(asked or list(_COMMANDS))()
+        app()
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise

@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 # typer looks whether a path can be read and, whatever the system answers, calls it the user's mistake: a disk that may
 # come back is none
 _TOLD_HERE = False
-# Megatron's --tokenizer-type -> how the file's name has to end
-_TOKENIZER_TYPES = {
-    "HuggingFaceTokenizer": ".json",
-    "SentencePieceTokenizer": ".model",
-    "GPTSentencePieceTokenizer": ".model",
-    "Llama2Tokenizer": ".model",
-}
 
 
 def preprocess(
@@ -34,27 +27,33 @@ def preprocess(
         Path, typer.Option(help="Writes PREFIX.manifest.json and PREFIX[_00000].bin/.idx.", readable=_TOLD_HERE)
     ],
     tokenizer: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--tokenizer",
             "--tokenizer-model",
             help="A SentencePiece .model or Hugging Face tokenizer.json, a directory with one, or org/name on the hub.",
             readable=_TOLD_HERE,
         ),
-    ],
+    ] = None,
     inputs: Annotated[
         list[Path] | None, typer.Argument(help="Files, globs or directories, in this order.", readable=_TOLD_HERE)
     ] = None,
-    input: Annotated[
-        list[Path] | None, typer.Option(help="The same as INPUTS; may be repeated.", readable=_TOLD_HERE)
+    input: Annotated[list[Path] | None, typer.Option(help="The same as INPUTS.", readable=_TOLD_HERE)] = None,
+    vocab_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --tokenizer: vocab.json of a byte-level BPE; PREFIX.tokenizer.json is written.",
+            readable=_TOLD_HERE,
+        ),
     ] = None,
+    merge_file: Annotated[Path | None, typer.Option(help="Its merges.txt.", readable=_TOLD_HERE)] = None,
     tokenizer_type: Annotated[str | None, typer.Option(help="Megatron's name for it; checked, not needed.")] = None,
     json_keys: Annotated[
         list[str] | None,
         typer.Option(
             "--json-keys",
             "--json-key",
-            help="Key or column of the text (default: text; messages with --chat). Several: repeated, a corpus each, "
+            help="Key or column of the text (default: text; messages with --chat). Several: a corpus each, "
             "PREFIX_KEY_document.",
         ),
     ] = None,
@@ -94,9 +93,11 @@ def preprocess(
 
     Then train on `data.train_paths=[data/train.manifest.json]`.
     """
-    found = find_tokenizer(tokenizer, "--tokenizer")
-    _check_type(found, tokenizer_type)
     paths = [*(inputs or []), *(input or [])]
+    if not paths:
+        keys_too = f"; --json-keys took {' '.join(json_keys)}: give --input FILE" if json_keys else ""
+        raise DataError(f"no input: name files, globs or directories{keys_too}")
+    found = _tokenizer_file(tokenizer, tokenizer_type, vocab_file, merge_file, output_prefix)
     is_chat = chat or chat_template is not None
     keys: list[str | None] = [*json_keys] if json_keys else [None]
     with _stoppable(), _process_of_its_own():
@@ -175,16 +176,50 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_type(tokenizer: Path, tokenizer_type: str | None) -> None:
-    if tokenizer_type is None:
-        return
-    if tokenizer_type not in _TOKENIZER_TYPES:
-        raise DataError(f"--tokenizer-type is {tokenizer_type}, expected one of {', '.join(_TOKENIZER_TYPES)}")
-    if tokenizer.suffix != _TOKENIZER_TYPES[tokenizer_type]:
-        raise DataError(
-            f"{tokenizer}: --tokenizer-type {tokenizer_type} expects a file that ends in "
-            f"{_TOKENIZER_TYPES[tokenizer_type]}: leave the type out, it is known by the name"
+def _tokenizer_file(
+    tokenizer: str | None, kind: str | None, vocab_file: Path | None, merge_file: Path | None, output_prefix: Path
+) -> Path:
+    """The tokenizer's file; of --vocab-file and --merge-file, one that is written. Raises DataError: it is not the
+    --tokenizer-type that was named, or there is none."""
+    from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, TOKENIZER_TYPES
+
+    file = TOKENIZER_TYPES.get(kind, "no type of Megatron's") if kind is not None else None
+    if isinstance(file, str) and file != BYTE_LEVEL_BPE:
+        here = ", ".join(
+            name for name, of in TOKENIZER_TYPES.items() if not isinstance(of, str) or of == BYTE_LEVEL_BPE
         )
+        raise DataError(f"--tokenizer-type is {kind}: {file}; expected one of {here}")
+    if vocab_file is not None and merge_file is not None:
+        if tokenizer is not None or file not in (None, BYTE_LEVEL_BPE):
+            other = f"--tokenizer {tokenizer}" if tokenizer is not None else f"--tokenizer-type {kind}"
+            raise DataError(f"{other} and --vocab-file, --merge-file are both given: leave one of them out")
+        return _made_tokenizer(vocab_file, merge_file, output_prefix)
+    if file == BYTE_LEVEL_BPE or vocab_file is not None or merge_file is not None:
+        raise DataError(
+            f"--vocab-file is {vocab_file}, --merge-file {merge_file}: expected the vocab.json and the merges.txt of a "
+            "byte-level BPE; a tokenizer.json is given as --tokenizer, without --tokenizer-type"
+        )
+    if tokenizer is None:
+        raise DataError("no tokenizer: give --tokenizer (or --tokenizer-model), or --vocab-file and --merge-file")
+    found = find_tokenizer(tokenizer, "--tokenizer")
+    if isinstance(file, tuple) and found.suffix not in file:
+        raise DataError(
+            f"{found}: --tokenizer-type {kind} expects a file that ends in {' or '.join(file)}: leave the type out, it "
+            "is known by the name"
+        )
+    return found
+
+
+def _made_tokenizer(vocab_file: Path, merge_file: Path, output_prefix: Path) -> Path:
+    from illada_megatron.data.tokenizers.byte_level import write_tokenizer_json
+
+    path = Path(f"{output_prefix}.tokenizer.json")
+    made = write_tokenizer_json(vocab_file, merge_file, path)
+    say(
+        f"{path}: byte-level BPE; train on it with data.tokenizer_path={path} model.vocab_size={made.vocab_size} "
+        f"model.mask_token_id={made.mask_id}"
+    )
+    return path
 
 
 def _told(summary: "PreprocessSummary") -> str:

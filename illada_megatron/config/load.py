@@ -4,17 +4,18 @@
 configuration from elsewhere, secrets would go to the places that it names. The shell puts variables into overrides.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from illada_megatron.config.field_names import hint_for, section_class
 from illada_megatron.config.layout import RunConfig
 from illada_megatron.system.whole_file import replaced
 
@@ -41,23 +42,55 @@ def load_config(
     which nothing is resolved; None: the defaults. A file may name what it builds on with a top-level `base:` (a preset
     or a path relative to the file).
     overrides: `section.field=value`, values as in YAML, the last one wins.
-    source: what an error calls the configuration; None: its path.
+    source: what an error calls the configuration, but where an override is to blame; None: its path.
     Raises ConfigError.
     """
-    source = source or (str(config) if isinstance(config, str | Path) else "overrides")
+    source = source or (str(config) if isinstance(config, str | Path) else "the configuration")
+    count = 0
     try:
         layers = _layers(config) if isinstance(config, str | Path) else [_stored(config or {}, source)]
-        for text in overrides:
-            if "=" not in text:
-                raise ConfigError(f"override {text!r}: expected section.field=value, as training.lr=1e-3")
-            layers.append(OmegaConf.from_dotlist([text]))
-            _require_plain(layers[-1], text)
+        count = len(layers)
+        layers += [_override(text) for text in overrides]
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{source}: {error}") from error
-    return _validate(values, source)
+    try:
+        return _validated(values)
+    except ValidationError as error:
+        lines = [f"{_blamed(one, overrides, layers[:count], source)}: {_explain(one)}" for one in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _override(text: str) -> Any:
+    if "=" not in text:
+        raise ConfigError(f"override {text!r}: expected section.field=value, as training.lr=1e-3")
+    try:
+        layer = OmegaConf.from_dotlist([text])
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"override {text!r}: {error}") from error
+    _require_plain(layer, text)
+    return layer
+
+
+def _blamed(error: Any, overrides: Sequence[str], before: list[Any], source: str) -> str:
+    """Who has to change: the override that sets the field; of what does not fit together, the overrides that are there
+    where it fits without them (`before`: the layers without them); else what `source` says."""
+    where = [str(part) for part in error["loc"]]
+    for text in reversed(overrides):
+        parts = text.partition("=")[0].split(".")
+        if (
+            where
+            and (parts[: len(where)] == where or where[: len(parts)] == parts)
+            and len(where) >= min(2, len(parts))
+        ):
+            return f"override {text!r}"
+    if overrides:
+        with suppress(OmegaConfBaseException, ValueError):  # pydantic's ValidationError is one
+            _validated(OmegaConf.to_container(OmegaConf.merge(*before), resolve=True))
+            return f"{source} with {' '.join(overrides)}"
+    return source
 
 
 def _stored(values: Mapping[str, Any], source: str) -> Any:
@@ -90,13 +123,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(one)
 
 
-def _validate(values: Any, source: str) -> RunConfig:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected sections with fields, found {type(values).__name__}")
-    try:
-        return RunConfig.model_validate(_tuples(values))
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "\n".join(map(_explain, error.errors()))) from error
+def _validated(values: Any) -> RunConfig:
+    return RunConfig.model_validate(_tuples(values) if isinstance(values, dict) else values)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -143,16 +171,12 @@ def _tuples(values: dict[Any, Any]) -> dict[Any, Any]:
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("constrained", "literal")))
     if error["type"] == "extra_forbidden":
+        *outer, name = error["loc"]
         parent: Any = RunConfig
-        listed: Any = None
-        for part in error["loc"][:-1]:
-            annotation = get_args(listed)[0] if isinstance(part, int) else parent.model_fields[part].annotation
-            listed = annotation  # of a list the next part is a number, and its items' class is the parent
-            kinds = [annotation, *get_args(annotation)]  # of an optional section the first is the section
-            parent = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), parent)
-        close = difflib.get_close_matches(str(error["loc"][-1]), parent.model_fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(parent.model_fields)}"
-        return f"{where}: unknown field; {hint}"
+        for part in outer:
+            if not isinstance(part, int):  # of a list the next part is a number
+                parent = section_class(parent.model_fields[part].annotation)
+        return f"{where}: unknown field; {hint_for(str(name), list(parent.model_fields))}"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
     return f"{where}: {error['msg']}, found {error['input']!r}"

@@ -1,6 +1,8 @@
 """What is read, and how it is noised."""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -94,6 +96,46 @@ class BlendPhase(Section):
     """By name; a corpus left out is not read in this phase."""
 
 
+def weighted_paths(words: Sequence[str]) -> list[BlendEntry]:
+    """`0.3 dir/a 0.7 dir/b`, Megatron's --data-path, as a blend of corpora named as their files. Empty: not every
+    path has a weight before it."""
+    weights = [_number(word) for word in words[::2]]
+    paths = words[1::2]
+    if not paths or len(weights) != len(paths) or None in weights or any(_number(path) is not None for path in paths):
+        return []
+    names: list[str] = []
+    for path in paths:
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.rstrip("/").rpartition("/")[2].removesuffix(".manifest.json"))
+        again = sum(one == name or one.startswith(f"{name}_again") for one in names)
+        names.append(f"{name}_again{again}" if again else name or "corpus")
+    return [
+        BlendEntry(name=name, paths=[path], weight=weight)
+        for name, path, weight in zip(names, paths, weights, strict=True)
+        if weight is not None
+    ]
+
+
+def blend_override(blend: Sequence[BlendEntry]) -> str:
+    """As it is typed in a shell."""
+    entries = ", ".join(f"{{name: {one.name}, paths: [{one.paths[0]}], weight: {one.weight:g}}}" for one in blend)
+    return f"'data.blend=[{entries}]'"
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _require_no_weights(name: str, paths: Sequence[str]) -> None:
+    if not any(_number(path) is not None for path in paths):
+        return
+    blend = weighted_paths(paths) if name == "train_paths" else []
+    mend = f"write {blend_override(blend)} instead" if blend else "write paths alone"
+    raise ValueError(f"{name} has numbers among its paths, {list(paths)}: weights belong to data.blend; {mend}")
+
+
 class DataConfig(Section):
     """What is read."""
 
@@ -124,6 +166,8 @@ class DataConfig(Section):
 
     @validator(mode="after")
     def _check(self) -> Self:
+        _require_no_weights("train_paths", self.train_paths)
+        _require_no_weights("validation_paths", self.validation_paths)
         names = [entry.name for entry in self.blend]
         if self.train_paths and self.blend:
             raise ValueError("train_paths and blend are both given: name one corpus or a blend of several")
