@@ -70,7 +70,7 @@ def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
 
 def start_table(state: TrainingState) -> list[tuple[str, str]]:
     """All rows of the start-up table."""
-    config, corpus = state.config, state.source.corpus
+    config, corpus = state.config, state.source.maker.corpus
     diffusion = config.diffusion
     boundary = {
         "split": f"split with probability {diffusion.split_probability}",

@@ -84,9 +84,7 @@ def train(config: RunConfig) -> TrainResult:
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     watchdog.now("validation", state.step)
-                    reporter.held_out(
-                        state.step, evaluate(state.chunks, state.validation, config.validation.num_samples)
-                    )
+                    reporter.held_out(state.step, evaluate(state.chunks, state.validation))
                 # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
                 save_due |= _due(config.checkpoint.interval_steps, state.step)
                 if save_due and not state.bad_steps.streak:
@@ -149,7 +147,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         first_sample=first_sample,
         consumed_samples=state.consumed_samples,
         consumed_tokens=state.consumed_samples * config.data.sequence_length,
-        epochs=state.source.corpus.epochs(state.consumed_samples),
+        epochs=state.source.maker.corpus.epochs(state.consumed_samples),
         **_speed(state, sums, batch_size, seconds),
         skipped=not good,
         skipped_steps=state.bad_steps.count,
@@ -163,7 +161,8 @@ def _spike(state: TrainingState, loss: float, first_sample: int, batch_size: int
     found = state.spikes.observe(loss)
     if found is None:
         return None
-    return Spike(loss, *found, first_sample, first_sample + batch_size, state.source.times(first_sample, batch_size))
+    times = state.source.maker.times(first_sample, batch_size)
+    return Spike(loss, *found, first_sample, first_sample + batch_size, times)
 
 
 def _speed(state: TrainingState, sums: StepSums, batch_size: int, seconds: float) -> dict[str, Any]:
