@@ -136,6 +136,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         *("training.global_batch_size=4", "training.train_steps=3", "training.lr=5e-3", "schedule.warmup_steps=0"),
         *("runtime.device=cpu", "runtime.num_threads=1"),
         *(f"data.train_paths=[{shard}]", f"data.validation_paths=[{held_out}]", "validation.num_samples=5"),
+        "validation.evaluate_samples=5",
     )
 
 

@@ -23,10 +23,21 @@ class Step:
     consumed_tokens: int
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A held-out bound, nats/token, and its standard error."""
+
+    value: float
+    error: float
+    bits_per_byte: str
+    """With its own error."""
+
+
 def read_steps(path: Path) -> list[Step]:
     """All steps of a run, in order."""
     records = map(json.loads, path.read_text().splitlines())
-    return [Step(**{name: record[name] for name in Step.__dataclass_fields__}) for record in records]
+    names = Step.__dataclass_fields__
+    return [Step(**{name: record[name] for name in names}) for record in records if "loss" in record]
 
 
 def mean_loss(steps: Sequence[Step]) -> float:
@@ -45,26 +56,30 @@ def smoothed(steps: Sequence[Step], window: int = SMOOTHED_STEPS) -> list[float]
 
 
 def summary_rows(
-    steps: Sequence[Step], change: int, parameters: int, entropy: float, held_out: dict[int, float]
+    steps: Sequence[Step], change: int, parameters: int, entropy: float, held_out: dict[int, Bound]
 ) -> list[tuple[str, str]]:
     """Rows of the summary table.
 
-    change: the step after which the layout changed. entropy: of the training corpus's unigrams (nats/token).
-    held_out: bound (nats/token) by step; its smallest and largest step are before and after training.
+    change: the step after which the layout changed. entropy: of the held-out text's unigrams (nats/token).
+    held_out: bound by step; its smallest and largest step are before and after training.
     """
     before, after = steps[:change], steps[change:]
     window = min(SMOOTHED_STEPS, len(before), len(after))
     last = mean_loss(steps[-window:])
-    first_bound, last_bound = held_out[min(held_out)], held_out[max(held_out)]
+    first, after_all = held_out[min(held_out)], held_out[max(held_out)]
     return [
         ("layout", f"data parallel 2 for steps 1-{change}, then tensor 2 x pipeline 2 until step {steps[-1].step}"),
         ("parameters", f"{parameters:,}"),
         ("tokens seen", f"{steps[-1].consumed_tokens:,}"),
         ("first loss", f"{mean_loss(steps[:FIRST_STEPS]):.3f} nats/token (mean of the first {FIRST_STEPS} steps)"),
         ("last loss", f"{last:.3f} nats/token (mean of the last {window} steps)"),
-        ("unigram entropy", f"{entropy:.3f} nats/token; the last loss is {entropy - last:.3f} below it"),
         ("at the change", f"{mean_loss(before[-window:]):.3f} -> {mean_loss(after[:window]):.3f}, {window} steps each"),
-        ("held-out bound", f"{first_bound:.3f} nats/token before training, {last_bound:.3f} after"),
+        (
+            "held-out bound",
+            f"{first.value:.3f} nats/token before training, {after_all.value:.3f} +- {after_all.error:.3f} after: "
+            f"{after_all.bits_per_byte} bits/byte",
+        ),
+        ("unigram entropy", f"{entropy:.3f} nats/token of the held-out text, {entropy - after_all.value:.3f} above"),
         (
             "tokens/s",
             f"{tokens_per_second(before):,.0f} on 2 processes, {tokens_per_second(after):,.0f} on 4 (medians)",
@@ -72,7 +87,7 @@ def summary_rows(
     ]
 
 
-def draw_loss(steps: Sequence[Step], change: int, entropy: float, held_out: dict[int, float], path: Path) -> None:
+def draw_loss(steps: Sequence[Step], change: int, entropy: float, held_out: dict[int, Bound], path: Path) -> None:
     """The loss curve with everything that it should be compared with, as a PNG."""
     import matplotlib
 
@@ -83,13 +98,16 @@ def draw_loss(steps: Sequence[Step], change: int, entropy: float, held_out: dict
     numbers = [step.step for step in steps]
     axes.plot(numbers, [step.loss for step in steps], ".", color="0.78", markersize=3, label="loss of each step")
     axes.plot(numbers, smoothed(steps), color="#1864ab", label=f"mean of the last {SMOOTHED_STEPS} steps")
-    points = sorted(held_out.items())
-    axes.plot(*zip(*points, strict=True), "o-", color="#e8590c", linewidth=1, label="held-out bound")
-    axes.axhline(entropy, color="0.35", linestyle="--", linewidth=1, label=f"unigram entropy, {entropy:.2f}")
+    points = sorted(held_out)
+    values, errors = [held_out[step].value for step in points], [held_out[step].error for step in points]
+    label = "held-out bound, +- standard error"
+    axes.errorbar(points, values, errors, fmt="o-", color="#e8590c", linewidth=1, capsize=3, markersize=4, label=label)
+    label = f"unigram entropy of the held-out text, {entropy:.2f}"
+    axes.axhline(entropy, color="0.35", linestyle="--", linewidth=1, label=label)
     axes.axvline(change + 0.5, color="#2b8a3e", linewidth=1)
     axes.annotate("DP 2 | TP 2 x PP 2 ", (change + 0.5, 0.02), xycoords=("data", "axes fraction"), ha="center")
     low = min(step.loss for step in steps)
-    axes.set(xlabel="step", ylabel="nats/token", ylim=(max(0.0, low - 0.3), max(held_out.values()) + 0.7))
+    axes.set(xlabel="step", ylabel="nats/token", ylim=(max(0.0, low - 0.3), max(values) + 0.7))
     axes.legend(loc="upper right")
     axes.set_title("iLLaDA trained by `make demo`", loc="left")
     figure.savefig(path, dpi=110)

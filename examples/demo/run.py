@@ -30,8 +30,9 @@ from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 from illada_megatron.runtime.tables import two_columns
 
 REPOSITORY = Path(__file__).parents[2]
-_BOUND = re.compile(r"held-out bound (\d+\.\d+) nats/token")
-_STEP_BOUND = re.compile(r"^step +(\d+)  held-out bound (\d+\.\d+) nats/token", re.MULTILINE)
+_FIGURES = r"held-out bound (\S+) \+- (\S+) nats/token, (\S+ \+- \S+) bits/byte"
+_BOUND = re.compile(_FIGURES)
+_STEP_BOUND = re.compile(rf"^step +(\d+)  {_FIGURES}", re.MULTILINE)
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -42,8 +43,8 @@ class Demo:
 
     directory: Path
     config: RunConfig
-    held_out: dict[int, float] = field(default_factory=dict)
-    """Held-out bound (nats/token) by the number of steps done."""
+    held_out: dict[int, report.Bound] = field(default_factory=dict)
+    """By the number of steps done."""
     stages: int = 0
 
     @property
@@ -157,7 +158,7 @@ def summarize(demo: Demo, seconds: float) -> None:
     """The loss curve, then the table of what happened and where it lies."""
     home = demo.directory / "demo"
     steps = report.read_steps(home / "run" / "steps.jsonl")
-    entropy = unigram_entropy([home / "shards" / "train"], demo.config.model.vocab_size)
+    entropy = unigram_entropy([home / "shards" / "heldout"], demo.config.model.vocab_size)
     report.draw_loss(steps, demo.exit_step, entropy, demo.held_out, home / "loss.png")
     rows = report.summary_rows(steps, demo.exit_step, demo.config.model.num_parameters, entropy, demo.held_out)
     rows += [
@@ -192,17 +193,18 @@ def _layout(size: int) -> tuple[str, str]:
     return f"parallel.tensor_model_parallel_size={size}", f"parallel.pipeline_model_parallel_size={size}"
 
 
-def _bound(output: str) -> float:
+def _bound(output: str) -> report.Bound:
     """The bound that `illada evaluate` printed."""
     found = _BOUND.search(output)
     if found is None:
         sys.exit("illada evaluate printed no held-out bound")
-    return float(found[1])
+    return report.Bound(float(found[1]), float(found[2]), found[3])
 
 
-def _bounds(output: str) -> dict[int, float]:
+def _bounds(output: str) -> dict[int, report.Bound]:
     """The bounds that `illada train` printed, by step."""
-    return {int(step): float(bound) for step, bound in _STEP_BOUND.findall(output)}
+    found = _STEP_BOUND.findall(output)
+    return {int(step): report.Bound(float(value), float(error), bits) for step, value, error, bits in found}
 
 
 def _children_cpu_seconds() -> float:

@@ -27,12 +27,11 @@ def preprocess(
         Path, typer.Option(help="Writes PREFIX.manifest.json and PREFIX[_00000].bin/.idx.", readable=_TOLD_HERE)
     ],
     tokenizer: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--tokenizer",
             "--tokenizer-model",
             help="A SentencePiece .model or Hugging Face tokenizer.json, a directory with one, or org/name on the hub.",
-            readable=_TOLD_HERE,
         ),
     ] = None,
     inputs: Annotated[

@@ -3,6 +3,7 @@ second, and `illada preprocess` has no use for it."""
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -117,11 +118,18 @@ def evaluate(
         str | None, typer.Option(help="A run's checkpoint.save_dir, or one step_... below it.")
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Of the moving average of the checkpoint's weights.")] = False,
+    json_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write all figures, and each sample's loss. A command that was killed goes on where it was."
+        ),
+    ] = None,
     nproc: NprocOption = None,
 ) -> None:
-    """Measure the held-out bound (nats/token) of a checkpoint, or of the initial weights of a configuration.
+    """Measure the held-out bound of a checkpoint, or of the initial weights of a configuration: nats/token and, where a
+    tokenizer is set, bits/byte, of each held-out text and their mean, each +- its standard error.
 
-    `illada evaluate --checkpoint runs/tiny/checkpoints validation.num_samples=256`
+    `illada evaluate --checkpoint runs/tiny/checkpoints --json bound.json validation.evaluate_samples=4096`
 
     Any number of ranks reads a checkpoint of any layout: in that layout where its sizes divide them, else with as much
     of its tensor parallelism as divides them, no stages, the rest data parallel, unless fields say otherwise:
@@ -142,13 +150,15 @@ def evaluate(
     end_with_launcher()
     from illada_megatron.training.evaluate import evaluate_checkpoint
 
-    figures = evaluate_checkpoint(config, overrides or (), checkpoint, ema)
-    if figures is not None:
-        what = checkpoint or "initial weights"
-        say(
-            f"{what}{', EMA' if ema else ''}: held-out bound {figures.bound:.4f} nats/token, "
-            f"masked CE {figures.masked_cross_entropy:.4f} nats, over {figures.num_tokens:,} tokens"
-        )
+    found = evaluate_checkpoint(config, overrides or (), checkpoint, json_path, ema)
+    if found is not None:
+        from illada_megatron.training.held_out_report import lines, summary
+
+        for note in found.notes:
+            say(note)
+        say(f"{checkpoint or 'initial weights'}{', EMA' if ema else ''}: held-out bound {summary(found.held_out.mean)}")
+        for line in lines(found.held_out):
+            say(line)
 
 
 def doctor() -> None:

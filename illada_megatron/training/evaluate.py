@@ -1,14 +1,26 @@
 """The held-out bound of a checkpoint, or of the weights a run starts from, outside of a run."""
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import load_weights
-from illada_megatron.config import ParallelConfig, load_config
+from illada_megatron.checkpoint.store import CheckpointInfo
+from illada_megatron.config import ParallelConfig, RunConfig, load_config
+from illada_megatron.data.corpus.fingerprint import of_tokens
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer
+from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import runtime, world_size_from_environment
-from illada_megatron.training.setup import checked_tokenizer, validation_source
-from illada_megatron.training.validation import HeldOut, evaluate
+from illada_megatron.training.held_out_figures import HeldOut
+from illada_megatron.training.held_out_report import Notes, agree, write_report
+from illada_megatron.training.setup import checked_tokenizer, held_out_source
+from illada_megatron.training.validation import HeldOutSource, Losses, evaluate
 
 
 def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) -> list[str]:
@@ -24,17 +36,30 @@ def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) 
     return [*batch, *ONE_STAGE_LAYOUT, f"parallel.tensor_model_parallel_size={tensor}"]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What `illada evaluate` has to say."""
+
+    held_out: HeldOut
+    notes: list[str]
+    """How it came about."""
+
+
 def evaluate_checkpoint(
-    config: str | None, overrides: Sequence[str], checkpoint: str | None, ema: bool = False
-) -> HeldOut | None:
+    config: str | None,
+    overrides: Sequence[str],
+    checkpoint: str | None,
+    json_path: Path | None = None,
+    ema: bool = False,
+) -> Evaluation | None:
     """Evaluate the newest checkpoint below `checkpoint`, with the configuration it was saved with, or, without one, the
     initial weights of `config` (a path or a preset). ema: the moving average of a checkpoint's weights.
     Every rank calls it; only rank 0 gets the figures.
 
-    Raises ConfigError, CheckpointError or DataError.
-    """
-    from illada_megatron.model import build_model_chunks, fill_initial_weights
+    json_path: written with all figures; an evaluation that was interrupted goes on where it stopped.
 
+    Raises ConfigError, CheckpointError, DataError, or OSError where json_path cannot be written.
+    """
     info = find_checkpoint(checkpoint) if checkpoint is not None else None
     if info is None:
         resolved = load_config(config, overrides)
@@ -43,11 +68,47 @@ def evaluate_checkpoint(
             info, [*layout_of_this_world(saved_config(info, overrides).parallel, overrides), *overrides]
         )
     with runtime(resolved) as run:
-        source = validation_source(resolved, run, checked_tokenizer(resolved))
+        tokenizer = checked_tokenizer(resolved)
+        source = held_out_source(resolved, run, tokenizer, resolved.validation.evaluate_samples)
         models = build_model_chunks(resolved, run.device)
-        if info is None:
-            fill_initial_weights(models, resolved.model, resolved.training.seeds.init)
-        else:
-            load_weights(info, resolved, models, ema)
-        figures = evaluate(models, source, resolved.validation.num_samples)
-        return figures if run.is_main else None
+        weights = load_evaluated_weights(info, resolved, models, ema)
+        of = {**weights, **_samples_record(source, resolved, tokenizer)}
+        notes = Notes(json_path, of) if json_path is not None and run.is_main else None
+        losses, said = Losses.none_yet(source.samples), None
+        if notes is not None:
+            said = notes.read(losses)
+            notes.write(losses)  # where it cannot be, better now than in an hour
+        agree(losses, run.device.torch_device)
+        held_out = evaluate(models, source, losses, notes.write if notes is not None else lambda _: None)
+        if notes is not None and json_path is not None:
+            write_report(json_path, of, held_out, source, losses)
+            notes.remove()
+        return Evaluation(held_out, [said] if said else []) if run.is_main else None
+
+
+def load_evaluated_weights(
+    info: CheckpointInfo | None, config: RunConfig, models: Sequence[MaskPredictor], ema: bool
+) -> dict[str, Any]:
+    """Fill the models with the weights that are to be evaluated: a checkpoint's, their moving average, or (None)
+    initial ones. Which ones they are is chosen here and nowhere else. Returns what tells them from others."""
+    if info is None:
+        seed = config.training.seeds.init
+        fill_initial_weights(models, config.model, seed)
+        return {"checkpoint": None, "step": 0, "weights": f"initial, seed {seed}"}
+    load_weights(info, config, models, ema)
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(info.files, sort_keys=True).encode())
+    return {"checkpoint": str(info.path), "step": info.step, "ema": ema, "weights": digest}
+
+
+def _samples_record(source: HeldOutSource, config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What tells these samples, and what is computed of them, from others."""
+    samples = source.samples
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "precision": config.training.precision,
+        "seed": samples.seed,
+        "num_samples": samples.num_samples,
+        "sequence_length": samples.sequence_length,
+        "texts": {corpus.name: of_tokens(corpus) for corpus in samples.corpora},
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+    }

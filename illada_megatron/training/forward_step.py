@@ -1,9 +1,9 @@
 """Micro-batches for a pipeline stage, and the forward step that megatron-core's schedules call."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segme
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime import Runtime
-from illada_megatron.training.metrics import microbatch_sums
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,47 @@ class Microbatch:
         return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True), batch=batch)
 
 
+class SampleMaker(Protocol):
+    """Masked samples as a pure function of their index."""
+
+    def batch(self, indices: Sequence[int], /) -> MaskedBatch:
+        """The samples `[b]` as a batch."""
+
+    def segments(self, indices: Sequence[int], /) -> tuple[Tensor, int]:
+        """Of that batch `cu_seqlens` `[n + 1]` and the longest segment, without a token being read."""
+
+
 @dataclass(frozen=True)
-class BatchSource:
-    """Builds micro-batches as pure functions of sample indices. Each rank has its own; nothing is sent between them."""
+class TrainingSamples:
+    """The run's: corpus and noise as they are configured."""
 
     corpus: BlendedCorpus
     config: RunConfig
+    seed: int
+
+    def batch(self, indices: Sequence[int]) -> MaskedBatch:
+        config = self.config
+        return make_masked_batch(self.corpus, indices, config.diffusion, config.model.mask_token_id, self.seed)
+
+    def segments(self, indices: Sequence[int]) -> tuple[Tensor, int]:
+        return make_segments(indices, self.corpus, self.config.diffusion, self.seed)
+
+    def times(self, first_sample: int, num_samples: int) -> list[float]:
+        """The diffusion time t of each sample of a range, drawn again: nothing is kept or sent."""
+        samples = range(first_sample, first_sample + num_samples)
+        return [sample_t(sample, self.config.diffusion, self.seed) for sample in samples]
+
+
+Maker = TypeVar("Maker", bound=SampleMaker)
+
+
+@dataclass(frozen=True)
+class BatchSource(Generic[Maker]):
+    """Builds micro-batches as pure functions of sample indices. Each rank has its own; nothing is sent between them."""
+
+    maker: Maker
+    config: RunConfig
     runtime: Runtime
-    noise_seed: int
 
     def prefetch(self, slices: Iterable[BatchSlice]) -> Prefetcher[BatchSlice, Microbatch]:
         """This data-parallel rank's micro-batches of `slices`, in their order, built ahead by threads, in host memory.
@@ -66,11 +98,6 @@ class BatchSource:
         """Sample indices of this data-parallel rank's micro-batch of a slice."""
         return [part.first_sample + one % part.num_samples for one in self._slots(part)]
 
-    def times(self, first_sample: int, num_samples: int) -> list[float]:
-        """The diffusion time t of each sample of a range, drawn again: nothing is kept or sent."""
-        samples = range(first_sample, first_sample + num_samples)
-        return [sample_t(sample, self.config.diffusion, self.noise_seed) for sample in samples]
-
     def _slots(self, part: BatchSlice) -> range:
         size, ranks = self.config.training.micro_batch_size, self.runtime.layout.data
         slot = (part.microbatch * ranks + self.runtime.data_parallel_rank) * size
@@ -78,25 +105,29 @@ class BatchSource:
 
     def _build(self, part: BatchSlice) -> Microbatch:
         slots, indices = self._slots(part), self.samples(part)
-        config, pinned = self.config, self.runtime.device.is_cuda
+        pinned = self.runtime.device.is_cuda
         counted = sum(one < part.num_samples for one in slots)
         if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
-            cu_seqlens, longest = make_segments(indices, self.corpus, config.diffusion, self.noise_seed)
+            cu_seqlens, longest = self.maker.segments(indices)
             return Microbatch(cu_seqlens.pin_memory() if pinned else cu_seqlens, longest, None, counted)
-        batch = make_masked_batch(self.corpus, indices, config.diffusion, config.model.mask_token_id, self.noise_seed)
+        batch = self.maker.batch(indices)
         batch.loss_weight[counted:] = 0.0
         batch = batch.pin_memory() if pinned else batch
         return Microbatch(batch.cu_seqlens, batch.max_seqlen, batch, counted)
 
 
+Sums = Callable[[MaskedLoss, MaskedBatch, int], Tensor]
+"""What is kept of a micro-batch: of (its loss, the batch, how many of its first samples count)."""
+
+
 def forward_step(
-    num_microbatches: int, tokens: float, microbatches: Iterator[Microbatch], model: torch.nn.Module
+    num_microbatches: int, tokens: float, sums: Sums, microbatches: Iterator[Microbatch], model: torch.nn.Module
 ) -> tuple[Tensor | MaskedLoss, Callable[..., Any]]:
-    """One stage's forward pass: (output, function of the loss). With the first two bound, it has the signature of
+    """One stage's forward pass: (output, function of the loss). With the first three bound, it has the signature of
     megatron-core's schedules.
 
     num_microbatches: of a rank's step; tokens: those of the global batch by the micro-batches of all ranks, which is
-    what a micro-batch has, or less where the last ones are filled up.
+    what a micro-batch has, or less where the last ones are filled up; sums: what is to be kept of each.
     """
     microbatch = next(microbatches)
     batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
@@ -109,16 +140,18 @@ def forward_step(
         loss_weight=batch.loss_weight.view(-1),
         grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
     )
-    return output, partial(_loss, batch, microbatch.counted, tokens)
+    return output, partial(_loss, batch, microbatch.counted, tokens, sums)
 
 
-def _loss(batch: MaskedBatch, counted: int, tokens: float, output: MaskedLoss) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of the micro-batch in nats/token, the step's sums).
+def _loss(
+    batch: MaskedBatch, counted: int, tokens: float, sums: Sums, output: MaskedLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss of the micro-batch in nats/token, what is kept of it).
 
     The schedule divides by the number of micro-batches and DDP averages over data parallel, which makes it
     sum(weight * CE) / (tokens of the global batch), once.
     """
-    return output.loss_sum / tokens, {"sums": microbatch_sums(output, batch, counted)}
+    return output.loss_sum / tokens, {"sums": sums(output, batch, counted)}
 
 
 def _no_loss(_: Any) -> Any:

@@ -16,11 +16,12 @@ from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.bad_steps import Rollback
+from illada_megatron.training.held_out_figures import HeldOut
+from illada_megatron.training.held_out_report import as_record, scalars, summary
 from illada_megatron.training.logs import Board, StepLog, Terminal
 from illada_megatron.training.plateau import Plateau
 from illada_megatron.training.spikes import Spike
 from illada_megatron.training.stragglers import ComputeTimes
-from illada_megatron.training.validation import HeldOut
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._jsonl is not None and "failed_saves" in self._saved:  # no step comes that they could stand with
+        # no step comes that they could stand with
+        if self._jsonl is not None and self._saved.keys() & {"failed_saves", "held_out", "held_out_ema"}:
             self._jsonl.write(_without_nan({"step": self._logged_step, **self._saved}))
         if self._writer is not None:
             self._writer.close()
@@ -156,6 +158,8 @@ class Reporter:
         if self._rollbacks and self._rollbacks[-1].to_step != rollback.to_step:
             self._rollbacks = []
         self._rollbacks.append(rollback)
+        for name in ("held_out", "held_out_ema"):  # of a step that comes again
+            self._saved.pop(name, None)
         if self._writer is not None:
             self._writer.go_back(rollback.to_step)
         if self._jsonl is not None:
@@ -220,17 +224,21 @@ class Reporter:
         return time.monotonic() - self._good_at
 
     def held_out(self, step: int, figures: HeldOut, ema: bool = False) -> None:
-        """Log a validation, of the weights or of their moving average."""
+        """Log a validation, of the weights or of their moving average; in the JSONL log it stands with the next step,
+        or by itself where none comes."""
         if not self.enabled:
             return
+        window_tokens = self.config.data.sequence_length
         if self._writer is not None:
-            group = "validation_ema" if ema else "validation"
-            self._writer.add_scalar(f"{group}/bound_nats_per_token", figures.bound, step)
-            self._writer.add_scalar(f"{group}/masked_cross_entropy_nats", figures.masked_cross_entropy, step)
-        self.console.print(
-            f"step {step:>7}  {'EMA: ' if ema else ''}held-out bound {figures.bound:.4f} nats/token  "
-            f"masked CE {figures.masked_cross_entropy:.4f}  ({figures.num_tokens:,} tokens)"
-        )
+            for name, value in scalars(figures, window_tokens):
+                self._writer.add_scalar(name.replace("validation/", "validation_ema/", 1) if ema else name, value, step)
+        name = "held_out_ema" if ema else "held_out"
+        self._saved[name] = {"step": step, **as_record(figures, window_tokens)}
+        mean, what = figures.mean, "EMA: " if ema else ""
+        self.console.print(f"step {step:>7}  {what}held-out bound {summary(mean)}  ({mean.num_tokens:,} tokens)")
+        if len(figures.texts) > 1:
+            for text in figures.texts:
+                self.console.print(f"{'':>14}{text.name}: {summary(text)}")
 
     def _line(self, record: StepRecord) -> str:
         left = timedelta(seconds=round((self._seconds_per_step or 0.0) * (self.last_step - record.step)))

@@ -14,20 +14,23 @@ from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.checkpoint.store import CheckpointInfo, checkpoint_to_continue
 from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
-from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems, validation_corpus
+from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems, held_out_corpora
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
+from illada_megatron.data.corpus.text_bytes import token_bytes
 from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
+from illada_megatron.diffusion.held_out import HeldOutSamples
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.bad_steps import BadSteps
 from illada_megatron.training.ema import WeightEma
-from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch
+from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, TrainingSamples
 from illada_megatron.training.optimizer import build_optimizer
 from illada_megatron.training.schedule import LearningRate, next_batch, samples_of_run
 from illada_megatron.training.spikes import SpikeDetector
 from illada_megatron.training.stragglers import ComputeClock
+from illada_megatron.training.validation import HeldOutSource
 
 
 @dataclass
@@ -39,8 +42,8 @@ class TrainingState:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: LearningRate
-    source: BatchSource
-    validation: BatchSource | None
+    source: BatchSource[TrainingSamples]
+    validation: HeldOutSource | None
     fingerprints: dict[str, Any]
     """Of what the run reads."""
     ema: WeightEma | None
@@ -86,7 +89,7 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     """
     tokenizer, seeds = checked_tokenizer(config), config.training.seeds
     corpus = corpus_of_run(config, tokenizer)
-    source = BatchSource(corpus, config, runtime, seeds.noise)
+    source = BatchSource(TrainingSamples(corpus, config, seeds.noise), config, runtime)
     models = build_model_chunks(config, runtime.device)
     checkpoint, refused = checkpoint_to_continue(config.checkpoint)
     if checkpoint is None:
@@ -100,7 +103,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
         optimizer=optimizer,
         schedule=LearningRate(config),
         source=source,
-        validation=validation_source(config, runtime, tokenizer) if config.validation.interval_steps else None,
+        validation=held_out_source(config, runtime, tokenizer, config.validation.num_samples)
+        if config.validation.interval_steps
+        else None,
         fingerprints=fingerprints(corpus, tokenizer),
         ema=None if decay is None else WeightEma(decay, chunks, optimizer, config.model),
         bad_steps=BadSteps(config.faults),
@@ -122,14 +127,14 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     return state
 
 
-def validation_source(config: RunConfig, runtime: Runtime, tokenizer: Tokenizer | None) -> BatchSource:
-    """Held-out samples in their order, with noise of their own seed."""
-    allowed = config.checkpoint.allow_mismatch
-    corpus = validation_corpus(config.data, config.validation.seed, config.model.vocab_size, tokenizer, allowed)
-    # the objective may be another one, the held-out figure is the bound
-    whole = {"loss_weight": "bound", "t_min": 0.0, "t_max": 1.0, "complementary_masks": False}
-    diffusion = config.diffusion.model_copy(update=whole)
-    return BatchSource(corpus, config.model_copy(update={"diffusion": diffusion}), runtime, config.validation.seed)
+def held_out_source(
+    config: RunConfig, runtime: Runtime, tokenizer: Tokenizer | None, num_samples: int
+) -> HeldOutSource:
+    """`num_samples` samples of each held-out text."""
+    seed, allowed = config.validation.seed, config.checkpoint.allow_mismatch
+    corpora = held_out_corpora(config.data, seed, config.model.vocab_size, tokenizer, allowed)
+    samples = HeldOutSamples(corpora, num_samples, seed, config.model.mask_token_id)
+    return HeldOutSource(BatchSource(samples, config, runtime), token_bytes(tokenizer))
 
 
 def wrap_data_parallel(parallel: ParallelConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:
@@ -192,7 +197,12 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
 def _check_fingerprints(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     """Other tokens under the same sample indices would be trained on without a word."""
     allowed = state.config.checkpoint.allow_mismatch
-    lines = differences(checkpoint.fingerprints, state.fingerprints)
+    lines = [
+        f"{line} (older versions held out the last tokens of each corpus)"
+        if line.startswith("data.held_out was None")
+        else line
+        for line in differences(checkpoint.fingerprints, state.fingerprints)
+    ]
     state.notes += [f"warning: {checkpoint.path}: {line} (allowed)" for line in lines if _kind(line) in allowed]
     if refused := [line for line in lines if _kind(line) not in allowed]:
         kinds = sorted({_kind(line) for line in refused})
@@ -231,7 +241,7 @@ def _check_epochs(state: TrainingState) -> None:
     """Before anything is trained: the order is known to its end, so is what it repeats."""
     config = state.config
     samples = samples_of_run(config.training, state.step, state.consumed_samples, state.bad_steps.skipped_samples)
-    problems = epoch_problems(state.source.corpus, config.data, samples)
+    problems = epoch_problems(state.source.maker.corpus, config.data, samples)
     if problems and config.data.epoch_limit == "error":
         raise ConfigError(
             "; ".join(problems) + ": lower training.train_steps or the corpus's weight, raise max_epochs, or set "

@@ -93,7 +93,7 @@ def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
 
 def start_table(state: TrainingState) -> list[tuple[str, str]]:
     """All rows of the start-up table."""
-    config, corpus, diffusion = state.config, state.source.corpus, state.config.diffusion
+    config, corpus, diffusion = state.config, state.source.maker.corpus, state.config.diffusion
     return [
         *choice_rows(config, state.runtime.device),
         *layout_rows(config, state.runtime.layout),

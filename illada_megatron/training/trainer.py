@@ -84,13 +84,13 @@ def train(config: RunConfig) -> TrainResult:
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     watchdog.now("validation", state.step)
-                    figures = evaluate(state.chunks, state.validation, config.validation.num_samples)
+                    figures = evaluate(state.chunks, state.validation)
                     state.held_out = figures.noted(state.step)
                     reporter.held_out(state.step, figures)
                     if state.ema is not None:
                         reporter.saves(saver.wait())
                         with state.ema.as_weights():
-                            figures = evaluate(state.chunks, state.validation, config.validation.num_samples)
+                            figures = evaluate(state.chunks, state.validation)
                         reporter.held_out(state.step, figures, ema=True)
                 # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
                 save_due |= _due(config.checkpoint.interval_steps, state.step)
@@ -158,7 +158,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         first_sample=first_sample,
         consumed_samples=state.consumed_samples,
         consumed_tokens=state.consumed_samples * config.data.sequence_length,
-        epochs=state.source.corpus.epochs(state.consumed_samples),
+        epochs=state.source.maker.corpus.epochs(state.consumed_samples),
         **_speed(state, sums, batch_size, seconds),
         skipped=not good,
         skipped_steps=state.bad_steps.count,
@@ -173,7 +173,8 @@ def _spike(state: TrainingState, loss: float, first_sample: int, batch_size: int
     found = state.spikes.observe(loss)
     if found is None:
         return None
-    return Spike(loss, *found, first_sample, first_sample + batch_size, state.source.times(first_sample, batch_size))
+    times = state.source.maker.times(first_sample, batch_size)
+    return Spike(loss, *found, first_sample, first_sample + batch_size, times)
 
 
 def _speed(state: TrainingState, sums: StepSums, batch_size: int, seconds: float) -> dict[str, Any]:

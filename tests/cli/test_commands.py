@@ -145,7 +145,8 @@ def test_doctor_shows_what_is_there_and_what_is_missing(illada: Illada) -> None:
 
 
 def _bound(output: str) -> tuple[float, float, int]:
-    found = re.search(r"held-out bound (\S+) nats/token, masked CE (\S+) nats, over (\S+) tokens", output)
+    pattern = r"held-out bound (\S+) \+- (\S+) nats/token\n\d+ samples of the \S+ windows, (\S+) tokens"
+    found = re.search(pattern, output)
     assert found, output
     return float(found[1]), float(found[2]), int(found[3].replace(",", ""))
 
@@ -185,8 +186,8 @@ def test_evaluate_distinguishes_checkpoints_and_initial_weights(
         illada("evaluate", "--checkpoint", two_steps / "step_00000001"),
         illada("evaluate", "--checkpoint", two_steps),
     )
-    assert _bound(initial.out)[1] > _bound(one.out)[1] > _bound(two.out)[1]
-    more = illada("evaluate", "--checkpoint", two_steps, "validation.num_samples=9")
+    assert _bound(initial.out)[0] > _bound(one.out)[0] > _bound(two.out)[0]
+    more = illada("evaluate", "--checkpoint", two_steps, "validation.evaluate_samples=9")
     assert _bound(more.out)[2] == 9 * 32
 
 

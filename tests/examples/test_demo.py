@@ -74,15 +74,18 @@ def _log(path: Path, losses: list[float]) -> Path:
 def test_summary_and_picture_of_a_log(demo: SimpleNamespace, tmp_path: Path) -> None:
     losses = [9.0] * 50 + [7.0] * 50 + [6.0] * 50 + [5.5] * 50 + [5.0] * 50
     steps = demo.report.read_steps(_log(tmp_path / "steps.jsonl", losses))
-    held_out = {0: 9.1, 50: 6.2, 250: 5.2}
+    bound = demo.report.Bound
+    held_out = {0: bound(9.1, 0.2, "x"), 50: bound(6.2, 0.1, "x"), 250: bound(5.2, 0.05, "1.8000 +- 0.0200")}
     rows = dict(demo.report.summary_rows(steps, 150, 1234567, 6.5, held_out))
     assert rows["parameters"] == "1,234,567"
     assert rows["tokens seen"] == "200,000"
     assert rows["first loss"].startswith("9.000 nats/token")
     assert rows["last loss"].startswith("5.000 nats/token")
-    assert rows["unigram entropy"].startswith("6.500 nats/token; the last loss is 1.500 below")
+    assert rows["unigram entropy"] == "6.500 nats/token of the held-out text, 1.300 above"
     assert rows["at the change"].startswith("6.000 -> 5.500")
-    assert rows["held-out bound"] == "9.100 nats/token before training, 5.200 after"
+    assert rows["held-out bound"] == (
+        "9.100 nats/token before training, 5.200 +- 0.050 after: 1.8000 +- 0.0200 bits/byte"
+    )
     assert rows["tokens/s"].startswith("1,000 on 2 processes, 500 on 4")
     demo.report.draw_loss(steps, 150, 6.5, held_out, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -91,10 +94,12 @@ def test_summary_and_picture_of_a_log(demo: SimpleNamespace, tmp_path: Path) -> 
 def test_bounds_are_read_from_what_the_commands_print(demo: SimpleNamespace) -> None:
     printed = (
         "step     100/800  loss   6.1000 nats/token\n"
-        "step     100  held-out bound 6.2345 nats/token  masked CE 6.0000  (512 tokens)\n"
+        "step     100  held-out bound 6.2345 +- 0.0500 nats/token, 1.9000 +- 0.0200 bits/byte  (512 tokens)\n"
     )
-    assert demo.run._bounds(printed) == {100: 6.2345}
-    assert demo.run._bound("demo/run: held-out bound 5.1000 nats/token, masked CE 5.0 nats, over 1 tokens") == 5.1
+    bound = demo.report.Bound
+    assert demo.run._bounds(printed) == {100: bound(6.2345, 0.05, "1.9000 +- 0.0200")}
+    printed = "demo/run: held-out bound 5.1000 +- 0.0100 nats/token, 1.6000 +- 0.0100 bits/byte"
+    assert demo.run._bound(printed) == bound(5.1, 0.01, "1.6000 +- 0.0100")
     with pytest.raises(SystemExit, match="no held-out bound"):
         demo.run._bound("")
 

@@ -38,7 +38,7 @@ def test_tensorboard_and_jsonl_hold_every_figure(tiny_run: tuple[str, ...], tmp_
         *("runtime.peak_tflops=0.5", "validation.interval_steps=3", "logging.interval_steps=2"),
     )
     assert outcome.code == 0, outcome.err
-    steps = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    *steps, last = [json.loads(line) for line in jsonl.read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert set(steps[0]) >= {"step", "cross_entropy_by_t", *SCALARS.values()}
     assert [step["consumed_samples"] for step in steps] == [4, 8, 12]
@@ -59,12 +59,22 @@ def test_tensorboard_and_jsonl_hold_every_figure(tiny_run: tuple[str, ...], tmp_
         filled = {step["step"]: value for step in steps if (value := step["cross_entropy_by_t"][bucket]) is not None}
         found = {event.step: event.value for event in events.Scalars(tag)} if filled else {}
         assert found == pytest.approx(filled, rel=1e-6), tag
-    (bound,), (ce,) = (
-        events.Scalars(f"validation/{name}") for name in ("bound_nats_per_token", "masked_cross_entropy_nats")
+    (bound,), (error,) = (
+        events.Scalars(f"validation/bound_nats_per_token{which}") for which in ("", "_standard_error")
     )
-    assert (bound.step, ce.step) == (3, 3)
-    assert f"held-out bound {bound.value:.4f} nats/token  masked CE {ce.value:.4f}  (160 tokens)" in outcome.out
+    assert (bound.step, error.step) == (3, 3)
+    assert f"held-out bound {bound.value:.4f} +- {error.value:.4f} nats/token  (160 tokens)" in outcome.out
     assert math.isfinite(bound.value)
+    # no step comes that the last validation's figures could stand with
+    assert (last["step"], last["held_out"]["step"]) == (3, 3)
+    assert last["held_out"]["mean"]["nats_per_token"] == pytest.approx(
+        {"value": bound.value, "standard_error": error.value}, rel=1e-6
+    )
+    for place, name in (("t", "by_t"), ("position", "by_position")):
+        for part in last["held_out"]["mean"][f"{name}_nats_per_token"]:
+            if part is not None:
+                tag = f"validation_by_{place}_nats_per_token/{part['from']}-{part['to']}"
+                assert events.Scalars(tag)[0].value == pytest.approx(part["value"], rel=1e-6)
     lines = [line for line in outcome.out.splitlines() if " tokens/s" in line]
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
     for part in (f"{steps[2]['loss']:.4f} nats/token", "MFU", "grad norm", "lr", "ETA"):

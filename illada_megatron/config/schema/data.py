@@ -151,9 +151,11 @@ class DataConfig(Section):
     epoch_limit: Literal["error", "warn"] = "error"
     """What happens at start when the whole run would read a corpus more often than its max_epochs."""
     validation_paths: list[str] = []
-    """Held-out shards, as train_paths; none of them may be a training shard."""
+    """Held-out shards, as train_paths, but each path is a text with figures of its own, named after its file; none of
+    them may be a training shard."""
     holdout_tokens: NonNegativeInt = 0
-    """Instead of validation_paths: the last tokens of each training corpus, which training then leaves out."""
+    """Instead of validation_paths: so many tokens of each training corpus, in ranges spread evenly over it, which
+    training then leaves out."""
     tokenizer_path: str | None = None
     """A SentencePiece `.model` or a Hugging Face `tokenizer.json`, a directory with one, or `org/name` on the Hugging
     Face hub (from its cache, or the network)."""

@@ -161,10 +161,14 @@ class TrainingConfig(Section):
 
 
 class ValidationConfig(Section):
-    """The held-out bound: fixed samples, fixed masks, so that two runs' figures compare."""
+    """The held-out bound: windows, times and masks of its own, whatever training's are, so that two runs' figures
+    differ by the model alone (diffusion/held_out.py)."""
 
     interval_steps: PositiveInt | None = None
     """None: no validation while training."""
     num_samples: PositiveInt = 64
+    """While training, of each held-out text (each of data.validation_paths, or each corpus of a blend)."""
+    evaluate_samples: PositiveInt = 1024
+    """The same of `illada evaluate`. More than a text has windows: each comes several times, with other masks."""
     seed: Seed = 4321
-    """Noise of the validation masks; apart from training.seed, so that runs of several seeds compare."""
+    """Of windows, times and masks; apart from training.seed, so that runs of several seeds compare."""

@@ -1,5 +1,6 @@
 """The corpora that a configuration describes: what training reads, what is held out of it, and what may not be."""
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -50,28 +51,44 @@ def training_corpus(
         _require_unseen(validation, listed)
     if data.holdout_tokens:
         _require_once(listed)
-    return _blend(data, entries, listed, seed, vocab_size, "training", warnings, samples_per_window)
+    return _blend(data, entries, listed, seed, vocab_size, warnings, samples_per_window)
 
 
-def validation_corpus(
+def held_out_corpora(
     data: DataConfig, seed: int, vocab_size: int, tokenizer: Tokenizer | None, allow_mismatch: Collection[str] = ()
-) -> BlendedCorpus:
-    """Held-out windows in stream order: `data.validation_paths`, or the last `data.holdout_tokens` of each training
-    corpus in the first phase's proportions. Raises DataError when neither is set, and as `training_corpus`."""
+) -> list[Corpus]:
+    """Held-out windows in stream order, each corpus with a name: of each of `data.validation_paths` (named after its
+    file), or what `data.holdout_tokens` holds out of each training corpus. Raises DataError when neither is set, and as
+    `training_corpus`."""
     if data.validation_paths:
-        listed = list_shards(data.validation_paths)
-        warnings = _check_tokenizers([listed], vocab_size, tokenizer, allow_mismatch)
-        corpus = Corpus(listed, data.sequence_length, seed, shuffle=False, vocab_size=vocab_size)
-        return BlendedCorpus([corpus], BlendSchedule([(0, [1.0])]), warnings)
-    if not data.holdout_tokens:
+        names, parts = held_out_names(data.validation_paths), [[path] for path in data.validation_paths]
+    elif data.holdout_tokens:
+        entries = _entries(data)
+        names, parts = [entry.name for entry in entries], [entry.paths for entry in entries]
+    else:
         raise DataError(
             "validation was asked for, but data.validation_paths is empty and data.holdout_tokens is 0: name held-out "
-            "shards, or hold out the last tokens of each training corpus"
+            "shards, or hold tokens out of each training corpus"
         )
-    entries = _entries(data)
-    each = [list_shards(entry.paths) for entry in entries]
-    warnings = _check_tokenizers(each, vocab_size, tokenizer, allow_mismatch)
-    return _blend(data, entries, each, seed, vocab_size, "validation", warnings)
+    listed = [list_shards(paths) for paths in parts]
+    _check_tokenizers(listed, vocab_size, tokenizer, allow_mismatch)
+    return [_corpus(data, one, name, seed, vocab_size, "validation") for name, one in zip(names, listed, strict=True)]
+
+
+def held_out_names(paths: Sequence[str]) -> list[str]:
+    """What each of `data.validation_paths` is called in figures: its last part without the manifest's suffix and
+    without what no name has (`*`); where two are alike, with as many folders before it as tell them apart."""
+    parts = [[part for part in re.split(r"[^A-Za-z0-9_.-]+", _stem(path)) if part.strip("_.-")] for path in paths]
+    names = [""] * len(parts)
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part.strip("_.-") for part in one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name or 'text'}-{number}" for number, name in enumerate(names, start=1)]
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".json").removesuffix(".manifest")
 
 
 def epoch_problems(corpus: BlendedCorpus, data: DataConfig, num_samples: int) -> list[str]:
@@ -102,29 +119,37 @@ def _blend(
     listed: Sequence[ShardList],
     seed: int,
     vocab_size: int,
-    part: Literal["training", "validation"],
     warnings: Sequence[str],
     samples_per_window: int = 1,
 ) -> BlendedCorpus:
-    training = part == "training"
     corpora = [
-        Corpus(
-            one,
-            data.sequence_length,
-            seed,
-            shuffle=data.shuffle and training,
-            vocab_size=vocab_size,
-            name=entry.name,
-            holdout_tokens=data.holdout_tokens,
-            part=part,
-        )
-        for entry, one in zip(entries, listed, strict=True)
+        _corpus(data, one, entry.name, seed, vocab_size, "training") for entry, one in zip(entries, listed, strict=True)
     ]
     phases = [(0, [entry.weight for entry in entries])]
-    for phase in data.phases if training else []:
+    for phase in data.phases:
         first_sample = -(-phase.from_tokens // (data.sequence_length * samples_per_window))
         phases.append((first_sample, [phase.weights.get(entry.name, 0.0) for entry in entries]))
     return BlendedCorpus(corpora, BlendSchedule(phases), warnings, samples_per_window)
+
+
+def _corpus(
+    data: DataConfig,
+    listed: ShardList,
+    name: str,
+    seed: int,
+    vocab_size: int,
+    part: Literal["training", "validation"],
+) -> Corpus:
+    return Corpus(
+        listed,
+        data.sequence_length,
+        seed,
+        shuffle=data.shuffle and part == "training",
+        vocab_size=vocab_size,
+        name=name,
+        holdout_tokens=data.holdout_tokens,
+        part=part,
+    )
 
 
 def _check_tokenizers(

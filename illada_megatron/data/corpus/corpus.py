@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from illada_megatron.data.corpus.holdout import JoinedStretches, held_out_ranges
 from illada_megatron.data.corpus.order import derive_key, permute
 from illada_megatron.data.corpus.stream import Piece, TokenStream
 from illada_megatron.data.errors import DataError
@@ -46,8 +47,8 @@ class Corpus:
     shuffle: False reads the windows in stream order from phase 0 in every epoch (validation).
     vocab_size: an id outside [0, vocab_size) is an error that names its shard and offset.
     name: tells corpora of one blend apart; their orders are unrelated.
-    holdout_tokens, part: the last `holdout_tokens` of the stream are the validation part, the rest is the training
-        part. The two share no token.
+    holdout_tokens, part: so many tokens, in ranges spread evenly over the stream (`held_out_ranges`), are held out. The
+        training part is the rest, joined; the validation part the whole windows of each range. The two share no token.
 
     Raises DataError for unusable shards or fewer tokens than one window."""
 
@@ -71,15 +72,21 @@ class Corpus:
         self.name = name
         listed = paths if isinstance(paths, ShardList) else list_shards(paths)
         self.shards = listed.shards
-        self._stream = TokenStream(listed.shards)
-        total = self._stream.num_tokens
-        self._first, stop = (0, total - holdout_tokens) if part == "training" else (total - holdout_tokens, total)
-        self.num_tokens = max(0, stop - max(0, self._first))
+        self._whole = TokenStream(listed.shards)
+        total = self._whole.num_tokens
+        self.held_out = held_out_ranges(total, sequence_length, holdout_tokens) if holdout_tokens else None
+        """Of all tokens; None: nothing is held out."""
+        self._stream: TokenStream | JoinedStretches = self._whole
+        if self.held_out is not None:
+            training = part == "training"
+            stretches = self.held_out.training() if training else self.held_out.windows(sequence_length)
+            self._stream = JoinedStretches(self._whole, stretches)
+        self.num_tokens = self._stream.num_tokens
         """Of this part."""
         if self.num_tokens < sequence_length:
             raise DataError(
                 f"{_shown(listed)}: {total} tokens in all"
-                + (f", {max(0, self.num_tokens)} in the {part} part" if holdout_tokens else "")
+                + (f", {self.num_tokens} in the {part} part" if holdout_tokens else "")
                 + f", expected at least one window of {sequence_length}: add text or reduce data.sequence_length"
                 + (f" (data.holdout_tokens is {holdout_tokens})" if holdout_tokens else "")
             )
@@ -111,13 +118,18 @@ class Corpus:
         """The `count` tokens from each of `offsets` of this part on: int64 [len(offsets), count]."""
         tokens = np.empty((len(offsets), count), dtype=np.int64)
         # any id: whether one is too large is for who trains on it, and then the message names the sample's place
-        self._stream.read(self._first + offsets, tokens, np.iinfo(np.int32).max)
+        self._stream.read(offsets, tokens, np.iinfo(np.int32).max)
         return tokens
 
     def document_starts(self, sample_index: int) -> NDArray[np.int64]:
         """Positions in (0, sequence_length) of a sample at which documents begin, ascending."""
         start = self._start(sample_index)
         return self._stream.document_starts(start, start + self.sequence_length) - start
+
+    def begins_document(self, sample_index: int) -> bool:
+        """Whether a sample's first token is a document's."""
+        start = self._stream.in_shards(self._start(sample_index))
+        return start == 0 or self._whole.document_starts(start - 1, start + 1).size > 0
 
     def origin(self, sample_index: int) -> Origin:
         """Where a sample comes from."""
@@ -127,13 +139,13 @@ class Corpus:
         return Origin(self.name, int(sample_index), epoch, position, self.num_windows, pieces)
 
     def _start(self, sample_index: int) -> int:
-        """Stream offset of a sample's first token."""
+        """Offset of a sample's first token in this part."""
         epoch, position = self._split(sample_index)
         if not self.shuffle:
-            return self._first + position * self.sequence_length
+            return position * self.sequence_length
         key, random_bits = _epoch_draws(self.seed, self._purpose, epoch)
         phase = random_bits * self._phases >> 64
-        return self._first + phase + permute(position, self.num_windows, key) * self.sequence_length
+        return phase + permute(position, self.num_windows, key) * self.sequence_length
 
     def _split(self, sample_index: int) -> tuple[int, int]:
         index = operator.index(sample_index)

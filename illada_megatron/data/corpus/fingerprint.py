@@ -20,10 +20,12 @@ _TOKENS = 32
 def fingerprints(corpus: BlendedCorpus, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Of the tokenizer (SHA-256 of its file; None: the run has none), of each corpus's tokens, and of the order in
     which samples come."""
+    held_out = {one.name: one.held_out.text() for one in corpus.corpora if one.held_out is not None}
     return {
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
         "data": {
-            "corpora": {one.name: _of_tokens(one) for one in corpus.corpora},
+            **({"held_out": held_out} if held_out else {}),  # older versions held out other tokens, and have none here
+            "corpora": {one.name: of_tokens(one) for one in corpus.corpora},
             "order": {
                 "sequence_length": corpus.sequence_length,
                 "seed": corpus.corpora[0].seed,
@@ -51,7 +53,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], where: str = "") -> 
     return lines
 
 
-def _of_tokens(corpus: Corpus) -> str:
+def of_tokens(corpus: Corpus) -> str:
     """How many, and a hash of those in some places."""
     count = min(_TOKENS, corpus.num_tokens)
     starts = np.linspace(0, corpus.num_tokens - count, _PLACES).astype(np.int64)

@@ -91,6 +91,10 @@ class TokenStream:
             start, shard = int(self._starts[shard]) + max(inside, end), shard + 1
         return found
 
+    def in_shards(self, offset: int) -> int:
+        """The offset among all the shards' tokens."""
+        return offset
+
     def _length(self, shard: int) -> int:
         return self.shards[shard].tokens
 

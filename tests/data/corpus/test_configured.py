@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from illada_megatron.config.schema import DataConfig
-from illada_megatron.data.corpus.configured import epoch_problems, training_corpus, validation_corpus
+from illada_megatron.data.corpus.configured import epoch_problems, held_out_corpora, training_corpus
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.shards.manifest import Manifest, ShardEntry, file_checksum, write_manifest
@@ -86,23 +86,26 @@ def test_epochs_beyond_the_cap_are_named(shards) -> None:
 def test_held_out_range_and_training_share_no_token(shards) -> None:
     """Over several epochs, whose windows begin at different phases."""
     data = _blend(shards, holdout_tokens=200)
-    corpus, held_out = _training(data), validation_corpus(data, seed=3, vocab_size=30_000, tokenizer=None)
+    corpus, held_out = _training(data), held_out_corpora(data, seed=3, vocab_size=30_000, tokenizer=None)
     trained = set(np.concatenate([corpus[i] for i in range(3000)]).tolist())
-    validated = np.concatenate([held_out[i] for i in range(60)])
-    assert not trained & set(validated.tolist())
-    # 200 tokens are 12 windows of each corpus, in stream order, in the blend's proportions
-    firsts = [int(held_out[i][0]) for i in range(20)]
-    assert Counter(first // 10_000 for first in firsts) == {0: 10, 1: 6, 2: 4}
-    assert sorted(first for first in firsts if first < 10_000) == [2800 + 16 * i for i in range(10)]
+    assert [one.name for one in held_out] == ["web", "code", "math"]
+    for number, one in enumerate(held_out):
+        validated = np.concatenate([one[i] for i in range(one.num_windows)])
+        assert not trained & set(validated.tolist())
+        # 200 tokens are 12 windows of each corpus, in stream order and spread over it
+        assert one.num_windows == 12
+        assert set(validated // 10_000) == {number}
+        assert (np.diff(validated[::LENGTH]) == np.diff(validated[::LENGTH])[0]).sum() > 6
     assert len(trained) > 4500 - 3 * (200 + 2 * LENGTH)
-    with pytest.raises(DataError, match=r"math: 500 tokens in all, 10 in the training part.*holdout_tokens is 490"):
-        _training(_blend(shards, holdout_tokens=490))
+    with pytest.raises(DataError, match=r"math: 500 tokens in all, 4 in the training part.*holdout_tokens is 496"):
+        _training(_blend(shards, holdout_tokens=496))
 
 
 def test_held_out_shards_are_not_training_shards(shards, tmp_path: Path) -> None:
     """Under whatever name: another spelling of the path, a link, a manifest."""
     data = DataConfig(train_paths=[shards["web"]], validation_paths=[shards["code"]], sequence_length=LENGTH)
-    assert int(validation_corpus(data, 1, 30_000, None)[1][0]) == 10_000 + LENGTH
+    (held_out,) = held_out_corpora(data, 1, 30_000, None)
+    assert (held_out.name, int(held_out[1][0])) == ("code", 10_000 + LENGTH)
     _training(data)
     for suffix in (".bin", ".idx"):
         (tmp_path / f"link{suffix}").symlink_to(f"{shards['web']}{suffix}")
@@ -156,11 +159,11 @@ def test_shards_of_two_tokenizers_are_refused(
         training_corpus(data, 1, 30_000, known)
     if with_tokenizer and wrong == "held_out":  # as `illada evaluate` opens it
         with pytest.raises(DataError, match=rf"{wrong}\.manifest\.json: was written with the tokenizer of .*{other}"):
-            validation_corpus(data, 1, 30_000, known)
+            held_out_corpora(data, 1, 30_000, known)
     else:
-        validation_corpus(data, 1, 30_000, known)
+        held_out_corpora(data, 1, 30_000, known)
     with pytest.raises(DataError, match=r"held_out\.manifest\.json: was written with a vocabulary of 30000"):
-        validation_corpus(data, 1, 29_999, None)
+        held_out_corpora(data, 1, 29_999, None)
 
 
 def test_a_tokenizer_that_was_saved_again_can_be_allowed(shards, tmp_path: Path, sentencepiece_path: Path) -> None:
@@ -169,18 +172,20 @@ def test_a_tokenizer_that_was_saved_again_can_be_allowed(shards, tmp_path: Path,
     path, tokenizer = tmp_path / "web.manifest.json", load_tokenizer(sentencepiece_path)
     write_manifest(Manifest(vocab_size=30_000, tokenizer_sha256="0" * 64, shards=(entry,)), path)
     data = DataConfig(train_paths=[str(path)], sequence_length=LENGTH, holdout_tokens=100)
-    for make in (training_corpus, validation_corpus):
+    for make in (training_corpus, held_out_corpora):
         for allowed in ([], ["model", "data"]):
             with pytest.raises(DataError, match=r"tokenizer_sha256 in the manifest.*allow_mismatch=\[\"tokenizer\"\]"):
                 make(data, 1, 30_000, tokenizer, allowed)
-        (warning,) = make(data, 1, 30_000, tokenizer, ["tokenizer"]).warnings
-        assert re.search(r"web\.manifest\.json: was written with the tokenizer of SHA-256 0{16}…, data\.token", warning)
+        made = make(data, 1, 30_000, tokenizer, ["tokenizer"])
+        if make is training_corpus:
+            (warning,) = made.warnings
+            assert re.search(r"web\.manifest\.json: was written with the tokenizer of SHA-256 0{16}…, data", warning)
         with pytest.raises(DataError, match=r"a vocabulary of 30000, model\.vocab_size is 8000"):
             make(data, 1, 8000, tokenizer, ["tokenizer"])
 
 
 def test_a_shard_in_two_corpora_would_defeat_the_holdout(shards, tmp_path: Path) -> None:
-    """What is held out at the end of one is in the middle of the other: 200 of 400 held-out tokens were trained on."""
+    """What is held out of one would be trained on as a part of the other."""
     for suffix in (".bin", ".idx"):
         (tmp_path / f"link{suffix}").symlink_to(f"{shards['code']}{suffix}")
         (tmp_path / f"copy{suffix}").write_bytes(Path(f"{shards['code']}{suffix}").read_bytes())
@@ -232,7 +237,7 @@ def test_nothing_to_read_is_an_error() -> None:
     with pytest.raises(DataError, match=r"data\.train_paths and data\.blend are empty"):
         _training(DataConfig())
     with pytest.raises(DataError, match=r"data\.validation_paths is empty and data\.holdout_tokens is 0"):
-        validation_corpus(DataConfig(train_paths=["x"]), 1, 10, None)
+        held_out_corpora(DataConfig(train_paths=["x"]), 1, 10, None)
 
 
 def test_pairs_of_samples_share_a_window_and_epochs_take_twice_as_many(shards) -> None:

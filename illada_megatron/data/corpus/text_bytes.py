@@ -1,0 +1,93 @@
+"""How many bytes of text stand behind tokens: bounds per byte compare across tokenizers, bounds per token do not."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from illada_megatron.data.corpus.corpus import Corpus
+from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer
+
+_NOT_TEXT = "\ufffd"
+"""What decoders write for a part of a character."""
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# what decoders change that do not only join their tokens: spaces before marks, contractions, runs of spaces, lines
+_PROBES = (
+    "It isn't so , he said . Do n't you 've ? Yes ! ( 1 , 2 ) [ x ]",
+    "def f(self, x):\n    return  {'a': x[0] + 1}\n\n\n\tpass\r\n",
+    "na\u00efve \u00dcbung \u4e2d\u6587\u3001\u65e5\u672c\u8a9e \U0001f642\U0001f469\u200d\U0001f4bb",
+    "e\u0301 \u2581 \ufffd",
+    "  two before, two after  ",
+)
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Of a tokenizer."""
+
+    of_token: NDArray[np.float64]
+    """UTF-8 bytes of each id `[vocab_size]`: 0 of special tokens, NaN of one that stands for text it does not know."""
+    prefix_bytes: int
+    """Of these, how many of a document's first token are not the document's: the space that some tokenizers put
+    before it."""
+
+
+def token_bytes(tokenizer: Tokenizer | None) -> TokenBytes | str:
+    """The bytes of each token of a tokenizer whose texts are its tokens' texts joined; else, why they are not known.
+
+    A token's text is what it adds between two others when the tokenizer decodes them. Where it is part of a character,
+    it counts the bytes that the vocabulary spells: `<0x0A>` is one, and a sign of byte-level BPE is one."""
+    if tokenizer is None:
+        return "data.tokenizer_path is not set"
+    between = tokenizer.encode("a")[-1:]
+    without = len(tokenizer.decode(between * 2).encode())
+    sizes = np.empty(tokenizer.vocab_size)
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.decode([*between, token_id, *between])
+        spelled = tokenizer.spelled(token_id)
+        if _NOT_TEXT not in text:
+            sizes[token_id] = len(text.encode()) - without
+        elif _BYTE.fullmatch(spelled):
+            sizes[token_id] = 1
+        elif set(spelled) <= _BYTE_SIGNS:
+            sizes[token_id] = len(spelled)
+        else:  # the sign itself, as a token of its own
+            sizes[token_id] = len(spelled.replace(SPACE_SIGN, " ").encode())
+    sizes[_unknown(tokenizer)] = np.nan
+    prefix = round(float(sizes[tokenizer.encode("a")].sum())) - 1
+    for probe in _PROBES:
+        ids = tokenizer.encode(probe)
+        total, text = sizes[ids].sum(), tokenizer.decode(ids)
+        if not np.isnan(total) and total != len(text.encode()) + prefix:
+            return f"the tokenizer's text of {probe!r} is not that of its tokens joined"
+    return TokenBytes(sizes, prefix)
+
+
+def window_bytes(sizes: TokenBytes, corpus: Corpus, window: int) -> float:
+    """Bytes of text behind the tokens of a window; NaN where some stand for text that the tokenizer does not know."""
+    tokens = corpus[window]
+    if tokens.max() >= len(sizes.of_token):
+        return float("nan")
+    each = sizes.of_token[tokens]
+    if sizes.prefix_bytes:
+        firsts = corpus.document_starts(window)
+        firsts = np.concatenate([[0], firsts]) if corpus.begins_document(window) else firsts
+        each[firsts] -= np.where(each[firsts] > 0, sizes.prefix_bytes, 0)
+    return float(each.sum())
+
+
+def _unknown(tokenizer: Tokenizer) -> list[int]:
+    """The ids, if there are any, that stand for all that the vocabulary lacks."""
+    text = "a\U0010fffd"
+    ids = tokenizer.encode(text)
+    return [] if tokenizer.decode(ids) == text else sorted(set(ids) - set(tokenizer.encode("a")))
+
+
+def _byte_signs() -> set[str]:
+    """The characters by which byte-level BPE spells the 256 bytes (GPT-2, encoder.py: bytes_to_unicode)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+    return {chr(one) for one in shown} | {chr(256 + number) for number in range(256 - len(shown))}
+
+
+_BYTE_SIGNS = _byte_signs()
