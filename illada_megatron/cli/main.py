@@ -1,4 +1,4 @@
-"""`illada`: train, evaluate, generate, sample, preprocess, checkpoint, convert, plan, doctor."""
+"""`illada`: train, evaluate, generate, sample, preprocess, checkpoint, convert, runs, plan, doctor."""
 
 import os
 import socket
@@ -18,6 +18,7 @@ _COMMANDS = {
     "generate": ("generate_command", "generate"),
     "preprocess": ("preprocess_command", "preprocess"),
     "sample": ("sample_command", "sample"),
+    "runs": ("runs_command", "runs"),
     "plan": ("plan_command", "plan"),
     "doctor": ("run_commands", "doctor"),
     "checkpoint": ("checkpoint_commands", "app"),
@@ -53,8 +54,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from illada_megatron.config import ConfigError
     from illada_megatron.data.errors import DataError
     from illada_megatron.planning import PlanError
+    from illada_megatron.runs.records import RunError
 
-    return ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError
+    return ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, RunError, OSError
 
 
 def main() -> None:

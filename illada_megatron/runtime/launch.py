@@ -76,8 +76,11 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
     """The exit status."""
     agent = None
     handler: RendezvousHandler | None = None
+    received = 0
 
     def hand_on(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = number
         if agent is not None:
             agent.stop_requested = True
         if isinstance(handler, WithSpares) and handler.is_spare:
@@ -122,6 +125,11 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
         handler.shutdown()
     if not failed:  # no result: a spare machine, when the others have ended the run
         return 0
+    if received and any(one.exitcode in (-received, 128 + received) for one in result.failures.values()):
+        # before the first step no rank catches it, for there is nothing to save; after a second one they have not saved
+        name = signal.Signals(received).name
+        tell(f"stopped by {name} before the ranks had begun, or had saved: the newest checkpoint is as it was")
+        return 128 + received
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     # The rank has said why; a traceback of the launcher would only bury it.
     tell(f"rank {rank} failed first, with exit code {failure.exitcode}")

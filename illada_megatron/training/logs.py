@@ -21,11 +21,29 @@ from typing import Any
 import orjson
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from illada_megatron.system.console import Printable
+from illada_megatron.training.run_places import same_run
 
 Tell = Callable[[str], None]
 _BOARD_RETRY_SECONDS = 60.0
+# By what TensorBoard's HPARAMS compares runs, and which curves share a chart in its CUSTOM SCALARS.
+_METRICS = ("validation/bound_nats_per_token", "loss/nats_per_token", "speed/tokens_per_second")
+_CHARTS = {
+    "loss": {
+        "training and held-out, nats/token": ["Multiline", ["loss/nats_per_token", "validation/bound_nats_per_token"]],
+        "masked cross-entropy, nats/masked token": [
+            "Multiline",
+            ["loss/masked_cross_entropy_nats", "validation/masked_cross_entropy_nats"],
+        ],
+        "masked cross-entropy by t, nats/masked token": ["Multiline", ["masked_cross_entropy_by_t_nats/.*"]],
+    },
+    "speed": {
+        "tokens/s": ["Multiline", ["speed/tokens_per_second"]],
+        "seconds of a step, and of compute on the ranks": ["Multiline", ["speed/.*seconds", "stragglers/.*seconds.*"]],
+    },
+}
 _WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 # No line of a log is longer; what a power loss has left may be, and is not read whole.
 _MOST_LINE_BYTES = 1 << 26
@@ -107,7 +125,8 @@ class StepLog:
         end, found = 0, self._path.stat() if self._path.exists() else None
         if found is not None and stat.S_ISREG(found.st_mode) and found.st_size:
             end, written_by = _good_lines(self._path, self._first_step)
-            if end == 0 or self._save_dir is None or written_by not in (None, self._save_dir):
+            others = written_by is not None and not same_run(written_by, self._save_dir or "")
+            if end == 0 or self._save_dir is None or others:
                 self._put_aside()
                 end = 0
         # not for appending: a line that a full disk has cut short is written over
@@ -176,6 +195,16 @@ class Board:
         self._writer: SummaryWriter | None = None
         self._retry_at = 0.0
         self._open(first_step, () if continues else _WRONG_PATH)
+
+    def begin(self, configuration: str, hyperparameters: dict[str, Any], step: int) -> None:
+        """The configuration as YAML, and what of it (numbers, texts) runs are compared by."""
+        # as add_hparams has it, which would make a second run for it
+        summaries = hparams(hyperparameters, dict.fromkeys(_METRICS, 0.0))[:2]
+        for summary in summaries:
+            self._do(step, lambda writer, one=summary: writer.file_writer.add_summary(one))
+        self._do(step, lambda writer: writer.add_custom_scalars(_CHARTS))
+        code = "".join(f"    {line}\n" for line in configuration.splitlines())
+        self.add_text("run/configuration", code, step)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._do(step, lambda writer: writer.add_scalar(name, value, step))

@@ -16,7 +16,9 @@ from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.bad_steps import Rollback
-from illada_megatron.training.logs import Board, StepLog, Terminal
+from illada_megatron.training.boards import Boards
+from illada_megatron.training.logs import StepLog, Terminal
+from illada_megatron.training.resume import Change
 from illada_megatron.training.spikes import Spike
 from illada_megatron.training.stragglers import ComputeTimes
 from illada_megatron.training.validation import HeldOut
@@ -69,7 +71,7 @@ class Reporter:
         self.last_step = last_step
         self.console = Terminal()
         self._seconds_per_step: float | None = None
-        self._writer: Board | None = None
+        self._writer: Boards | None = None
         self._jsonl: StepLog | None = None
         self._saved: dict[str, Any] = {}
         self._good_step = first_step or None
@@ -77,10 +79,11 @@ class Reporter:
         self._logged_step = first_step
         self._first_step = first_step + 1
         self._rollbacks: list[Rollback] = []
+        self._held_out: list[dict[str, Any]] = []
+        self._changes: Sequence[Change] = ()
         if not enabled:
             return
-        if config.logging.tensorboard_dir:
-            self._writer = Board(config.logging.tensorboard_dir, first_step, continues, self.say)
+        self._writer = Boards(config, first_step, continues, self.say)
         if config.logging.jsonl_path:
             path, save_dir = Path(config.logging.jsonl_path), config.checkpoint.save_dir
             self._jsonl = StepLog(path, first_step, save_dir, continues, self.say)
@@ -91,8 +94,11 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._jsonl is not None and "failed_saves" in self._saved:  # no step comes that they could stand with
-            self._jsonl.write(_without_nan({"step": self._logged_step, **self._saved}))
+        more = self._saved if "failed_saves" in self._saved else {}
+        if self._held_out:
+            more = {**more, "held_out": self._held_out}
+        if self._jsonl is not None and more:  # no step comes that they could stand with
+            self._jsonl.write(_without_nan({"step": self._logged_step, **more}))
         if self._writer is not None:
             self._writer.close()
         if self._jsonl is not None:
@@ -109,6 +115,12 @@ class Reporter:
         if self.enabled:
             self.console.print(two_columns(title, rows))
 
+    def begins(self, changes: Sequence[Change]) -> None:
+        """The first step is about to be done. changes: of the configuration, since the checkpoint that it follows."""
+        if self._writer is not None:
+            self._changes = changes
+            self._writer.begin(changes)
+
     def step(self, record: StepRecord) -> None:
         """Log a step; the terminal gets every logging.interval_steps-th, the first and the last."""
         if not self.enabled:
@@ -120,13 +132,17 @@ class Reporter:
             more: dict[str, Any] = dict(self._saved)
             if record.step == self._first_step:
                 more["start_seconds"] = time.time() - psutil.Process().create_time()
-                more["save_dir"] = self.config.checkpoint.save_dir
+                more |= {"save_dir": self.config.checkpoint.save_dir, "run_dir": self.config.run_dir}
+                if self._changes:
+                    more["changed"] = {one.field: [one.old, one.new] for one in self._changes}
+            if self._held_out:
+                more["held_out"] = self._held_out
             if self._rollbacks and record.step == self._rollbacks[-1].to_step + 1:
                 more["rollbacks"] = [asdict(one) for one in self._rollbacks]
             if self.config.checkpoint.save_dir:
                 more |= {"checkpoint_step": self._good_step, "checkpoint_age_seconds": self._checkpoint_age()}
             self._jsonl.write(_without_nan({**asdict(record), **more}))
-        self._saved, self._logged_step = {}, record.step
+        self._saved, self._held_out, self._logged_step = {}, [], record.step
         if self._writer is not None:
             for name, value in self._scalars(record).items():
                 if math.isfinite(value):
@@ -148,6 +164,7 @@ class Reporter:
         if self._rollbacks and self._rollbacks[-1].to_step != rollback.to_step:
             self._rollbacks = []
         self._rollbacks.append(rollback)
+        self._held_out = [one for one in self._held_out if one["step"] <= rollback.to_step]
         if self._writer is not None:
             self._writer.go_back(rollback.to_step)
         if self._jsonl is not None:
@@ -212,9 +229,12 @@ class Reporter:
         return time.monotonic() - self._good_at
 
     def held_out(self, step: int, figures: HeldOut) -> None:
-        """Log a validation."""
+        """Log a validation; in the JSONL log it stands with the next step."""
         if not self.enabled:
             return
+        self._held_out.append(
+            {"step": step, "bound": figures.bound, "masked_cross_entropy": figures.masked_cross_entropy}
+        )
         if self._writer is not None:
             self._writer.add_scalar("validation/bound_nats_per_token", figures.bound, step)
             self._writer.add_scalar("validation/masked_cross_entropy_nats", figures.masked_cross_entropy, step)
