@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,20 @@ def read_run(place: str | Path) -> RunRecord:
             raise RunError(f"{path}: has no {STEP_LOG}: give the folder of a run (run_dir), or its logging.jsonl_path")
     loss, held_out, throughput = Curve(), Curve(), Curve()
     step = tokens = starts = 0
-    for record in _lines(log):
-        starts += "start_seconds" in record
-        for one in record.get("held_out", ()):
-            held_out.add(one["step"], tokens, one.get("bound"))
-        if "loss" in record:
-            step, tokens = record["step"], record["consumed_tokens"]
-            loss.add(step, tokens, record["loss"])
-            throughput.add(step, tokens, record["tokens_per_second"])
+    for number, record in _lines(log):
+        try:
+            before = tokens
+            starts += "start_seconds" in record
+            if "loss" in record:  # else it stands for a save that failed at the end
+                step, tokens = record["step"], record["consumed_tokens"]
+                loss.add(step, tokens, record["loss"])
+                throughput.add(step, tokens, record["tokens_per_second"])
+            for one in record.get("held_out", ()):  # of the step before, or of the run's last
+                held_out.add(one["step"], tokens if one["step"] == step else before, one["bound"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{log}:{number}: not a line of logging.jsonl_path: {error!r:.200}") from error
+    if not step:
+        raise RunError(f"{log}: has no steps yet")
     return RunRecord(str(place).rstrip("/"), configuration, step, tokens, starts, loss, held_out, throughput)
 
 
@@ -101,22 +108,12 @@ def _log_of(configuration: dict[str, Any], folder: Path) -> Path | None:
     return Path(text.replace("${run_dir}", str(folder))) if isinstance(text, str) else None
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
-    """A last line that was cut short is left out."""
+def _lines(log: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """With their numbers; a last line that was cut short is left out."""
     try:
-        lines = log.read_text().splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
+        with log.open() as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith("\n"):
+                    yield number, json.loads(line)
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{log}: cannot be read: {error}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            record = json.loads(line)
-            record["step"] + 0
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise RunError(f"{log}:{number}: not a line of logging.jsonl_path: {error!r:.200}") from error
-        records.append(record)
-    if not records:
-        raise RunError(f"{log}: has no steps yet")
-    return records

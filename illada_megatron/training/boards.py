@@ -14,10 +14,11 @@ from illada_megatron.training.resume import Change
 from illada_megatron.training.run_places import claim_board, name_of
 from illada_megatron.training.wandb_board import WandbBoard
 
-# What makes two runs differ in their curves; places and faults do not.
+# Fields, or beginnings of them, by which runs are usually compared: a table of all would show what is always the same.
 _HYPERPARAMETERS = (
-    *("model.", "diffusion.", "loss.", "optimizer.", "schedule.", "training.", "parallel."),
-    *("data.sequence_length", "data.shuffle", "data.max_epochs"),
+    *("diffusion.", "optimizer.", "schedule.", "training.", "loss.z_loss", "data.sequence_length"),
+    *("model.num_", "model.hidden_size", "model.ffn_hidden_size", "model.vocab_size", "model.tie_word_embeddings"),
+    *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
 )
 
 
@@ -41,8 +42,8 @@ class Boards:
             with suppress(OSError):  # TensorBoard's own writer meets it too, and says so
                 if claim_board(directory, name_of(config)) and not continues:
                     tell(
-                        f"warning: logging.tensorboard_dir {directory} holds curves of another run, which left no "
-                        "name: TensorBoard shows this run's in their place; give each run its own folder (run_dir)"
+                        "warning: another run, which left no name, has its curves in logging.tensorboard_dir "
+                        f"{directory}: TensorBoard shows this run's in their place; give each its own folder (run_dir)"
                     )
             self._boards.append(Board(directory, first_step, continues, tell))
         if config.logging.wandb_project is not None:

@@ -37,11 +37,17 @@ _CHARTS = {
             "Multiline",
             ["loss/masked_cross_entropy_nats", "validation/masked_cross_entropy_nats"],
         ],
-        "masked cross-entropy by t, nats/masked token": ["Multiline", ["masked_cross_entropy_by_t_nats/.*"]],
+        "masked cross-entropy at small, middle and large t": [
+            "Multiline",
+            [f"masked_cross_entropy_by_t_nats/{interval}" for interval in ("0.1-0.2", "0.5-0.6", "0.9-1.0")],
+        ],
     },
     "speed": {
         "tokens/s": ["Multiline", ["speed/tokens_per_second"]],
-        "seconds of a step, and of compute on the ranks": ["Multiline", ["speed/.*seconds", "stragglers/.*seconds.*"]],
+        "seconds of a step, and of the slowest rank's compute": [
+            "Multiline",
+            ["speed/step_seconds", "stragglers/compute_seconds_max"],
+        ],
     },
 }
 _WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -68,6 +74,8 @@ class StepLog:
         self._file: FileIO | None = None
         self._end: int | None = None
         """Where the next line goes; None: not a regular file, it goes where it goes."""
+        self._last: tuple[int, dict[str, Any]] | None = None
+        """Where the last line begins, and what it says."""
         self._missing: list[int] = []
         self._said = False
         try:
@@ -83,7 +91,9 @@ class StepLog:
         try:
             if self._file is None:
                 self._open()
+            begin = self._end
             self._write(line)
+            self._last = None if begin is None else (begin, record)
         except OSError as error:
             self._failed(error, record["step"])
             return
@@ -92,6 +102,14 @@ class StepLog:
             self._tell(f"logging.jsonl_path {self._path}: written again; the steps {steps} are not in it")
             self._missing = []
         self._said = False
+
+    def amend(self, more: dict[str, Any]) -> None:
+        """Add to the last line what has become known since: a step stays one line. Nothing where that cannot be."""
+        if self._file is None or self._last is None or self._missing:
+            return
+        begin, record = self._last
+        self._end = begin
+        self.write({**record, **more})
 
     def make_durable(self) -> None:
         """Return when all lines have reached the disk: a checkpoint that survives a power loss has its steps there."""
@@ -103,7 +121,7 @@ class StepLog:
 
     def go_back(self, step: int) -> None:
         """The run goes on after `step`: the steps behind it come again."""
-        self._first_step = step
+        self._first_step, self._last = step, None
         try:
             if self._file is not None and self._end is not None:
                 self._cut(_good_lines(self._path, step)[0])
@@ -199,9 +217,8 @@ class Board:
     def begin(self, configuration: str, hyperparameters: dict[str, Any], step: int) -> None:
         """The configuration as YAML, and what of it (numbers, texts) runs are compared by."""
         # as add_hparams has it, which would make a second run for it
-        summaries = hparams(hyperparameters, dict.fromkeys(_METRICS, 0.0))[:2]
-        for summary in summaries:
-            self._do(step, lambda writer, one=summary: writer.file_writer.add_summary(one))
+        experiment, session, _ = hparams(hyperparameters, dict.fromkeys(_METRICS, 0.0))
+        self._do(step, lambda writer: [writer.file_writer.add_summary(one) for one in (experiment, session)])
         self._do(step, lambda writer: writer.add_custom_scalars(_CHARTS))
         code = "".join(f"    {line}\n" for line in configuration.splitlines())
         self.add_text("run/configuration", code, step)

@@ -94,11 +94,11 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        more = self._saved if "failed_saves" in self._saved else {}
-        if self._held_out:
-            more = {**more, "held_out": self._held_out}
-        if self._jsonl is not None and more:  # no step comes that they could stand with
-            self._jsonl.write(_without_nan({"step": self._logged_step, **more}))
+        # no step comes that they could stand with
+        if self._jsonl is not None and self._held_out:
+            self._jsonl.amend(_without_nan({"held_out": self._held_out}))
+        if self._jsonl is not None and "failed_saves" in self._saved:
+            self._jsonl.write(_without_nan({"step": self._logged_step, **self._saved}))
         if self._writer is not None:
             self._writer.close()
         if self._jsonl is not None:
@@ -229,7 +229,7 @@ class Reporter:
         return time.monotonic() - self._good_at
 
     def held_out(self, step: int, figures: HeldOut) -> None:
-        """Log a validation; in the JSONL log it stands with the next step."""
+        """Log a validation; in the JSONL log it stands with the next step, or the last one."""
         if not self.enabled:
             return
         self._held_out.append(

@@ -120,10 +120,11 @@ def _has_checkpoints(config: RunConfig) -> bool:
 def _require_writable(field: str, path: Path, is_folder: bool) -> None:
     """Nothing is made: what fails before the run begins leaves nothing behind."""
     there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    wrong: type[OSError] | None = None
     if there == path and not is_folder:
         wrong = IsADirectoryError if path.is_dir() else None
-    else:
-        wrong = None if there.is_dir() else NotADirectoryError
+    elif not there.is_dir():
+        wrong = NotADirectoryError
     if wrong is not None:
         raise wrong(f"{field} {path}: cannot be written: {there} is {_kind(there)}: name another path")
     if not os.access(there, os.W_OK):

@@ -4,6 +4,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from illada_megatron.checkpoint.files.storage import folder
@@ -50,8 +51,9 @@ def train(config: RunConfig) -> TrainResult:
     FloatingPointError where too many steps in a row were bad (faults.max_bad_steps).
     """
     save_seconds = 60 * config.checkpoint.save_timeout_minutes
+    traces = None if config.run_dir is None else Path(config.run_dir) / "traces"
     with (
-        Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds) as watchdog,
+        Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds, traces) as watchdog,
         runtime(config) as run,
         free_places(config),
         owned(config.checkpoint.save_dir, tell) as ownership,

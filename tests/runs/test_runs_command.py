@@ -26,8 +26,9 @@ def _write_run(folder: Path, lr: float, steps: int, tokens: int, loss: float) ->
                 record["start_seconds"] = 1.0
             if step % 10 == 1 and step > 1:
                 record["held_out"] = [{"step": step - 1, "bound": loss - 1, "masked_cross_entropy": 2.0}]
+            if step == steps:
+                record["held_out"] = [{"step": step, "bound": loss - 2}]
             file.write(json.dumps(record) + "\n")
-        file.write(json.dumps({"step": steps, "held_out": [{"step": steps, "bound": loss - 2}]}) + "\n")
         file.write('{"step": 99, "lo')  # a run that is writing
     return folder
 

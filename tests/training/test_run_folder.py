@@ -20,8 +20,7 @@ def one_step(tiny_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
     from illada_megatron.training import train
 
     run = tmp_path_factory.mktemp("one_step") / "run"
-    overrides = [one for one in tiny_run if "=" in one]
-    train(load_config("tiny", [*overrides, f"run_dir={run}", "training.exit_steps=1", "validation.interval_steps=1"]))
+    train(load_config(None, [*tiny_run, f"run_dir={run}", "training.exit_steps=1", "validation.interval_steps=1"]))
     return run
 
 
@@ -44,12 +43,13 @@ def _board(run: Path) -> EventAccumulator:
 def test_a_start_that_continues(run: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
     """Everything is in the folder; changed fields are said, old and new, and logged; nothing is written over."""
     first = (run / "start_0001.yaml").read_bytes()
+    lr = load_config(run / "start_0001.yaml").training.lr
     changed = ("training.lr=5e-4", "diffusion.eps=0.01", "training.micro_batch_size=1", "logging.interval_steps=1")
     outcome = illada("train", *tiny_run, f"run_dir={run}", *changed)
     assert outcome.code == 0, outcome.err
     where = run / "checkpoints" / "step_00000001"
     assert f"continues from {where}: step 1" in outcome.out
-    assert f"changed since {where}: training.lr 0.001 -> 0.0005" in outcome.out
+    assert f"changed since {where}: training.lr {lr} -> 0.0005" in outcome.out
     assert f"changed since {where}: diffusion.eps 0.001 -> 0.01" in outcome.out
     assert "changed in the layout only: training.micro_batch_size 2 -> 1" in outcome.out
     assert "changed in what is written: " in outcome.out
@@ -63,7 +63,7 @@ def test_a_start_that_continues(run: Path, tiny_run: tuple[str, ...], illada: Il
     assert [one["step"] for one in steps if "loss" in one] == [1, 2, 3]
     assert steps[0]["run_dir"] != ""
     next_step = next(one for one in steps if one["step"] == 2)
-    assert next_step["changed"]["training.lr"] == [0.001, 0.0005]
+    assert next_step["changed"]["training.lr"] == [lr, 0.0005]
     held_out = [one for step in steps for one in step.get("held_out", [])]
     assert [one["step"] for one in held_out] == [1]  # validation was on in the first start alone
 
@@ -73,14 +73,13 @@ def test_a_start_that_continues(run: Path, tiny_run: tuple[str, ...], illada: Il
     assert [event.step for event in configurations] == [0, 1]
     assert "    lr: 0.0005" in configurations[1].tensor_proto.string_val[0].decode()
     assert (
-        "training.lr 0.001 -> 0.0005"
+        f"training.lr {lr} -> 0.0005"
         in board.Tensors("run/changed/text_summary")[0].tensor_proto.string_val[0].decode()
     )
     content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert hparams["training.lr"].number_value == 0.001
+    assert hparams["training.lr"].number_value == lr
     assert hparams["diffusion.t_sampling"].string_value == "stratified"
-    assert list(board.Tags()["scalars"]) == sorted(set(board.Tags()["scalars"]), key=board.Tags()["scalars"].index)
 
 
 def test_a_finished_run_says_so(run: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
@@ -151,9 +150,7 @@ def test_without_the_package_of_weights_and_biases(
 def test_whatever_weights_and_biases_raises_ends_no_run(
     run: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "wandb.py").write_text(
-        "class Settings:\n    def __init__(self, **_): raise RuntimeError('no service')\n"
-    )
+    (tmp_path / "wandb.py").write_text("def Settings(**_): raise RuntimeError('no service')\ninit = None\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     outcome = illada("train", *tiny_run, f"run_dir={run}", "logging.wandb_project=p")

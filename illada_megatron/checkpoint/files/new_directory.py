@@ -16,8 +16,8 @@ from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.system.whole_file import sync
 
 _UNFINISHED, _TOKEN_BYTES = ".unfinished", 4
-# A run's checkpoint (`store.step_directory`): retention deletes it as a whole, and without a record takes it for one that
-# was interrupted.
+# A run's checkpoint (`store.step_directory`): retention deletes it as a whole, and without a record takes it for
+# an interrupted one.
 _CHECKPOINT = re.compile(r"step_\d{8,}")
 # what file systems without locks answer; what a killed process left there stays, as it may be another's at work
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}

@@ -58,12 +58,11 @@ def reshard(
         verified=(info,) if verify else (),
         read_bytes=info.path.block_bytes,
     )
-    recorded = info.path.size(RECORD) is not None  # Megatron's own have none
     try:
         return rewrite(content, target, format_, implementation, memory_mb, processes)
     except FileNotFoundError as error:
-        if not recorded or info.path.size(RECORD) is not None:
-            raise
+        if opened.kind != "torch_dist" or info.path.size(RECORD) is not None:
+            raise  # Megatron's own have no record, and no run of ours deletes them
         raise CheckpointError(
             f"{info.path}: was deleted while it was read, and {target} is not written: the run that saves there keeps "
             "it no longer (checkpoint.keep_last): reshard a newer one, or one that stays (checkpoint.keep_every)"
