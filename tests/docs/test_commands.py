@@ -14,7 +14,7 @@ from pages import Page, read_page
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # What a fresh clone does not have.
 _NOT_CLONED = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", "build", "*.egg-info")
-_MADE_BY_COMMANDS = ("demo", "runs", "data")
+_MADE_BY_COMMANDS = ("demo", "runs", "corpus")
 
 
 def _with_commands() -> dict[str, Page]:

@@ -1,12 +1,13 @@
 """A run is a folder: what lies there, what a start that continues says, and that two runs do not share."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from launch import Illada, read_steps
+from launch import ROOT, Illada, read_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -76,6 +77,12 @@ def test_a_start_that_continues(run: Path, tiny_run: tuple[str, ...], illada: Il
         f"training.lr {lr} -> 0.0005"
         in board.Tensors("run/changed/text_summary")[0].tensor_proto.string_val[0].decode()
     )
+    page = (ROOT / "docs" / "training.md").read_text()
+    for tag in board.Tags()["scalars"]:
+        stem = re.sub(r"\d\.\d-\d\.\d$", "0.3-0.4", tag)
+        if tag.startswith("stragglers/"):  # `_min`, `_median`, `_max` share a row
+            stem = re.sub(r"_(median|max)$", "_min", tag)
+        assert f"`{stem}`" in page, f"docs/training.md does not say what {tag} is"
     content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     assert hparams["training.lr"].number_value == lr
