@@ -64,7 +64,9 @@ def check(config: RunConfig) -> None:
     for field, owner_of in owners.items():
         owner = owner_of(local[field]) if field in local else None
         own = name_of(config)
-        if owner is not None and (own is None or not same_run(owner, own)):
+        # a run whose place is gone was moved, or is no more: its log is put aside (`logs.StepLog`)
+        there = owner is not None and ("://" in owner or Path(owner).exists())
+        if owner is not None and there and (own is None or not same_run(owner, own)):
             raise CheckpointError(
                 f"{field} {local[field]} belongs to another run, {owner}; this one is "
                 f"{own or 'not named by a run_dir or a checkpoint.save_dir'}: give each run its own folder (run_dir), "

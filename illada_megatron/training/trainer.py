@@ -55,8 +55,8 @@ def train(config: RunConfig) -> TrainResult:
     with (
         Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds, traces) as watchdog,
         runtime(config) as run,
-        free_places(config),
         owned(config.checkpoint.save_dir, tell) as ownership,
+        free_places(config),
     ):
         state = setup(config, run)
         last_step = last_step_of(config.training)

@@ -126,18 +126,20 @@ def test_a_path_that_cannot_be_written_is_said_before_anything_is_read(
     assert f"{field} {place}: cannot be written: {tmp_path / 'file'} is a file, expected a directory" in outcome.err
 
 
-def test_weights_and_biases_offline(run: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
+def test_weights_and_biases_offline(tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
     """Both starts of a run are one run there, in files of the run's folder, without a network."""
     pytest.importorskip("wandb")
+    run = tmp_path / "run"
     arguments = [*tiny_run, f"run_dir={run}", "logging.wandb_project=p", "logging.wandb_mode=offline"]
-    (run / ID_FILE).write_text("0a1b2c3d\n")  # as its first start had left it
-    outcome = illada("train", *arguments, "validation.interval_steps=1")
-    assert outcome.code == 0, outcome.err
-    assert "without Weights & Biases" not in outcome.out
-    (written,) = (run / "wandb").glob("offline-run-*-0a1b2c3d/run-0a1b2c3d.wandb")
-    content = written.read_bytes()
-    for name in (b"loss/nats_per_token", b"validation/bound_nats_per_token", b"t_sampling"):
-        assert name in content
+    for more in ("training.exit_steps=1", "validation.interval_steps=1"):
+        outcome = illada("train", *arguments, more)
+        assert outcome.code == 0, outcome.err
+        assert "without Weights & Biases" not in outcome.out
+    name = (run / ID_FILE).read_text().strip()
+    first, second = sorted((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    for word in (b"loss/nats_per_token", b"t_sampling"):
+        assert word in first.read_bytes()
+    assert b"validation/bound_nats_per_token" in second.read_bytes()
 
 
 def test_without_the_package_of_weights_and_biases(
