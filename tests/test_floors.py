@@ -21,6 +21,7 @@ NEVER = {
     "config": ("torch", "megatron"),
     "config/schema": ("torch", "megatron", "config.layout", "config.load", "data", "model", "training"),
     "planning": ("torch", "megatron"),
+    "runs": ("torch", "megatron", "training", "checkpoint"),
     "ops": ("megatron", "config"),
     "runtime": ("data", "model", "checkpoint", "training"),
     "data": ("torch", "megatron"),

@@ -24,7 +24,8 @@ ROWS = (
     ("data/corpus", "runtime"),
     ("data/shards",),
     ("data/tokenizers",),
-    ("data", "config", "planning", "ops"),
+    ("data", "runs", "planning", "ops"),
+    ("config",),
     ("config/schema",),
     ("system",),
 )

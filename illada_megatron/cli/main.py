@@ -1,5 +1,5 @@
-"""`illada`: train, evaluate, generate, preprocess, tokenizer, sample, plan, translate, doctor, checkpoint, convert; and
-how it, and the programs of tools/, end."""
+"""`illada`: train, evaluate, generate, preprocess, tokenizer, sample, runs, plan, translate, doctor, checkpoint,
+convert; and how it, and the programs of tools/, end."""
 
 import os
 import socket
@@ -22,6 +22,7 @@ _COMMANDS = {
     "preprocess": ("preprocess_command", "preprocess"),
     "tokenizer": ("tokenizer_command", "app"),
     "sample": ("sample_command", "sample"),
+    "runs": ("runs_command", "runs"),
     "plan": ("plan_command", "plan"),
     "translate": ("translate_command", "translate_command"),
     "doctor": ("run_commands", "doctor"),
@@ -60,8 +61,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from illada_megatron.config import ConfigError
     from illada_megatron.data.errors import DataError
     from illada_megatron.planning import PlanError
+    from illada_megatron.runs.records import RunError
 
-    return ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, OSError
+    return ConfigError, CheckpointError, DataError, FloatingPointError, PlanError, RunError, OSError
 
 
 def main() -> None:

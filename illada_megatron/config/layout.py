@@ -1,11 +1,13 @@
 """The whole configuration, and which layouts can work: the checks between model, parallel, data and training."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator as validator
 
+from illada_megatron.config.places import check_places, with_places
 from illada_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -28,6 +30,9 @@ from illada_megatron.config.schema import (
 class RunConfig(Section):
     """Everything a run depends on; saved beside it."""
 
+    run_dir: str | None = None
+    """The folder of the run (docs/training.md): checkpoint.save_dir, logging.tensorboard_dir and logging.jsonl_path lie
+    in it where they are not given (null: none). None: there is no such folder."""
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -41,6 +46,11 @@ class RunConfig(Section):
     faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @validator(mode="before")
+    @classmethod
+    def _places(cls, values: Any) -> Any:
+        return with_places(values) if isinstance(values, Mapping) else values
 
     @validator(mode="after")
     def _check(self) -> Self:
@@ -101,6 +111,7 @@ class ChosenLayout:
 def check_config(config: RunConfig) -> None:
     """The checks that do not need the world size. Raises ValueError with the fields, the numbers and the fix."""
     model, parallel, training = config.model, config.parallel, config.training
+    check_places(config.run_dir, config.logging)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tp_text = f"parallel.tensor_model_parallel_size {tp}"
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "padded_vocab_size"):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from illada_megatron.config.field_names import hint_for, section_class
 from illada_megatron.config.layout import RunConfig
+from illada_megatron.config.places import PLACES
 from illada_megatron.system.whole_file import replaced
 
 # OmegaConf's resolvers, as ${oc.env:NAME}, and ${${...}:NAME}, which may become one
@@ -135,8 +136,13 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML text."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML text, which `load_config` reads back equal. What lies in run_dir as it does by
+    default is written as `${run_dir}/...`: with another run_dir the file is another run's configuration."""
+    values = config.model_dump(mode="json")
+    for (section, field), place in PLACES.items():
+        if config.run_dir is not None and values[section][field] == f"{config.run_dir}/{place}":
+            values[section][field] = f"${{run_dir}}/{place}"
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def _layers(config: str | Path, seen: tuple[Path, ...] = ()) -> list[Any]:

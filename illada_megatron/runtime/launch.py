@@ -1,5 +1,6 @@
 """Start the ranks of one machine, and start them again when one fails, through torch's own elastic agent."""
 
+import logging
 import os
 import signal
 import sys
@@ -76,8 +77,13 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
     """The exit status."""
     agent = None
     handler: RendezvousHandler | None = None
+    received = 0
 
     def hand_on(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = number
+        # torch's word on a rank that ends by it; this program says what has happened
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         if agent is not None:
             agent.stop_requested = True
         if isinstance(handler, WithSpares) and handler.is_spare:
@@ -87,7 +93,7 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
         if not children:  # in a rendezvous: nobody to tell
             raise SignalException(f"got {signal.Signals(number).name}", signal.Signals(number))
         for child in children:
-            child.send_signal(number)
+            child.send_signal(_handed_on(number))
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, hand_on)
@@ -122,11 +128,22 @@ def _run(options: LaunchOptions, arguments: Sequence[str], working: Callable[[in
         handler.shutdown()
     if not failed:  # no result: a spare machine, when the others have ended the run
         return 0
+    if received and any(one.exitcode == -_handed_on(received) for one in result.failures.values()):
+        # before the first step no rank catches it, for there is nothing to save; after a second one they have not saved
+        name = signal.Signals(received).name
+        tell(f"stopped by {name} before the ranks had begun, or had saved: the newest checkpoint is as it was")
+        return 128 + received
     rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     # The rank has said why; a traceback of the launcher would only bury it.
     tell(f"rank {rank} failed first, with exit code {failure.exitcode}")
     failure = final or failure
     return failure.exitcode if failure.exitcode > 0 else 1
+
+
+def _handed_on(number: int) -> int:
+    """What ranks get of a signal: while they start, Python answers SIGINT with a traceback; later they treat both
+    alike."""
+    return signal.SIGTERM if number == signal.SIGINT else number
 
 
 def _rendezvous(options: LaunchOptions) -> RendezvousHandler:

@@ -21,11 +21,35 @@ from typing import Any
 import orjson
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from illada_megatron.system.console import Printable
+from illada_megatron.training.run_places import same_run
 
 Tell = Callable[[str], None]
 _BOARD_RETRY_SECONDS = 60.0
+# By what TensorBoard's HPARAMS compares runs, and which curves share a chart in its CUSTOM SCALARS.
+_METRICS = ("validation/bound_nats_per_token", "loss/nats_per_token", "speed/tokens_per_second")
+_CHARTS = {
+    "loss": {
+        "training and held-out, nats/token": ["Multiline", ["loss/nats_per_token", "validation/bound_nats_per_token"]],
+        "masked cross-entropy, nats/masked token": [
+            "Multiline",
+            ["loss/masked_cross_entropy_nats", "validation/masked_cross_entropy_nats"],
+        ],
+        "masked cross-entropy at small, middle and large t": [
+            "Multiline",
+            [f"masked_cross_entropy_by_t_nats/{interval}" for interval in ("0.1-0.2", "0.5-0.6", "0.9-1.0")],
+        ],
+    },
+    "speed": {
+        "tokens/s": ["Multiline", ["speed/tokens_per_second"]],
+        "seconds of a step, and of the slowest rank's compute": [
+            "Multiline",
+            ["speed/step_seconds", "stragglers/compute_seconds_max"],
+        ],
+    },
+}
 _WRONG_PATH = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 # No line of a log is longer; what a power loss has left may be, and is not read whole.
 _MOST_LINE_BYTES = 1 << 26
@@ -50,6 +74,8 @@ class StepLog:
         self._file: FileIO | None = None
         self._end: int | None = None
         """Where the next line goes; None: not a regular file, it goes where it goes."""
+        self._last: tuple[int, dict[str, Any]] | None = None
+        """Where the last line begins, and what it says."""
         self._missing: list[int] = []
         self._said = False
         try:
@@ -65,7 +91,9 @@ class StepLog:
         try:
             if self._file is None:
                 self._open()
+            begin = self._end
             self._write(line)
+            self._last = None if begin is None else (begin, record)
         except OSError as error:
             self._failed(error, record["step"])
             return
@@ -74,6 +102,14 @@ class StepLog:
             self._tell(f"logging.jsonl_path {self._path}: written again; the steps {steps} are not in it")
             self._missing = []
         self._said = False
+
+    def amend(self, more: dict[str, Any]) -> None:
+        """Add to the last line what has become known since: a step stays one line. Nothing where that cannot be."""
+        if self._file is None or self._last is None or self._missing:
+            return
+        begin, record = self._last
+        self._end = begin
+        self.write({**record, **more})
 
     def make_durable(self) -> None:
         """Return when all lines have reached the disk: a checkpoint that survives a power loss has its steps there."""
@@ -85,7 +121,7 @@ class StepLog:
 
     def go_back(self, step: int) -> None:
         """The run goes on after `step`: the steps behind it come again."""
-        self._first_step = step
+        self._first_step, self._last = step, None
         try:
             if self._file is not None and self._end is not None:
                 self._cut(_good_lines(self._path, step)[0])
@@ -107,7 +143,8 @@ class StepLog:
         end, found = 0, self._path.stat() if self._path.exists() else None
         if found is not None and stat.S_ISREG(found.st_mode) and found.st_size:
             end, written_by = _good_lines(self._path, self._first_step)
-            if end == 0 or self._save_dir is None or written_by not in (None, self._save_dir):
+            others = written_by is not None and not same_run(written_by, self._save_dir or "")
+            if end == 0 or self._save_dir is None or others:
                 self._put_aside()
                 end = 0
         # not for appending: a line that a full disk has cut short is written over
@@ -176,6 +213,15 @@ class Board:
         self._writer: SummaryWriter | None = None
         self._retry_at = 0.0
         self._open(first_step, () if continues else _WRONG_PATH)
+
+    def begin(self, configuration: str, hyperparameters: dict[str, Any], step: int) -> None:
+        """The configuration as YAML, and what of it (numbers, texts) runs are compared by."""
+        # as add_hparams has it, which would make a second run for it
+        experiment, session, _ = hparams(hyperparameters, dict.fromkeys(_METRICS, 0.0))
+        self._do(step, lambda writer: [writer.file_writer.add_summary(one) for one in (experiment, session)])
+        self._do(step, lambda writer: writer.add_custom_scalars(_CHARTS))
+        code = "".join(f"    {line}\n" for line in configuration.splitlines())
+        self.add_text("run/configuration", code, step)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._do(step, lambda writer: writer.add_scalar(name, value, step))

@@ -16,10 +16,12 @@ from illada_megatron.checkpoint.saver import SaveOutcome
 from illada_megatron.config import RunConfig
 from illada_megatron.runtime.tables import two_columns
 from illada_megatron.training.bad_steps import Rollback
+from illada_megatron.training.boards import Boards
 from illada_megatron.training.held_out_figures import HeldOut
 from illada_megatron.training.held_out_report import as_record, scalars, summary
-from illada_megatron.training.logs import Board, StepLog, Terminal
+from illada_megatron.training.logs import StepLog, Terminal
 from illada_megatron.training.plateau import Plateau
+from illada_megatron.training.resume import Change
 from illada_megatron.training.spikes import Spike
 from illada_megatron.training.stragglers import ComputeTimes
 
@@ -76,7 +78,7 @@ class Reporter:
         self.last_step = last_step
         self.console = Terminal()
         self._seconds_per_step: float | None = None
-        self._writer: Board | None = None
+        self._writer: Boards | None = None
         self._jsonl: StepLog | None = None
         self._saved: dict[str, Any] = {}
         self._good_step = first_step or None
@@ -84,10 +86,11 @@ class Reporter:
         self._logged_step = first_step
         self._first_step = first_step + 1
         self._rollbacks: list[Rollback] = []
+        self._held_out: list[dict[str, Any]] = []
+        self._changes: Sequence[Change] = ()
         if not enabled:
             return
-        if config.logging.tensorboard_dir:
-            self._writer = Board(config.logging.tensorboard_dir, first_step, continues, self.say)
+        self._writer = Boards(config, first_step, continues, self.say)
         if config.logging.jsonl_path:
             path, save_dir = Path(config.logging.jsonl_path), config.checkpoint.save_dir
             self._jsonl = StepLog(path, first_step, save_dir, continues, self.say)
@@ -99,7 +102,9 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # no step comes that they could stand with
-        if self._jsonl is not None and self._saved.keys() & {"failed_saves", "held_out", "held_out_ema"}:
+        if self._jsonl is not None and self._held_out:
+            self._jsonl.amend(_without_nan({"held_out": self._held_out}))
+        if self._jsonl is not None and "failed_saves" in self._saved:
             self._jsonl.write(_without_nan({"step": self._logged_step, **self._saved}))
         if self._writer is not None:
             self._writer.close()
@@ -117,6 +122,12 @@ class Reporter:
         if self.enabled:
             self.console.print(two_columns(title, rows))
 
+    def begins(self, changes: Sequence[Change]) -> None:
+        """The first step is about to be done. changes: of the configuration, since the checkpoint that it follows."""
+        if self._writer is not None:
+            self._changes = changes
+            self._writer.begin(changes)
+
     def step(self, record: StepRecord) -> None:
         """Log a step; the terminal gets every logging.interval_steps-th, the first and the last."""
         if not self.enabled:
@@ -128,13 +139,17 @@ class Reporter:
             more: dict[str, Any] = dict(self._saved)
             if record.step == self._first_step:
                 more["start_seconds"] = time.time() - psutil.Process().create_time()
-                more["save_dir"] = self.config.checkpoint.save_dir
+                more |= {"save_dir": self.config.checkpoint.save_dir, "run_dir": self.config.run_dir}
+                if self._changes:
+                    more["changed"] = {one.field: [one.old, one.new] for one in self._changes}
+            if self._held_out:
+                more["held_out"] = self._held_out
             if self._rollbacks and record.step == self._rollbacks[-1].to_step + 1:
                 more["rollbacks"] = [asdict(one) for one in self._rollbacks]
             if self.config.checkpoint.save_dir:
                 more |= {"checkpoint_step": self._good_step, "checkpoint_age_seconds": self._checkpoint_age()}
             self._jsonl.write(_without_nan({**asdict(record), **more}))
-        self._saved, self._logged_step = {}, record.step
+        self._saved, self._held_out, self._logged_step = {}, [], record.step
         if self._writer is not None:
             for name, value in self._scalars(record).items():
                 if math.isfinite(value):
@@ -158,8 +173,7 @@ class Reporter:
         if self._rollbacks and self._rollbacks[-1].to_step != rollback.to_step:
             self._rollbacks = []
         self._rollbacks.append(rollback)
-        for name in ("held_out", "held_out_ema"):  # of a step that comes again
-            self._saved.pop(name, None)
+        self._held_out = [one for one in self._held_out if one["step"] <= rollback.to_step]
         if self._writer is not None:
             self._writer.go_back(rollback.to_step)
         if self._jsonl is not None:
@@ -225,15 +239,14 @@ class Reporter:
 
     def held_out(self, step: int, figures: HeldOut, ema: bool = False) -> None:
         """Log a validation, of the weights or of their moving average; in the JSONL log it stands with the next step,
-        or by itself where none comes."""
+        or the last one."""
         if not self.enabled:
             return
         window_tokens = self.config.data.sequence_length
+        self._held_out.append({"step": step, "ema": ema, **as_record(figures, window_tokens)})
         if self._writer is not None:
             for name, value in scalars(figures, window_tokens):
                 self._writer.add_scalar(name.replace("validation/", "validation_ema/", 1) if ema else name, value, step)
-        name = "held_out_ema" if ema else "held_out"
-        self._saved[name] = {"step": step, **as_record(figures, window_tokens)}
         mean, what = figures.mean, "EMA: " if ema else ""
         self.console.print(f"step {step:>7}  {what}held-out bound {summary(mean)}  ({mean.num_tokens:,} tokens)")
         if len(figures.texts) > 1:

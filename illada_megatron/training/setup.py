@@ -27,6 +27,7 @@ from illada_megatron.training.bad_steps import BadSteps
 from illada_megatron.training.ema import WeightEma
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, TrainingSamples
 from illada_megatron.training.optimizer import build_optimizer
+from illada_megatron.training.resume import Change, change_lines, changes_since, where_it_stands
 from illada_megatron.training.schedule import LearningRate, next_batch, samples_of_run
 from illada_megatron.training.spikes import SpikeDetector
 from illada_megatron.training.stragglers import ComputeClock
@@ -60,6 +61,8 @@ class TrainingState:
     """The step of the checkpoint of save_dir that the run continues from."""
     notes: list[str] = field(default_factory=list)
     """What setup has to tell the user."""
+    changes: list[Change] = field(default_factory=list)
+    """Of the configuration, since the checkpoint that the run continues from."""
 
     loader: Prefetcher[BatchSlice, Microbatch] = field(init=False)
     """The micro-batches from `step` on."""
@@ -189,9 +192,9 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     save_dir = state.config.checkpoint.save_dir
     in_place = bool(save_dir) and str(folder(save_dir or "")) == str(checkpoint.path.parent)
     state.saved_step = state.step if in_place else None
-    state.notes.append(
-        f"continues from {checkpoint.path}: step {state.step}, {state.consumed_samples} samples consumed"
-    )
+    standing = where_it_stands(state.config.training, checkpoint.path, state.step, state.consumed_samples)
+    state.changes = changes_since(checkpoint.config, state.config)
+    state.notes += [standing, *change_lines(state.changes, checkpoint.path)]
 
 
 def _check_fingerprints(state: TrainingState, checkpoint: CheckpointInfo) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from illada_megatron.checkpoint.files.storage import folder
@@ -18,7 +19,9 @@ from illada_megatron.training.flops import training_flops
 from illada_megatron.training.metrics import StepSums, reduce_sums
 from illada_megatron.training.optimizer import apply_gradients, gradient_norm, set_learning_rate
 from illada_megatron.training.reporter import Reporter, StepRecord
+from illada_megatron.training.resume import last_step as last_step_of
 from illada_megatron.training.rollback import bad_samples, recover
+from illada_megatron.training.run_places import free_places, write_start
 from illada_megatron.training.schedule import next_batch
 from illada_megatron.training.setup import TrainingState, setup
 from illada_megatron.training.signals import StopSignals
@@ -48,13 +51,15 @@ def train(config: RunConfig) -> TrainResult:
     FloatingPointError where too many steps in a row were bad (faults.max_bad_steps).
     """
     save_seconds = 60 * config.checkpoint.save_timeout_minutes
+    traces = None if config.run_dir is None else Path(config.run_dir) / "traces"
     with (
-        Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds) as watchdog,
+        Watchdog(config.faults.watchdog_seconds, rank_from_environment(), save_seconds, traces) as watchdog,
         runtime(config) as run,
         owned(config.checkpoint.save_dir, tell) as ownership,
+        free_places(config),
     ):
         state = setup(config, run)
-        last_step = min(config.training.exit_steps or config.training.train_steps, config.training.train_steps)
+        last_step = last_step_of(config.training)
         with (
             closing(state),
             Reporter(config, run.is_main, state.step, last_step, state.saved_step is not None) as reporter,
@@ -197,6 +202,12 @@ def _announce(state: TrainingState, reporter: Reporter) -> None:
     reporter.table("illada-megatron", start_table(state))
     for note in state.notes:
         reporter.say(note)
+    if run.is_main and state.step < last_step_of(config.training):
+        reporter.begins(state.changes)
+        try:
+            write_start(config, run.world_size)
+        except OSError as error:
+            reporter.say(f"warning: run_dir {config.run_dir}: the configuration could not be written: {error}")
     if run.is_main and config.checkpoint.save_dir:
         place = folder(config.checkpoint.save_dir)
         place.make()

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -40,10 +41,16 @@ _SHOWN_COLLECTIVES = 5
 class Watchdog:
     """Context of a whole run, which says with `now` what it begins: "start", "first step", "step", "validation",
     "saving", "rollback", "end". seconds: faults.watchdog_seconds; None: this does nothing. save_seconds: how long a
-    save may take by its own limit, which is to be heard first."""
+    save may take by its own limit, which is to be heard first. traces: a folder that gets what it says too."""
 
-    def __init__(self, seconds: float | Literal["auto"] | None, rank: int, save_seconds: float = 0.0) -> None:
-        self._seconds = seconds
+    def __init__(
+        self,
+        seconds: float | Literal["auto"] | None,
+        rank: int,
+        save_seconds: float = 0.0,
+        traces: Path | None = None,
+    ) -> None:
+        self._seconds, self._traces = seconds, traces
         self._rank = rank
         # a save has its limit, and what is deleted behind it the same again (checkpoint/writing.py)
         self._save_seconds = 2 * save_seconds + LEAST_SECONDS if save_seconds else 0.0
@@ -124,17 +131,26 @@ class Watchdog:
         last = threading.Timer(_LAST_WORD_SECONDS, os._exit, (EXIT_CODE,))  # whoever should read this may hang as well
         last.daemon = True
         last.start()
-        _write(
+        said = (
             f"illada: watchdog: rank {self._rank} on {socket.gethostname()} (pid {os.getpid()}): step {self._step} "
             f"({self._phase}) has not ended after {time.monotonic() - self._since:.0f} s; the limit is "
             f"{self._limit:.0f} s (faults.watchdog_seconds {self._seconds}). Stacks of all threads:\n"
         )
+        _write(said)
         faulthandler.dump_traceback(file=2, all_threads=True)
         try:
             text = last_collectives()
         except Exception as error:  # the stacks are out; whatever torch's recorder says, the rank has to end
             text = f"torch's flight recorder could not be read: {error!r}"
-        _write(f"illada: watchdog: rank {self._rank}, its collectives, the newest last:\n{text}\n")
+        collectives = f"illada: watchdog: rank {self._rank}, its collectives, the newest last:\n{text}\n"
+        _write(collectives)
+        if self._traces is not None:
+            with suppress(OSError):  # it is said already
+                self._traces.mkdir(parents=True, exist_ok=True)
+                with (self._traces / f"rank_{self._rank:05d}_step_{self._step}.txt").open("w") as file:
+                    print(said, file=file, flush=True)
+                    faulthandler.dump_traceback(file=file, all_threads=True)
+                    print(collectives, file=file, flush=True)
         os._exit(EXIT_CODE)
 
 

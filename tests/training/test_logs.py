@@ -4,6 +4,7 @@ another's."""
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -59,9 +60,12 @@ def test_a_log_that_a_power_loss_has_damaged(
     assert len(list(tmp_path.glob("steps.jsonl*"))) == 1
 
 
-def test_the_log_of_another_run_is_put_aside(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
-    """A run that begins, one that branches off from a checkpoint of another, and a file that is no log: nothing of
-    what was there is lost. The run itself goes on in its own log."""
+def test_a_log_that_is_not_to_be_continued_is_put_aside(
+    tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada
+) -> None:
+    """A file that is no log, one of a run without a name, one of a start that left no checkpoint: nothing of what was
+    there is lost. A run goes on in its own log. One that branches off from a checkpoint of another, or has no name,
+    never takes the log of a run that has one."""
     jsonl, first, second = tmp_path / "steps.jsonl", tmp_path / "first", tmp_path / "second"
     arguments = [*tiny_run, f"logging.jsonl_path={jsonl}"]
     jsonl.write_text("what somebody wrote here\n")
@@ -72,21 +76,22 @@ def test_the_log_of_another_run_is_put_aside(tiny_run: tuple[str, ...], tmp_path
 
     before = jsonl.read_bytes()
     branch = [*arguments, f"checkpoint.save_dir={second}", f"checkpoint.load_dir={first}/step_00000001"]
-    branched = illada("train", *branch, "training.exit_steps=2")
-    assert branched.code == 0, branched.err
-    assert "steps.jsonl held the steps of another run" in branched.out
-    assert (tmp_path / "steps.jsonl.2").read_bytes() == before
-    assert _logged(jsonl) == [2]
-    assert illada("train", *branch).code == 0
-    assert _logged(jsonl) == [2, 3]
+    for other in (branch, arguments):
+        refused = illada("train", *other, "training.exit_steps=2")
+        assert refused.code == 2
+        assert f"logging.jsonl_path {jsonl} belongs to another run, {first}" in refused.err
+    assert jsonl.read_bytes() == before
+    assert not second.exists()
 
-    before = jsonl.read_bytes()
-    assert illada("train", *arguments, f"checkpoint.save_dir={first}", "training.train_steps=4").code == 0
-    assert (tmp_path / "steps.jsonl.3").read_bytes() == before  # first's own is .2 now
-    assert _logged(jsonl) == [4]
+    shutil.rmtree(first)  # the run begins anew
+    again = illada("train", *arguments, f"checkpoint.save_dir={first}", "training.exit_steps=1")
+    assert again.code == 0, again.err
+    assert "steps.jsonl held the steps of another run, or of a start of this one" in again.out
+    assert (tmp_path / "steps.jsonl.2").read_bytes() == before
+    unnamed = [*tiny_run, f"logging.jsonl_path={tmp_path / 'unnamed.jsonl'}"]
     for _ in range(2):  # without a save_dir each start is a new run
-        assert illada("train", *arguments, "training.exit_steps=2").code == 0
-    assert _logged(tmp_path / "steps.jsonl.5") == _logged(jsonl) == [1, 2]
+        assert illada("train", *unnamed, "training.exit_steps=2").code == 0
+    assert _logged(tmp_path / "unnamed.jsonl.1") == _logged(tmp_path / "unnamed.jsonl") == [1, 2]
 
 
 def test_no_log_can_be_written(tiny_run: tuple[str, ...], tmp_path: Path) -> None:
@@ -143,7 +148,7 @@ def test_a_path_that_can_never_be_written(
     arguments = [*tiny_run, f"checkpoint.save_dir={tmp_path / 'save'}"]
     refused = illada("train", *arguments, place)
     assert refused.code == 2
-    assert str(tmp_path / "file") in refused.err
+    assert f"{place.replace('=', ' ')}: cannot be written: {tmp_path / 'file'} is a file" in refused.err
     assert illada("train", *arguments, "training.exit_steps=1").code == 0
     run = illada("train", *arguments, place)
     assert run.code == 0, run.err

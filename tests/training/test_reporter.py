@@ -66,12 +66,13 @@ def test_tensorboard_and_jsonl_hold_every_figure(tiny_run: tuple[str, ...], tmp_
     assert f"held-out bound {bound.value:.4f} +- {error.value:.4f} nats/token  (160 tokens)" in outcome.out
     assert math.isfinite(bound.value)
     # no step comes that the last validation's figures could stand with
-    assert (last["step"], last["held_out"]["step"]) == (3, 3)
-    assert last["held_out"]["mean"]["nats_per_token"] == pytest.approx(
+    (held_out,) = last["held_out"]
+    assert (last["step"], held_out["step"], held_out["ema"]) == (3, 3, False)
+    assert held_out["mean"]["nats_per_token"] == pytest.approx(
         {"value": bound.value, "standard_error": error.value}, rel=1e-6
     )
     for place, name in (("t", "by_t"), ("position", "by_position")):
-        for part in last["held_out"]["mean"][f"{name}_nats_per_token"]:
+        for part in held_out["mean"][f"{name}_nats_per_token"]:
             if part is not None:
                 tag = f"validation_by_{place}_nats_per_token/{part['from']}-{part['to']}"
                 assert events.Scalars(tag)[0].value == pytest.approx(part["value"], rel=1e-6)

@@ -4,7 +4,9 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
+from launch import launch, rank_processes
 
 from illada_megatron.training.signals import StopSignals
 
@@ -34,3 +36,21 @@ def test_a_warning_only_raises_the_flag(monkeypatch: pytest.MonkeyPatch) -> None
             assert len(ended) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_ranks_start_up(number: signal.Signals, tiny_run: tuple[str, ...]) -> None:
+    """There is nothing to save: they end at once and without a traceback, the launcher as one that the signal ended."""
+
+    def interrupt(launcher: psutil.Process) -> None:
+        while len(rank_processes(launcher)) < 2:
+            assert launcher.status() != psutil.STATUS_ZOMBIE
+            time.sleep(0.01)
+        time.sleep(1.0)  # they import torch
+        launcher.send_signal(number)
+
+    run = launch("train", [*tiny_run, "--max-restarts", "3"], 2, interrupt=interrupt)
+    assert run.process.returncode == 128 + number, run.output
+    assert f"stopped by {number.name} before the ranks had begun" in run.process.stderr
+    for noise in ("Traceback", "failed", "restart", "WARNING", "ERROR"):
+        assert noise not in run.output, run.output

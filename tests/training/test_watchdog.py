@@ -16,7 +16,7 @@ from illada_megatron.training.watchdog import EXIT_CODE
 def test_a_stopped_rank_is_reported_by_the_one_that_waits(small: tuple[str, ...], tmp_path: Path) -> None:
     """SIGSTOP: the rank is there and does nothing. The other says where it waits, for which collective, and exits."""
     jsonl = tmp_path / "steps.jsonl"
-    arguments = [*small, "training.train_steps=100000", "faults.watchdog_seconds=3"]
+    arguments = [*small, "training.train_steps=100000", "faults.watchdog_seconds=3", f"run_dir={tmp_path / 'run'}"]
 
     def stop_one_rank(launcher: psutil.Process) -> None:
         wait_for_step(jsonl, 4, launcher)
@@ -35,6 +35,9 @@ def test_a_stopped_rank_is_reported_by_the_one_that_waits(small: tuple[str, ...]
     assert re.search(r'trainer.py", line \d+ in train_step', report)
     assert re.search(r"gloo:\w+ number \d+ of group \d+ \(\w+\), input .* not finished", report)
     assert "rank 0 failed first, with exit code 75" in report
+    trace = (tmp_path / "run" / "traces" / f"rank_00000_step_{found[1]}.txt").read_text()
+    assert found[0] in trace
+    assert re.search(r'trainer.py", line \d+ in train_step', trace)
 
 
 def test_a_run_that_goes_on_is_left_alone() -> None:

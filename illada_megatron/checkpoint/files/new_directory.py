@@ -4,6 +4,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -15,6 +16,9 @@ from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.system.whole_file import sync
 
 _UNFINISHED, _TOKEN_BYTES = ".unfinished", 4
+# A run's checkpoint (`store.step_directory`): retention deletes it as a whole, and without a record takes it for
+# an interrupted one.
+_CHECKPOINT = re.compile(r"step_\d{8,}")
 # what file systems without locks answer; what a killed process left there stays, as it may be another's at work
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -60,6 +64,12 @@ def _check_target(target: Path, may_be_empty: bool) -> None:
         )
     if target.name == "..":
         raise CheckpointError(f"{target}: ends in `..`, expected the name of a new directory")
+    for one in (Path(target.name), *target.parent.resolve().parents, target.parent.resolve()):
+        if _CHECKPOINT.fullmatch(one.name):
+            raise CheckpointError(
+                f"{target}: is named as, or lies in, a run's checkpoint ({one.name}), which that run deletes when it "
+                "keeps it no longer (checkpoint.keep_last): name a directory elsewhere"
+            )
     if not target.exists():
         return
     if not may_be_empty:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.megatron.stage_parameters import Implementation
+from illada_megatron.checkpoint.store import RECORD
 from illada_megatron.checkpoint.tools.opening import OpenCheckpoint
 from illada_megatron.checkpoint.tools.rewriting import MEMORY_MB, Content, Format, Rewritten, rewrite
 from illada_megatron.config import ConfigError, RunConfig, load_config
@@ -56,7 +58,15 @@ def reshard(
         verified=(info,) if verify else (),
         read_bytes=info.path.block_bytes,
     )
-    return rewrite(content, target, format_, implementation, memory_mb, processes)
+    try:
+        return rewrite(content, target, format_, implementation, memory_mb, processes)
+    except FileNotFoundError as error:
+        if opened.kind != "torch_dist" or info.path.size(RECORD) is not None:
+            raise  # Megatron's own have no record, and no run of ours deletes them
+        raise CheckpointError(
+            f"{info.path}: was deleted while it was read, and {target} is not written: the run that saves there keeps "
+            "it no longer (checkpoint.keep_last): reshard a newer one, or one that stays (checkpoint.keep_every)"
+        ) from error
 
 
 def new_config(opened: OpenCheckpoint, change: LayoutChange, overrides: Sequence[str] = ()) -> RunConfig:

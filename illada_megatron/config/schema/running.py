@@ -74,6 +74,11 @@ class LoggingConfig(Section):
     interval_steps: PositiveInt = 10
     jsonl_path: str | None = None
     """One JSON object a step (what TensorBoard gets, at full precision)."""
+    wandb_project: str | None = None
+    """What TensorBoard gets goes to this project at Weights & Biases, too; whose, and with which key, the package
+    `wandb` finds by itself (`wandb login`, WANDB_ENTITY). Needs run_dir."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: into run_dir alone, without a network; `wandb sync` sends it later."""
 
 
 class RuntimeConfig(Section):

@@ -187,6 +187,26 @@ def test_a_target_is_not_named_like_a_checkpoint(tmp_path: Path, illada: Illada)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.parametrize("place", ["step_00000001", "run/step_00000009/resharded"])
+def test_a_target_that_a_runs_retention_would_delete(place: str, tmp_path: Path, illada: Illada) -> None:
+    """A legacy directory has no record where a run looks for one: it would go as interrupted, at the next save. What
+    lies within a checkpoint goes with it."""
+    source = _random(tmp_path / "source")
+    outcome = illada("checkpoint", "reshard", source, tmp_path / place, "--format", "legacy")
+    assert outcome.code == 2
+    assert f"{tmp_path / place}: is named as, or lies in, a run's checkpoint (step_0000000" in outcome.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_source_that_retention_deletes_meanwhile(tmp_path: Path) -> None:
+    source = _random(tmp_path / "source")
+    opened = open_checkpoint(str(source))
+    shutil.rmtree(str(opened.info.path))
+    with pytest.raises(CheckpointError, match="was deleted while it was read"):
+        reshard(opened, tmp_path / "new", LayoutChange(), processes=1)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_target_that_exists_is_left_alone(tmp_path: Path, illada: Illada) -> None:
     source = _random(tmp_path / "source")
     (tmp_path / "new").mkdir()
