@@ -91,5 +91,5 @@ def _gpt_model(config: RunConfig, run: Runtime, setting: dict[str, Any]) -> GPTM
         rotary_base=int(shape.rotary_base),
     )
     model.layer_offset = 0  # asked for by fill_initial_weights: the first layer is this stage's
-    fill_initial_weights([model], shape, config.training.seed)
+    fill_initial_weights([model], shape, config.training.seeds.init)
     return model.to(device=run.device.torch_device, dtype=core.params_dtype)  # its norms are born in fp32

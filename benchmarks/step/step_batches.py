@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.step.step_figures import Work
 from illada_megatron.config import ModelConfig, RunConfig
-from illada_megatron.data.corpus.configured import training_corpus
+from illada_megatron.data.corpus.configured import corpus_of_run
 from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.flops import training_flops
@@ -14,8 +14,8 @@ from illada_megatron.training.forward_step import BatchSlice, BatchSource, Train
 def global_batch(config: RunConfig, run: Runtime) -> list[MaskedBatch]:
     """The micro-batches of samples 0 to global_batch_size, in host memory, through the package's own data path."""
     training = config.training
-    corpus = training_corpus(config.data, training.seed, config.model.vocab_size, None)
-    source = BatchSource(TrainingSamples(corpus, config, training.seed), config, run)
+    corpus = corpus_of_run(config, None)
+    source = BatchSource(TrainingSamples(corpus, config, training.seeds.noise), config, run)
     with source.prefetch(batch_slices(config)) as microbatches:
         return [one.batch for one in microbatches if one.batch is not None]
 

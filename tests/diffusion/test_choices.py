@@ -143,7 +143,7 @@ def test_a_range_of_t_is_the_mean_over_it() -> None:
 def test_each_segment_has_its_own_t(boundary: str, mask_sampling: str) -> None:
     """Masked at its own rate, with the weight of it; the times of one sequence tell nothing of each other."""
     fields = {"attention_boundary": boundary, "mask_sampling": mask_sampling, "t_per": "segment"}
-    s, n, config = 256, 800, DiffusionConfig(**fields, split_probability=0.9)
+    s, n, config = 256, 300, DiffusionConfig(**fields, split_probability=0.9)
     batch = batch_of(range(n), s, **fields, split_probability=0.9)
     assert batch.segment_t is not None
     masked, weights = (batch.tokens == MASK).view(-1), batch.loss_weight.view(-1)
