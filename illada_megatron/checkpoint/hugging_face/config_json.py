@@ -83,11 +83,10 @@ _LLADA_FIXED: dict[str, Any] = {
 # Keys of Llama and Qwen2 beside them, and what leaves the model as it is here.
 _LLAMA_NEUTRAL: dict[str, Any] = {"use_sliding_window": False, "partial_rotary_factor": 1.0}
 # Keys of OLMo, likewise.
-_LLADA_NEUTRAL: dict[str, Any] = {"clip_qkv": None}
+_LLADA_NEUTRAL: dict[str, Any] = {"clip_qkv": None, "rope_scaling": None}
 # What a default rotary embedding may say of itself.
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _SCALED = ("linear", "llama3", "yarn")
-_SCALING_FLOATS = {name for name in RopeScaling.model_fields if name != "original_max_position_embeddings"}
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embedding_dropout", "residual_dropout")
 _AUTOREGRESSIVE = ("llama", "qwen2", "qwen3")
 # Defaults of the classes that wrote a config.json, where a key may be missing.
@@ -255,6 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _flatten_rope(path: Path, values: dict[str, Any]) -> None:
     """transformers 5 writes rope_theta into `rope_parameters`; earlier ones beside `rope_scaling`."""
+    found: dict[str, Any] | None = None
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key)
         if rope is None:
@@ -277,33 +277,34 @@ def _flatten_rope(path: Path, values: dict[str, Any]) -> None:
             )
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
-        del values[key]
-        if scaled is not None:
-            values["rope_scaling"] = scaled
+        values[key] = None
+        found = scaled or found
+    values["rope_scaling"] = found
 
 
 def _scaling(path: Path, key: str, kind: str, rope: dict[str, Any]) -> dict[str, Any]:
     """model.rope_scaling of a scaled rotary embedding."""
     fields = {name: value for name, value in rope.items() if name not in _ROPE_KEYS and value is not None}
-    if kind == "yarn":
-        if fields.pop("truncate", True) is not True:
-            raise CheckpointError(f"{path}: {key} has truncate {rope['truncate']!r}, expected true")
-        mscales = fields.pop("mscale", None), fields.pop("mscale_all_dim", None)
-        if "attention_factor" not in fields and all(mscales):
-            one, all_dim = (_mscale(fields.get("factor"), mscale) for mscale in mscales)
-            fields["attention_factor"] = one / all_dim
-    # JSON may spell 8.0 as 8
-    floats = {
-        name: float(value) if type(value) is int and name in _SCALING_FLOATS else value
-        for name, value in fields.items()
-    }
     try:
-        return RopeScaling.model_validate({"rope_type": kind, **floats}).model_dump()
-    except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in error.errors()]
+        for name, value in fields.items():
+            if type(value) is int and name != "original_max_position_embeddings":
+                fields[name] = float(value)  # JSON may spell 8.0 as 8
+        if kind == "yarn":
+            _resolve_yarn(fields)
+        return RopeScaling.model_validate({"rope_type": kind, **fields}).model_dump()
+    except (ValidationError, OverflowError, TypeError) as error:
+        errors = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
+        reasons = [f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in errors]
         raise CheckpointError(f"{path}: {key} is {rope!r}: {'; '.join(reasons)}") from error
 
 
-def _mscale(factor: Any, mscale: Any) -> float:
-    """DeepSeek's, as `modeling_rope_utils.get_mscale`."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def _resolve_yarn(fields: dict[str, Any]) -> None:
+    """What transformers knows beside our fields: a range that is rounded (always here), and DeepSeek's mscale and
+    mscale_all_dim, of which it makes the attention factor (`modeling_rope_utils.get_mscale`). Raises TypeError."""
+    if fields.get("truncate", True) is True:  # else it stays, and is an unknown field
+        fields.pop("truncate", None)
+    mscales = fields.pop("mscale", None), fields.pop("mscale_all_dim", None)
+    factor = fields.get("factor", 1.0)
+    if "attention_factor" not in fields and all(mscales):
+        one, all_dim = (1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0 for mscale in mscales)
+        fields["attention_factor"] = one / all_dim

@@ -20,7 +20,7 @@ class RopeScaling(Section):
     rope_type: Literal["linear", "llama3", "yarn"]
     """linear: positions over `factor` (arXiv 2306.15595); llama3: only long wavelengths (arXiv 2407.21783); yarn: by
     turns within the original length, and sharper attention (arXiv 2309.00071)."""
-    factor: Annotated[float, Field(ge=1.0)]
+    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
     original_max_position_embeddings: PositiveInt | None = None
     """llama3, yarn: the length before."""
     low_freq_factor: PositiveFloat | None = None

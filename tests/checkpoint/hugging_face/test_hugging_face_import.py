@@ -1,6 +1,7 @@
 """What is imported is what was exported, bit for bit; what is not this model is refused with its name."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,21 @@ def _config(directory: Path, **changes: Any) -> None:
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*: factor Field required"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta Extra inputs are not permitted"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type llama3 needs original_max_position"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": "4", "mscale": 1, "mscale_all_dim": 1}},
+            "rope_scaling is .*'<=' not supported",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    **{"rope_type": "yarn", "factor": 4, "truncate": False},
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            "truncate Extra inputs are not permitted",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "rope_scaling is .*int too large"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "rope_scaling is .* finite"),
         ({"qk_layernorm": True}, r"has no tensor model\.layers\.0\.self_attn\.q_norm\.weight"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": "left out"}, "has no key hidden_size"),

@@ -167,6 +167,11 @@ def test_an_import_that_fails_in_its_last_step(tmp_path: Path, monkeypatch: pyte
             r"rope_scaling is \{.*4\.0\}: factor would change the default rotary embedding",
         ),
         ("illada", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention would change"),
+        (
+            "llada",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling is .*; this model knows only None",
+        ),
         ("illada", {"rope_scaling": "default"}, "rope_scaling is 'default'; this model knows only"),
         (
             "illada",
