@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
@@ -28,7 +29,7 @@ from illada_megatron.checkpoint.state import (
     start_ema,
 )
 from illada_megatron.checkpoint.store import CheckpointInfo
-from illada_megatron.config import ModelConfig, RunConfig, load_config
+from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.config.parameters import parameters
 
 # Reading waits for the storage, not for the processor.
@@ -225,7 +226,10 @@ def check_model(info: CheckpointInfo, config: RunConfig) -> None:
 
 def _other_shapes(info: CheckpointInfo, model: ModelConfig) -> list[str]:
     """What keeps weights from being loaded, whatever is allowed."""
-    saved = load_config({"model": info.config["model"]}, source=str(info.path)).model
+    try:
+        saved = ModelConfig.model_validate(info.config["model"])
+    except ValidationError as error:
+        raise CheckpointError(f"{info.path}: its model is not one of this program: {error}") from error
     shapes = {one.name: one.shape for one in parameters(saved)}
     return [
         f"{one.name} has shape {shapes.get(one.name, 'none')}, this model's is {one.shape}"

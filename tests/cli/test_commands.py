@@ -16,7 +16,10 @@ from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepie
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
-COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "convert", "runs", "plan", "doctor")
+COMMANDS = (
+    *("train", "evaluate", "generate", "preprocess", "tokenizer", "sample", "convert", "runs", "plan", "translate"),
+    "doctor",
+)
 
 
 @pytest.fixture(scope="module")

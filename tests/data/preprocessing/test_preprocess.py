@@ -1,6 +1,7 @@
 """Text to shards: every document once, in order; every bad line said or counted; nothing half-written."""
 
 import errno
+import gzip
 import json
 import os
 import subprocess
@@ -61,6 +62,27 @@ def test_every_document_in_order_with_its_end(
         *ids, last = dataset.document(i).tolist()
         assert last == tokenizer.eos_id
         assert tokenizer.decode(ids) == texts[i % len(texts)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_lines_that_are_skipped_have_places(workers: int, sentencepiece_path: Path, tmp_path: Path) -> None:
+    """In pieces of a file, which do not know the numbers of their lines, in a compressed file, and after a resume; the
+    first ten, in the order of the input."""
+    lines: list[str | bytes] = [json.dumps({"text": f"line {number} " + "x" * (number % 90)}) for number in range(400)]
+    bad = [7, 8, 150, 151, 390, 399]
+    for number in bad:
+        lines[number] = "{broken"
+    first = _write(tmp_path / "a.jsonl", lines)
+    second = tmp_path / "b.jsonl.gz"
+    second.write_bytes(gzip.compress(b'{"text": "good"}\n\n[]\n' + b"null\n" * 20))
+    options = PreprocessOptions(skip_bad_lines=True, shard_mb=0.003, workers=workers)
+    expected = [f"{first}:{number + 1}" for number in bad] + [f"{second}:{number}" for number in range(3, 7)]
+    for _ in range(2):  # the second time everything is finished
+        summary = preprocess([first, second], tmp_path / "out", sentencepiece_path, options)
+        assert summary.tasks > 4
+        assert sum(summary.counts.bad.values()) == 27
+        assert summary.bad_places() == expected
+    assert summary.was_finished
 
 
 def test_documents_without_end_and_another_key(
