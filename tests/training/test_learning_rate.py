@@ -174,10 +174,8 @@ def _by_tokens(**training: Any) -> LearningRate:
 
 def test_changes_by_tokens_follow_the_samples_through_a_ramp_up() -> None:
     """Whatever the batches were on the way, what has been consumed says the rate."""
-    rate, training = (
-        _by_tokens(rampup_batch_size=(2, 2, 300), train_steps=200),
-        _by_tokens(rampup_batch_size=(2, 2, 300), train_steps=200).config.training,
-    )
+    rate = _by_tokens(rampup_batch_size=(2, 2, 300), train_steps=200)
+    training = rate.config.training
     consumed, rates = 0, []
     for step in range(200):
         rates.append((10 * consumed, rate.at(step, consumed)))

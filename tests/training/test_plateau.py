@@ -1,9 +1,11 @@
 """Whether a loss has become flat: on curves as a long run may have them, under several seeds."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import Illada, read_steps
 
 from benchmarks.schedule.loss_curves import FLAT, Case, cases, noisy
 from benchmarks.schedule.plateau import new_rule, old_rule, scale
@@ -184,3 +186,27 @@ def test_neighbours_that_are_alike_widen_the_interval() -> None:
         return high - low
 
     assert width(slow) > 2 * width(white)
+
+
+@pytest.mark.parametrize("asked", ["never", "plateau"])
+def test_a_run_tells_and_obeys(asked: str, tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
+    """A limit so wide that anything is flat: after sixteen blocks, here of a step each; also through a restart."""
+    jsonl, board = tmp_path / "steps.jsonl", tmp_path / "board"
+    arguments = [*tiny_run, f"logging.jsonl_path={jsonl}", f"logging.tensorboard_dir={board}"]
+    arguments += [f"checkpoint.save_dir={tmp_path / 'checkpoints'}", "training.train_steps=22", "training.lr=1e-3"]
+    arguments += ["schedule.plateau_nats_per_doubling=1e6", "schedule.plateau_min_tokens=0", "schedule.decay_steps=2"]
+    outcomes = [
+        illada("train", *arguments, f"schedule.decay_start={asked}", f"training.exit_steps={n}") for n in (9, 22)
+    ]
+    assert [one.code for one in outcomes] == [0, 0], outcomes[-1].err
+    steps = read_steps(jsonl)
+    told = [step["step"] for step in steps if step["plateau"] is not None]
+    assert told == [17]
+    assert steps[16]["plateau"]["decays"] == (asked == "plateau")
+    rates = [step["lr"] for step in steps[16:]]
+    assert rates == pytest.approx([1e-3, 5e-4, 0, 0, 0, 0] if asked == "plateau" else [1e-3] * 6)
+    first, second = ("".join(one.out.split()) for one in outcomes)
+    begun = "thedecaybegins" if asked == "plateau" else "itisannounced"
+    assert begun + "wherethelosswouldchangebylessthan" in first.replace("│", "")
+    assert "step17thelossisflat" in second
+    assert b"the loss is flat" in b"".join(path.read_bytes() for path in board.iterdir())
