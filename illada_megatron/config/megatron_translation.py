@@ -313,7 +313,7 @@ def _validation(done: Translation, weights: list[float]) -> None:
     given = done.given
     shares = given.get("--split")
     try:
-        numbers = [float(text) for text in shares.replace(",", " ").split()] if shares else []
+        numbers: list[float] = [float(text) for text in shares.replace(",", " ").split()] if shares else []
     except ValueError as error:
         raise ConfigError(f"--split is {shares}, expected numbers, as 949,50,1") from error
     share = numbers[1] / sum(numbers) if len(numbers) > 1 and sum(numbers) else 0.0

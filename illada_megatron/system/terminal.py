@@ -5,7 +5,6 @@ import re
 import sys
 import traceback
 from types import TracebackType
-from typing import NoReturn
 
 # C0 and C1 but \t and \n, DEL, what turns the direction of text or ends a line, and halves of characters, which cannot
 # be written
@@ -20,12 +19,6 @@ def printable(text: str) -> str:
 def say(text: object, error: bool = False) -> None:
     """A line on stdout; error: on stderr."""
     print(printable(str(text)), file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def fail(error: object) -> NoReturn:
-    """End the program with 1, and `error` on stderr."""
-    say(f"error: {error}", error=True)
-    raise SystemExit(1)
 
 
 def show_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -16,7 +16,7 @@ from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepie
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
-COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "convert", "plan", "doctor")
+COMMANDS = ("train", "evaluate", "generate", "preprocess", "sample", "plan", "translate", "doctor", "convert")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_help_lists_every_command(illada: Illada) -> None:
         assert re.search(rf"^\W*{command}\s+\w", outcome.out, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess", "sample", "plan"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess", "sample", "plan", "translate"])
 def test_help_of_a_command_shows_an_example(command: str, illada: Illada) -> None:
     outcome = illada(command, "--help")
     assert outcome.code == 0
