@@ -316,7 +316,8 @@ def _validation(done: Translation, weights: list[float]) -> None:
         numbers: list[float] = [float(text) for text in shares.replace(",", " ").split()] if shares else []
     except ValueError as error:
         raise ConfigError(f"--split is {shares}, expected numbers, as 949,50,1") from error
-    share = numbers[1] / sum(numbers) if len(numbers) > 1 and sum(numbers) else 0.0
+    total = math.fsum(numbers)
+    share = numbers[1] / total if len(numbers) > 1 and total else 0.0
     from_split = "data.validation_paths" not in done.fields
     asked = {"--split", "--eval-interval", "--eval-iters", "--valid-data-path"} & given.values.keys()
     iters = given.get("--eval-iters", 100)

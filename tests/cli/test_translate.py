@@ -74,7 +74,8 @@ def test_a_script_without_them(script: Path, illada: Illada) -> None:
 
 LINE = (
     "torchrun --nproc_per_node 2 pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 "
-    "--seq-length 128 --micro-batch-size 2 --lr 1e-3 --train-iters 10 --data-path 0.3 a 0.7 b --vocab-size 1000 --no-such-thing 1"
+    "--seq-length 128 --micro-batch-size 2 --lr 1e-3 --train-iters 10 "
+    "--data-path 0.3 a 0.7 b --vocab-size 1000 --no-such-thing 1"
 )
 
 
