@@ -14,7 +14,7 @@ import yaml
 
 from illada_megatron.config.field_names import field_paths
 from illada_megatron.config.load import ConfigError, load_config
-from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, OPTIONS, REQUIRED, TOKENIZER_TYPES
+from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, HARMLESS, OPTIONS, REQUIRED, TOKENIZER_TYPES
 from illada_megatron.config.megatron_options import Given
 from illada_megatron.config.schema import ScheduleConfig
 from illada_megatron.config.schema.data import weighted_paths
@@ -78,7 +78,9 @@ def translate(given: Given, vocabulary: Vocabulary | None = None) -> Translation
         if option.name not in given.values:
             if option.has_default:
                 done.put(option.field, option.default)
-        elif not done.put(option.field, given.values[option.name]) and given.values[option.name] != 1:
+            continue
+        value = given.values[option.name]
+        if not done.put(option.field, value) and str(value) not in HARMLESS.get(option.name, ()):
             done.notes[option.group].append(f"{option.name}: {option.note}")
     _parallel(done)
     if _batch_size(done) is None:

@@ -82,6 +82,15 @@ def test_a_tokenizer_with_a_mask_is_taken_as_it_is() -> None:
     assert not any("mask_token_id" in note for note in done.notes["to be completed"])
 
 
+@pytest.mark.parametrize("field", ["qk_layernorm", "rope_scaling"])
+def test_a_field_that_the_schema_may_have(field: str) -> None:
+    """Set where it is there, else said."""
+    option = {"qk_layernorm": "--qk-layernorm", "rope_scaling": "--use-rope-scaling"}[field]
+    done, config = _translated(TRANSLATED["Llama 3.1's frequencies"][0])
+    said = any(note.startswith(option) for note in done.notes["not supported"])
+    assert bool(getattr(config.model, field, None)) != said
+
+
 def test_fields_of_the_table_are_fields() -> None:
     """But those that the schema may not have yet, which are said to have none."""
     later = ("context_parallel_size", "qk_layernorm", "rope_scaling", "wandb_project", "wandb_entity", "wandb_name")
