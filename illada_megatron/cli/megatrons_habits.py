@@ -21,7 +21,7 @@ class MegatronsHabits(TyperCommand):
 
     tool: str | None = None
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         name = self.name or ""
         words = understood(args, self.params, self.tool or _TOOLS.get(name), of_a_run=name in _OF_A_RUN)
         return super().parse_args(ctx, words)

@@ -48,8 +48,8 @@ def _typed(words: list[str]) -> list[str]:
     """The command's words, of the file where one is named."""
     first, *rest = words
     if first != "-" and (first.startswith("-") or not Path(first).is_file()):
-        if len(words) == 1 and " " not in first:
-            raise ConfigError(f"{first}: no such file, and no options: expected a script or a command line")
+        if not any("--" in word for word in words):
+            raise ConfigError(f"{first}: no such file, and no options behind it: expected a script or a command line")
         # a whole command line as one word, as pasted between quotes
         return read_script(first).commands[-1] if len(words) == 1 else words
     try:

@@ -122,7 +122,7 @@ def _of_other_programs(name: str) -> str | None:
         return here if " " in here else f"here it is {here}"
     if option is not None and option.field == "model":
         return f"Megatron's {option.name} has no field here: {option.note}"
-    return f"Megatron's {option.name} is {option.group}: {option.note}" if option is not None else None
+    return f"Megatron's {spelled(name)} is {option.group}: {option.note}" if option is not None else None
 
 
 def _listed(paths: list[str]) -> str:

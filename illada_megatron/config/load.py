@@ -81,11 +81,9 @@ def _blamed(error: Any, overrides: Sequence[str], before: list[Any], source: str
     where = [str(part) for part in error["loc"]]
     for text in reversed(overrides):
         parts = text.partition("=")[0].split(".")
-        if (
-            where
-            and (parts[: len(where)] == where or where[: len(parts)] == parts)
-            and len(where) >= min(2, len(parts))
-        ):
+        inside = where[: len(parts)] == parts
+        # of fields that do not fit together none is to blame alone
+        if where and (inside or (parts[: len(where)] == where and error["type"] != "value_error")):
             return f"override {text!r}"
     if overrides:
         with suppress(OmegaConfBaseException, ValueError):  # pydantic's ValidationError is one

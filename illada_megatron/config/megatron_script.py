@@ -178,7 +178,7 @@ def read_script(text: str, arguments: Sequence[str] = (), variables: Mapping[str
     known = {name: [value] for name, value in (variables or {}).items()}
     known |= {str(number): [value] for number, value in enumerate(arguments, 1)}
     known |= {"@": [*arguments], "*": [*arguments]}
-    script = ShellScript(re.sub(r"\\[ \t]*\r?\n", " ", _without_comment_lines(text)), known)
+    script = ShellScript(re.sub(r"\\[ \t]*\r?\n", "", _without_comment_lines(text)), known)
     script.read()
     return script
 

@@ -14,7 +14,7 @@ import yaml
 
 from illada_megatron.config.field_names import field_paths
 from illada_megatron.config.load import ConfigError, load_config
-from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, OPTIONS, REQUIRED, TOKENIZER_TYPES
+from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, HARMLESS, OPTIONS, REQUIRED, TOKENIZER_TYPES
 from illada_megatron.config.megatron_options import Given
 from illada_megatron.config.schema import ScheduleConfig
 from illada_megatron.config.schema.data import weighted_paths
@@ -78,7 +78,9 @@ def translate(given: Given, vocabulary: Vocabulary | None = None) -> Translation
         if option.name not in given.values:
             if option.has_default:
                 done.put(option.field, option.default)
-        elif not done.put(option.field, given.values[option.name]) and given.values[option.name] != 1:
+            continue
+        value = given.values[option.name]
+        if not done.put(option.field, value) and str(value) not in HARMLESS.get(option.name, ()):
             done.notes[option.group].append(f"{option.name}: {option.note}")
     _parallel(done)
     if _batch_size(done) is None:
@@ -313,10 +315,11 @@ def _validation(done: Translation, weights: list[float]) -> None:
     given = done.given
     shares = given.get("--split")
     try:
-        numbers = [float(text) for text in shares.replace(",", " ").split()] if shares else []
+        numbers: list[float] = [float(text) for text in shares.replace(",", " ").split()] if shares else []
     except ValueError as error:
         raise ConfigError(f"--split is {shares}, expected numbers, as 949,50,1") from error
-    share = numbers[1] / sum(numbers) if len(numbers) > 1 and sum(numbers) else 0.0
+    total = math.fsum(numbers)
+    share = numbers[1] / total if len(numbers) > 1 and total else 0.0
     from_split = "data.validation_paths" not in done.fields
     asked = {"--split", "--eval-interval", "--eval-iters", "--valid-data-path"} & given.values.keys()
     iters = given.get("--eval-iters", 100)

@@ -5,7 +5,6 @@ import re
 import sys
 import traceback
 from types import TracebackType
-from typing import NoReturn
 
 # C0 and C1 but \t and \n, DEL, what turns the direction of text or ends a line, and halves of characters, which cannot
 # be written
@@ -25,12 +24,6 @@ def say(text: object, error: bool = False) -> None:
 def counted(count: int, noun: str) -> str:
     """ "1 shard", "1,000 shards": for nouns whose plural ends in s."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def fail(error: object) -> NoReturn:
-    """End the program with 1, and `error` on stderr."""
-    say(f"error: {error}", error=True)
-    raise SystemExit(1)
 
 
 def show_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

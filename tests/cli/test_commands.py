@@ -55,7 +55,9 @@ def test_help_lists_every_command(illada: Illada) -> None:
         assert re.search(rf"^\W*{command}\s+\w", outcome.out, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "preprocess", "sample", "plan", "runs"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "generate", "preprocess", "sample", "plan", "runs", "translate"]
+)
 def test_help_of_a_command_shows_an_example(command: str, illada: Illada) -> None:
     outcome = illada(command, "--help")
     assert outcome.code == 0

@@ -1,5 +1,6 @@
 """Text to configuration: typos and wrong types are named, files build on files, what is saved reads back equal."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,43 @@ MISTAKES = {
     "ramp-up of two": ("training.rampup_batch_size=[2,2]", ["training.rampup_batch_size"]),
     "name of a checkpoint": ("checkpoint.save_dir=runs/step_1/", ["checkpoint", "runs/step_1/ is named like one"]),
     "section as value": ("training=5", ["training", "found 5"]),
+    "field of another section": ("optimizer.lr=1", ["optimizer.lr: unknown field; did you mean training.lr?"]),
+    "field of no section": (
+        "tensor_model_parallel_size=2",
+        ["unknown field; did you mean parallel.tensor_model_parallel_size?"],
+    ),
+    "field of several sections": (
+        "interval_steps=2",
+        ["did you mean validation.interval_steps, checkpoint.interval_steps or logging.interval_steps?"],
+    ),
+    "near a field of another section": ("optimizer.sequence_lenght=8", ["did you mean data.sequence_length?"]),
+    "Megatron's": ("checkpoint.save_interval=5", ["Megatron's --save-interval is checkpoint.interval_steps here"]),
+    "Megatron's, at the top": ("seq_length=5", ["Megatron's --seq-length is data.sequence_length here"]),
+    "Megatron's in the wrong place": ("model.seq_length=5", ["Megatron's --seq-length is data.sequence_length here"]),
+    "Megatron's split": ("data.split='9,1,0'", ["Megatron's --split is data.holdout_tokens here: of each corpus"]),
+    "Megatron's, not here": (
+        "parallel.expert_model_parallel_size=2",
+        ["Megatron's --expert-model-parallel-size is not supported: no experts"],
+    ),
+    "Megatron's, always so": ("model.swiglu=true", ["Megatron's --swiglu has no field here: always so"]),
+    "Hugging Face's": ("model.num_hidden_layers=4", ["unknown field; here it is model.num_layers"]),
+    "Hugging Face's intermediate size": ("model.intermediate_size=4", ["here it is model.ffn_hidden_size"]),
+    "Hugging Face's rope_theta": ("model.rope_theta=1e4", ["here it is model.rotary_base"]),
+    "TrainingArguments'": ("training.learning_rate=1", ["here it is training.lr"]),
+    "TrainingArguments' batch": (
+        "training.per_device_train_batch_size=1",
+        ["here it is training.micro_batch_size"],
+    ),
+    "TrainingArguments' accumulation": ("gradient_accumulation_steps=2", ["set training.global_batch_size = "]),
+    "weights among paths": (
+        "data.train_paths=['0.3','x/a','0.7','b']",
+        [
+            "train_paths has numbers among its paths",
+            "write 'data.blend=[{name: a, paths: [x/a], weight: 0.3}, {name: b, paths: [b], weight: 0.7}]' instead",
+        ],
+    ),
+    "weights of no path": ("data.train_paths=[a,'0.7']", ["weights belong to data.blend; write paths alone"]),
+    "weights of validation": ("data.validation_paths=['1',a]", ["validation_paths has numbers among its paths"]),
     "no equals sign": ("training.lr", ["override 'training.lr': expected section.field=value"]),
 }
 
@@ -52,6 +90,40 @@ def test_mistake_is_named(case: str) -> None:
         load_config("tiny", [override])
     for part in parts:
         assert part in str(error.value)
+
+
+def test_the_blend_that_is_proposed_is_one() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("tiny", ["data.train_paths=['0.3','x/a','0.7','b']"])
+    proposed = re.search(r"'(data\.blend=.*)'", str(error.value))
+    assert proposed
+    blend = load_config("tiny", [proposed[1]]).data.blend
+    assert [(entry.name, entry.paths, entry.weight) for entry in blend] == [("a", ["x/a"], 0.3), ("b", ["b"], 0.7)]
+
+
+def test_whose_mistake_it_is(tmp_path: Path) -> None:
+    """A wrong override is not the file's, nor a wrong file the override's."""
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("model: {vocab_size: 100}\n")
+    bad.write_text("training: {lr: high}\n")
+    for file, overrides, blamed in (
+        (good, ["training.lr=fast"], "override 'training.lr=fast': training.lr: "),
+        (good, ["training.lr=1", "trainig.lr=2"], "override 'trainig.lr=2': trainig: unknown field"),
+        (good, ["model.mask_token_id=100"], f"{good} with model.mask_token_id=100: model: mask_token_id 100"),
+        (good, ["parallel.sequence_parallel=true"], f"{good} with parallel.sequence_parallel=true: parallel."),
+        (good, ["training.lr=[1"], "override 'training.lr=[1': "),
+        (bad, ["training.seed=1"], f"{bad}: training.lr: "),
+        (bad, ["training.lr=low"], "override 'training.lr=low': training.lr: "),
+        (bad, ["training.seed=x"], f"{bad}: training.lr: "),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(file, overrides)
+        assert str(error.value).startswith(blamed)
+        if blamed.startswith("override"):
+            assert str(file) not in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        load_config(bad, ["training.seed=x"])
+    assert "override 'training.seed=x': training.seed: " in str(error.value)
 
 
 def test_all_mistakes_are_named_at_once_with_their_file(tmp_path: Path) -> None:

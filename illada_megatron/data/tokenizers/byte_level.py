@@ -47,8 +47,8 @@ def byte_level_bpe(vocab_file: str | Path, merge_file: str | Path) -> ByteLevelB
     names = [name for name in (*EOS_NAMES, *BOS_NAMES, *MASK_NAMES) if name in vocabulary]
     mask = next((name for name in MASK_NAMES if name in vocabulary), _MASK)
     made.add_special_tokens([*names, *([mask] if mask not in names else [])])
-    size = max(made.get_vocab(with_added_tokens=True).values()) + 1
-    return ByteLevelBpe(made.to_str(pretty=False).encode(), size, made.token_to_id(mask))
+    ids = made.get_vocab(with_added_tokens=True)
+    return ByteLevelBpe(made.to_str(pretty=False).encode(), max(ids.values()) + 1, ids[mask])
 
 
 def write_tokenizer_json(vocab_file: str | Path, merge_file: str | Path, path: Path) -> ByteLevelBpe:

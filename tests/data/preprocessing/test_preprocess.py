@@ -180,7 +180,7 @@ def _tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
 
 
 def test_tools_from_text_to_shard(jsonl: Path, tmp_path: Path) -> None:
-    """The scripts as a user runs them, and their last word on bad input: a message, no traceback, status 1."""
+    """The scripts as a user runs them, and their last word on bad input: a message, no traceback, status 2."""
     model, prefix = tmp_path / "t.model", tmp_path / "shard"
     trained = _tool("train_tokenizer.py", "--input", jsonl, "--output", model, "--vocab-size", "800")
     assert trained.returncode == 0, trained.stderr
@@ -191,8 +191,8 @@ def test_tools_from_text_to_shard(jsonl: Path, tmp_path: Path) -> None:
     assert f"{dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens" in made.stdout
     bad = _write(tmp_path / "bad.jsonl", ["{"])
     failed = _tool("preprocess_data.py", "--input", bad, "--output-prefix", tmp_path / "other", *common)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith(f"error: {bad}:1: not valid JSON")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"illada: error: {bad}:1: not valid JSON")
     assert "Traceback" not in failed.stderr
 
 

@@ -198,7 +198,7 @@ def test_a_dead_worker_ends_the_run_with_a_message(
         time.sleep(0.02)
     psutil.Process(process.pid).children()[0].kill()
     _, errors = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "a worker was killed by SIGKILL (out of memory?" in errors
     assert "run the same command again, without --overwrite, to continue" in errors
     assert "Traceback" not in errors
@@ -264,7 +264,7 @@ def test_two_runs_at_a_time_do_not_meet(inputs: list[Path], sentencepiece_path: 
     for more in ([], ["--shard-mb", "3"], ["--overwrite"]):
         second = _start([*command, *more])
         _, errors = second.communicate()
-        assert second.returncode == 1
+        assert second.returncode == 2
         assert "another process is making this corpus" in errors
     assert first.poll() is None, "the first run ended too early to test anything"
     assert first.wait() == 0

@@ -305,8 +305,8 @@ def test_what_is_not_as_its_manifest_says_gets_no_name(three: list[str], tmp_pat
 def test_tool_says_what_is_wrong(three: list[str], tmp_path: Path) -> None:
     run = [sys.executable, TOOL, "--input", three[0], "--input", three[0], "--output-prefix", tmp_path / "out"]
     failed = subprocess.run(run, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("error: ")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("illada: error: ")
     assert "listed 2 times" in failed.stderr
 
 
