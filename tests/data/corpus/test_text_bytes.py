@@ -24,7 +24,7 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def with_prefix(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Tokenizer]:
-    """A SentencePiece model that puts a space before each document, with bytes for what it does not know, or without."""
+    """A SentencePiece model that puts a space before each document, with bytes for what it does not know or without."""
 
     def train(byte_fallback: bool) -> Tokenizer:
         model = io.BytesIO()
