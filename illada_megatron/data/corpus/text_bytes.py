@@ -14,7 +14,9 @@ _NOT_TEXT = "\ufffd"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # what decoders change that do not only join their tokens: spaces before marks, contractions, runs of spaces, lines
 _PROBES = (
-    "It isn't so , he said . Do n't you 've ? Yes ! ( 1 , 2 ) [ x ]",
+    "a , b . c",
+    "it is n't so , he said .",
+    "Do n't you 've ? Yes ! ( 1 , 2 ) [ x ]",
     "def f(self, x):\n    return  {'a': x[0] + 1}\n\n\n\tpass\r\n",
     "na\u00efve \u00dcbung \u4e2d\u6587\u3001\u65e5\u672c\u8a9e \U0001f642\U0001f469\u200d\U0001f4bb",
     "e\u0301 \u2581 \ufffd",
@@ -55,6 +57,8 @@ def token_bytes(tokenizer: Tokenizer | None) -> TokenBytes | str:
         else:  # the sign itself, as a token of its own
             sizes[token_id] = len(spelled.replace(SPACE_SIGN, " ").encode())
     sizes[_unknown(tokenizer)] = np.nan
+    if np.isnan(sizes[tokenizer.encode(_PROBES[0])].sum()):
+        return f"the tokenizer does not know {_PROBES[0]!r}"
     prefix = round(float(sizes[tokenizer.encode("a")].sum())) - 1
     for probe in _PROBES:
         ids = tokenizer.encode(probe)

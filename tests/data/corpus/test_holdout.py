@@ -35,7 +35,7 @@ def _corpus(prefix, part, holdout_tokens, length=LENGTH, shuffle=None) -> Corpus
 
 @pytest.mark.parametrize("holdout_tokens", [16, 40, 250, 500, 1999, 2980])
 def test_every_token_is_trained_on_or_held_out(prefix, holdout_tokens: int) -> None:
-    """Over epochs whose windows begin at other phases; a range too long by a token would be trained on and evaluated."""
+    """Over epochs whose windows begin at other phases: a range too long by a token would be trained on as well."""
     training, held_out = (_corpus(prefix, part, holdout_tokens) for part in ("training", "validation"))
     ranges = training.held_out
     assert holdout_tokens - ranges.count < ranges.count * ranges.length <= holdout_tokens
