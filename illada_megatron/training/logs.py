@@ -218,7 +218,7 @@ class Board:
         """The configuration as YAML, and what of it (numbers, texts) runs are compared by."""
         # as add_hparams has it, which would make a second run for it
         experiment, session, _ = hparams(hyperparameters, dict.fromkeys(_METRICS, 0.0))
-        self._do(step, lambda writer: [writer.file_writer.add_summary(one) for one in (experiment, session)])
+        self._do(step, lambda writer: [writer._get_file_writer().add_summary(one) for one in (experiment, session)])
         self._do(step, lambda writer: writer.add_custom_scalars(_CHARTS))
         code = "".join(f"    {line}\n" for line in configuration.splitlines())
         self.add_text("run/configuration", code, step)
