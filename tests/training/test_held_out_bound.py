@@ -50,7 +50,7 @@ def test_each_text_has_its_figures(two_steps: Path, tmp_path: Path, illada: Illa
 def test_a_killed_evaluation_goes_on(two_steps: Path, tmp_path: Path, illada: Illada) -> None:
     """With another number of ranks, too, and to the figures of one that nobody killed."""
     file, partial = tmp_path / "bound.json", tmp_path / "bound.json.partial"
-    many = ["--checkpoint", two_steps, "validation.evaluate_samples=6000"]
+    many = ["--checkpoint", two_steps, "validation.evaluate_samples=2000"]
 
     def kill(launcher: psutil.Process) -> None:
         while not (partial.exists() and json.loads(partial.read_text())["done"] > 100):
@@ -60,11 +60,11 @@ def test_a_killed_evaluation_goes_on(two_steps: Path, tmp_path: Path, illada: Il
 
     launch("evaluate", [*many, "--json", file], interrupt=kill)
     done = json.loads(partial.read_text())["done"]
-    assert 100 < done < 6000
+    assert 100 < done < 2000
     assert not file.exists()
     outcome = launch("evaluate", [*many, "--json", file], nproc=2)
     assert outcome.process.returncode == 0, outcome.output
-    assert f"goes on from {partial}, after sample {done} of 6000" in outcome.process.stdout
+    assert f"goes on from {partial}, after sample {done} of 2000" in outcome.process.stdout
     assert not partial.exists()
     resumed, whole = json.loads(file.read_text()), _evaluated(illada, tmp_path / "whole.json", *many)
     assert resumed["samples"][""]["window"] == whole["samples"][""]["window"]

@@ -39,7 +39,8 @@ def test_standard_error_is_the_spread_over_seeds(samples: int, sources: bool) ->
         errors.append(standard_error(losses, t))
     spread = np.std(means, ddof=1)
     told = math.sqrt(np.mean(np.square(errors)))
-    assert 0.9 * spread < told < (1.5 if samples == 16 else 1.25) * spread
+    # between sixteen windows every third step is to another source
+    assert 0.9 * spread < told < (1.75 if samples == 16 else 1.25) * spread
 
 
 def test_few_samples_tell_no_error() -> None:
