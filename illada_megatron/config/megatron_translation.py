@@ -308,10 +308,11 @@ def _data(done: Translation) -> None:
     if held_out:
         paths = [path for one in weighted_paths(held_out) for path in one.paths] or held_out
         done.put("data.validation_paths", paths)
-    _validation(done, [one.weight for one in blend] or [1.0])
+    _validation(done, len(done.fields.get("data.validation_paths", blend)) or 1)
 
 
-def _validation(done: Translation, weights: list[float]) -> None:
+def _validation(done: Translation, texts: int) -> None:
+    """texts: each has a figure of its own here, from as many samples; Megatron's are of all together."""
     given = done.given
     shares = given.get("--split")
     try:
@@ -327,16 +328,18 @@ def _validation(done: Translation, weights: list[float]) -> None:
         if not asked:
             done.differs("Megatron would validate every 1000 steps: set validation.* and data.holdout_tokens")
         return
-    samples = iters * done.fields["training.global_batch_size"]
+    samples = math.ceil(iters * done.fields["training.global_batch_size"] / texts)
     done.put("validation.interval_steps", given.get("--eval-interval", 1000))
     done.put("validation.num_samples", samples)
-    done.differs(f"each validation measures the same {samples} samples with the same masks")
+    done.differs(
+        f"each validation measures the same {samples} samples of each held-out text with the same masks, evenly spread: "
+        "some hundred do"
+    )
     if from_split:
-        most = max(weights) / sum(weights)
-        tokens = math.ceil(most * samples) * done.fields["data.sequence_length"]
+        tokens = samples * done.fields["data.sequence_length"]
         done.put("data.holdout_tokens", tokens)
         of = f"--split would hold out {share:.3g} of the documents" if numbers else "Megatron's default holds out 0.03"
-        done.differs(f"{of}; data.holdout_tokens {tokens} at the end of each corpus is what validation reads")
+        done.differs(f"{of}; data.holdout_tokens {tokens} of each corpus is what validation reads")
 
 
 def _checkpoints(done: Translation) -> None:

@@ -152,7 +152,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {
             "data.blend": [("web_text_document", 0.3), ("code_text_document", 0.7)],
             "data.train_paths": [],
-            "data.holdout_tokens": 45 * 512,
+            "data.holdout_tokens": 32 * 512,
         },
         ["--split would hold out 0.02 of the documents"],
     ),
