@@ -69,8 +69,10 @@ _HUGGING_FACE = {
 
 
 def field_paths() -> list[str]:
-    """All fields, `section.field`."""
-    return [f"{name}.{field}" for name, section in _sections() for field in section.model_fields]
+    """All fields, in the schema's order: `section.field`, and those that no section has."""
+    sections = dict(_sections())
+    alone = [name for name in RunConfig.model_fields if name not in sections]
+    return alone + [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]
 
 
 def hint_for(name: str, known: list[str], own: str = "") -> str:

@@ -134,9 +134,7 @@ _FIELDS = [
     Option("--eval-iters", "int", "validation.num_samples", "times the global batch; the same samples each time", True),
     Option("--log-interval", "int", "logging.interval_steps", default=100),
     Option("--tensorboard-dir", "text", "logging.tensorboard_dir"),
-    Option("--wandb-project", "text", "logging.wandb_project", "logging has tensorboard_dir and jsonl_path"),
-    Option("--wandb-entity", "text", "logging.wandb_entity", "logging has tensorboard_dir and jsonl_path"),
-    Option("--wandb-exp-name", "text", "logging.wandb_name", "logging has tensorboard_dir and jsonl_path"),
+    Option("--wandb-project", "text", "logging.wandb_project", "with run_dir, which keeps the run's id there"),
 ]
 
 # why -> names and patterns
@@ -289,7 +287,7 @@ _NONE: dict[Group, dict[str, str]] = {
         "bad steps are skipped by themselves: faults.*": "--iterations-to-skip",
         "begin from weights alone: `illada convert`, `illada checkpoint average`": "--no-load-optim --no-save-optim",
         "`illada evaluate --checkpoint`": "--skip-train --eval-global-batch-size --eval-micro-batch-size",
-        "logging has tensorboard_dir and jsonl_path": "--wandb-*",
+        "Weights & Biases reads its own environment: WANDB_ENTITY, WANDB_NAME, WANDB_DIR": "--wandb-*",
         "checkpoint.load_dir takes a directory of step_... or one of them": """
             --finetune --pretrained-checkpoint --ckpt-step --override-ckpt-iteration
         """,

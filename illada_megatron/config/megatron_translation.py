@@ -57,11 +57,11 @@ class Translation:
 
     def yaml(self) -> str:
         """In the order of the schema; what is to be completed stands above it."""
-        said: dict[str, dict[str, Any]] = {}
+        said: dict[str, Any] = {}
         for path in field_paths():
             if path in self.fields:
-                section, _, name = path.partition(".")
-                said.setdefault(section, {})[name] = self.fields[path]
+                section, _, name = path.rpartition(".")
+                (said.setdefault(section, {}) if section else said)[name] = self.fields[path]
         todo = "".join(f"# {_COMPLETE}: {text}\n" for text in self.notes[_COMPLETE])
         return todo + yaml.safe_dump(said, sort_keys=False)
 
@@ -344,6 +344,8 @@ def _validation(done: Translation, texts: int) -> None:
 
 def _checkpoints(done: Translation) -> None:
     given = done.given
+    if "logging.wandb_project" in done.fields:
+        done.put("run_dir", given.get("--save") or "runs/translated")
     load = given.get("--load")
     if load is not None and load != given.get("--save"):
         done.put("checkpoint.load_dir", load)

@@ -223,10 +223,16 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {
             "logging.interval_steps": 5,
             "logging.tensorboard_dir": "tb",
+            "logging.wandb_project": "llm",
+            "run_dir": "runs/translated",
             "runtime.distributed_timeout_minutes": 60.0,
             "training.seed": 42,
         },
-        ["--log-throughput: what is logged is fixed", "--profile: there is no profiler"],
+        [
+            "--log-throughput: what is logged is fixed",
+            "--wandb-exp-name: Weights & Biases reads its own",
+            "--profile: there is no profiler",
+        ],
     ),
     "batch from torchrun": (
         "torchrun --nproc_per_node=8 --nnodes=4 pretrain_gpt.py "
