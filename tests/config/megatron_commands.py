@@ -230,7 +230,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         [
             "--log-throughput: what is logged is fixed",
-            "--wandb-exp-name: Weights & Biases reads its own",
+            "--wandb-exp-name one: Weights & Biases reads its own",
             "--profile: there is no profiler",
         ],
     ),
