@@ -68,7 +68,7 @@ def held_out_ranges(num_tokens: int, sequence_length: int, holdout_tokens: int) 
 
 class JoinedStretches:
     """Stretches of a stream as one stream. The interface of `TokenStream`; there are 1,025 at most, so that a window
-    costs two look-ups more than it does there, and one read more for each place where two stretches meet in it."""
+    costs a look-up more than it does there, and one read more for each place where two stretches meet in it."""
 
     def __init__(self, stream: TokenStream, stretches: Sequence[tuple[int, int]]) -> None:
         """stretches: [first, end) of `stream`, in order."""
@@ -81,9 +81,9 @@ class JoinedStretches:
     def read(self, starts: NDArray[np.int64], out: NDArray[Any], vocab_size: int) -> None:
         """As `TokenStream.read`."""
         length = out.shape[1]
-        stretch = self._stretch(starts)
-        if np.array_equal(stretch, self._stretch(starts + (length - 1))):
-            self._stream.read(starts + self._shifts[stretch], out, vocab_size)
+        following = self._starts.searchsorted(starts, side="right")
+        if (self._starts[following] - starts).min(initial=length) >= length:
+            self._stream.read(starts + self._shifts[following - 1], out, vocab_size)
             return
         for row, start in enumerate(starts.tolist()):
             for joined, first, count in self._parts(start, start + length):
@@ -107,10 +107,6 @@ class JoinedStretches:
     def in_shards(self, offset: int) -> int:
         """As `TokenStream.in_shards`."""
         return self._parts(offset, offset + 1)[0][1]
-
-    def _stretch(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """In which stretch each offset is: an empty one has none."""
-        return np.searchsorted(self._starts, offsets, side="right") - 1
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """What [start, stop) is made of: (its offset here, in the stream, number of tokens) of each stretch's part."""
