@@ -10,6 +10,7 @@ from torch import Tensor
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.store import CheckpointInfo, newest_complete
 from illada_megatron.config import RunConfig, load_config
+from illada_megatron.config.schema.learning import GONE_PLATEAU_FIELDS
 from illada_megatron.runtime import runtime, world_size_from_environment
 from illada_megatron.system.terminal import say
 
@@ -24,7 +25,10 @@ Predict = Callable[[Tensor], Tensor]
 
 def saved_config(info: CheckpointInfo, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration a checkpoint was saved with, `section.field=value` overrides on top. Raises ConfigError."""
-    return load_config(info.config, overrides, source=str(info.path))
+    stored, schedule = dict(info.config), info.config.get("schedule")
+    if isinstance(schedule, dict):  # a rule that is gone refuses to train by its fields; here nobody trains
+        stored["schedule"] = {key: value for key, value in schedule.items() if key not in GONE_PLATEAU_FIELDS}
+    return load_config(stored, overrides, source=str(info.path))
 
 
 def find_checkpoint(path: str | Path) -> CheckpointInfo:

@@ -47,7 +47,7 @@ def translate_command(
 def _typed(words: list[str]) -> list[str]:
     """The command's words, of the file where one is named."""
     first, *rest = words
-    if first != "-" and (first.startswith("-") or not Path(first).is_file()):
+    if first != "-" and (first.startswith("-") or not _is_file(first)):
         if not any("--" in word for word in words):
             raise ConfigError(f"{first}: no such file, and no options behind it: expected a script or a command line")
         # a whole command line as one word, as pasted between quotes
@@ -66,6 +66,14 @@ def _typed(words: list[str]) -> list[str]:
     return script.commands[options.index(max(options))]
 
 
+def _is_file(text: str) -> bool:
+    """A whole command line is too long for a name."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
+
+
 def _vocabulary(given: Given) -> Vocabulary | None:
     """Of the tokenizer's files, where they are here."""
     from illada_megatron.data.tokenizers.byte_level import byte_level_bpe
@@ -75,7 +83,7 @@ def _vocabulary(given: Given) -> Vocabulary | None:
     if vocab and merges and Path(vocab).is_file() and Path(merges).is_file():
         made = byte_level_bpe(vocab, merges)
         return Vocabulary(made.vocab_size, made.mask_id)
-    if model and Path(model).is_file():
+    if model and Path(model).exists():
         tokenizer = load_tokenizer(model)
         return Vocabulary(tokenizer.vocab_size, tokenizer.mask_id)
     return None

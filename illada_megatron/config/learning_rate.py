@@ -113,7 +113,10 @@ def schedule_rows(config: RunConfig, decay_start: int | None = None) -> list[tup
     pieces = _pieces(config, training.train_steps if decay is None else min(decay, training.train_steps))
     if decay is not None and decay < training.train_steps:
         end = training.train_steps if schedule.decay_steps is None else decay + schedule.decay_steps
-        pieces.append((min(end, training.train_steps), f"to {schedule.min_lr:g}, {schedule.decay_style}"))
+        text = f"to {schedule.min_lr:g}, {schedule.decay_style}"
+        if end > training.train_steps:
+            text += f", which step {end:,} would reach"
+        pieces.append((min(end, training.train_steps), text))
         if end < training.train_steps:
             pieces.append((training.train_steps, f"{schedule.min_lr:g}"))
     rows = []

@@ -88,7 +88,7 @@ _FIELDS = [
     Option("--valid-data-path", "list", "data.validation_paths", "one corpus: weights are left out", True),
     Option("--split", "text", "data.holdout_tokens", "of each corpus, as many tokens as validation reads", True),
     Option("--seq-length", "int", "data.sequence_length"),
-    Option("--num-workers", "int", "data.loader_threads"),
+    Option("--num-workers", "int", "data.loader_threads", "at least 1", True),
     Option("--reset-attention-mask", "flag", "diffusion.attention_boundary", "document", True),
     Option("--dataloader-inter-document-masking", "flag", "diffusion.attention_boundary", "document", True),
     Option("--tokenizer-type", "text", "data.tokenizer_path", "see Tokenizers", True),

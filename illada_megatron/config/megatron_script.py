@@ -146,7 +146,9 @@ class ShellScript:
             return [self._command_text()]
         found = _VARIABLE.match(self.text, self._at)
         if found is None:
-            end = self.text.find("}", self._at) + 1 if self._peek(1) == "{" else self._at + 1
+            end = self._at + 1
+            if self._peek(1) == "{":  # where it is never closed, the rest of the text
+                end = self.text.find("}", self._at) + 1 or len(self.text)
             text, self._at = self.text[self._at : end], end
             return [text]
         self._at = found.end()

@@ -204,8 +204,8 @@ def _training(done: Translation) -> None:
     batch = done.fields["training.global_batch_size"]
     ramp = given.get("--rampup-batch-size")
     if ramp is not None:
-        if len(ramp) != 3 or not all(text.isdecimal() for text in ramp):
-            raise ConfigError(f"--rampup-batch-size is {' '.join(ramp)}, expected three whole numbers")
+        if len(ramp) != 3 or not all(text.isdecimal() and int(text) > 0 for text in ramp):
+            raise ConfigError(f"--rampup-batch-size is {' '.join(ramp)}, expected three whole numbers above 0")
         done.put("training.rampup_batch_size", [int(text) for text in ramp])
     elif "--step-batch-size-schedule" in given.values:
         _stepwise(done, given.get("--step-batch-size-schedule"))
@@ -294,6 +294,8 @@ def _schedule(done: Translation) -> None:
 
 def _data(done: Translation) -> None:
     given = done.given
+    if "--num-workers" in given.values:
+        done.put("data.loader_threads", max(1, given.get("--num-workers")))
     words = given.get("--train-data-path") or given.get("--data-path") or []
     blend = weighted_paths(words)
     if blend:
@@ -332,8 +334,8 @@ def _validation(done: Translation, texts: int) -> None:
     done.put("validation.interval_steps", given.get("--eval-interval", 1000))
     done.put("validation.num_samples", samples)
     done.differs(
-        f"each validation measures the same {samples} samples of each held-out text with the same masks, evenly spread: "
-        "some hundred do"
+        f"each validation measures the same {samples} samples of each held-out text with the same masks, spread "
+        "evenly: some hundred do"
     )
     if from_split:
         tokens = samples * done.fields["data.sequence_length"]

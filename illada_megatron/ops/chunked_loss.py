@@ -28,6 +28,8 @@ class Head:
 
     weight: Tensor
     """`[real_rows, h]`, without padding"""
+    width: int
+    """Rows with padding, the same on all ranks of the group: they cut their losses into the same chunks."""
     z_loss: float
     softcap: float
     sweeps: Sweeps
@@ -72,7 +74,7 @@ class _Chunk:
 def chunk_rows(hidden: Tensor, head: Head, memory_bytes: int) -> int:
     """Rows of a chunk of hidden `[m, h]`, so that the logits that exist at a time fit in memory_bytes; at least 32 (or
     m). Chunks are nearly alike."""
-    m, width = hidden.shape[0], head.weight.shape[0]
+    m, width = hidden.shape[0], head.width
     fit = memory_bytes // (_buffers(hidden, head) * max(width, 1) * hidden.element_size())
     most = max(fit // ALIGN_ROWS, 1) * ALIGN_ROWS
     rows = -(-m // max(-(-m // most), 1))

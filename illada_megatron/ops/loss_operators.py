@@ -37,6 +37,7 @@ class Settings(NamedTuple):
         """weight `[v_padded/tp, h]` without its padding, and what is made of the logits of hidden `[m, h]`."""
         return Head(
             weight[: self.real_rows],
+            weight.shape[0],
             self.z_loss,
             self.softcap,
             chosen_sweeps(hidden, weight, self.fused, self.excluded_row),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from illada_megatron.config.places import PLACES
 
 STEP_LOG = PLACES["logging", "jsonl_path"]
 START_FILES = "start_*.yaml"
+_START = re.compile(r"start_(\d+)\.yaml")
 
 
 class RunError(ValueError):
@@ -88,7 +90,13 @@ def read_run(place: str | Path) -> RunRecord:
 
 def newest_start(folder: Path) -> Path | None:
     """The configuration of a run's last start; None: there is none."""
-    return max(folder.glob(START_FILES), key=lambda path: (len(path.name), path.name), default=None)
+    return max((path for path in folder.glob(START_FILES) if start_number(path)), key=start_number, default=None)
+
+
+def start_number(path: Path) -> int:
+    """Of a start's configuration, from 1; 0: it is another file, as a copy that somebody has made."""
+    found = _START.fullmatch(path.name)
+    return int(found[1]) if found else 0
 
 
 def _configuration(folder: Path) -> dict[str, Any] | None:

@@ -13,14 +13,18 @@ from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoi
 from illada_megatron.checkpoint.sharded import load_weights
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.config import ParallelConfig, RunConfig, load_config
-from illada_megatron.data.corpus.fingerprint import of_tokens
+from illada_megatron.data.corpus.configured import check_unseen, corpus_of_run
+from illada_megatron.data.corpus.fingerprint import fingerprints, of_tokens
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import runtime, world_size_from_environment
 from illada_megatron.training.held_out_figures import HeldOut
 from illada_megatron.training.held_out_report import Notes, agree, write_report
-from illada_megatron.training.setup import checked_tokenizer, held_out_source
+from illada_megatron.training.setup import check_fingerprints, checked_tokenizer, held_out_source
 from illada_megatron.training.validation import HeldOutSource, Losses, evaluate
+
+_WHAT_IS_HELD_OUT = ("held_out", "corpora")
+"""Of a run's fingerprints of its data."""
 
 
 def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) -> list[str]:
@@ -69,21 +73,37 @@ def evaluate_checkpoint(
         )
     with runtime(resolved) as run:
         tokenizer = checked_tokenizer(resolved)
+        said = _check_held_out(info, resolved, tokenizer)
         source = held_out_source(resolved, run, tokenizer, resolved.validation.evaluate_samples)
         models = build_model_chunks(resolved, run.device)
         weights = load_evaluated_weights(info, resolved, models, ema)
         of = {**weights, **_samples_record(source, resolved, tokenizer)}
         notes = Notes(json_path, of) if json_path is not None and run.is_main else None
-        losses, said = Losses.none_yet(source.samples), None
+        losses = Losses.none_yet(source.samples)
         if notes is not None:
-            said = notes.read(losses)
+            said += notes.read(losses)
             notes.write(losses)  # where it cannot be, better now than in an hour
         agree(losses, run.device.torch_device)
         held_out = evaluate(models, source, losses, notes.write if notes is not None else lambda _: None)
         if notes is not None and json_path is not None:
             write_report(json_path, of, held_out, source, losses)
             notes.remove()
-        return Evaluation(held_out, [said] if said else []) if run.is_main else None
+        return Evaluation(held_out, said) if run.is_main else None
+
+
+def _check_held_out(info: CheckpointInfo | None, config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
+    """What is evaluated must not have been trained on. Returns what there is to be said; raises CheckpointError,
+    DataError."""
+    if config.data.validation_paths:
+        return check_unseen(config.data)
+    if info is None or info.progress is None:
+        return []
+    now = fingerprints(corpus_of_run(config, tokenizer), tokenizer)
+    # the order in which the rest came says nothing of what was held out
+    before, after = (
+        {"data": {key: one.get("data", {}).get(key) for key in _WHAT_IS_HELD_OUT}} for one in (info.fingerprints, now)
+    )
+    return check_fingerprints(info, before, after, config.checkpoint.allow_mismatch)
 
 
 def load_evaluated_weights(

@@ -99,11 +99,13 @@ def text_figures(
     t: NDArray[np.float64],
     nats: NDArray[np.float64],
     num_bytes: NDArray[np.float64] | None,
+    windows: NDArray[np.int64] | None = None,
 ) -> TextFigures:
     """The figures of one text.
 
     t: of its samples, in their order, which is that of their windows `[n]`; nats: weighted CE summed over the positions
-    of each part of the window `[n, position bins]`; num_bytes: of text behind each sample's tokens `[n]`.
+    of each part of the window `[n, position bins]`; num_bytes: of text behind each sample's tokens `[n]`; windows: the
+    number of each sample's window, ascending `[n]`; None: they all differ.
     """
     losses = nats.sum(1) / window_tokens
     bins = np.minimum((t * T_BINS).astype(int), T_BINS - 1)
@@ -115,10 +117,10 @@ def text_figures(
         num_tokens=len(t) * window_tokens,
         num_windows=num_windows,
         num_bytes=int(num_bytes.sum()) if num_bytes is not None and known else None,
-        nats_per_token=Estimate(float(losses.mean()), standard_error(losses, t)),
-        nats_per_byte=_ratio(nats.sum(1), num_bytes, t) if num_bytes is not None and known else None,
+        nats_per_token=Estimate(float(losses.mean()), standard_error(losses, t, windows)),
+        nats_per_byte=_ratio(nats.sum(1), num_bytes, t, windows) if num_bytes is not None and known else None,
         by_t=[_plain(losses[bins == one]) for one in range(T_BINS)],
-        by_position=[Estimate(float(part.mean()), standard_error(part, t)) for part in (nats / per_part).T],
+        by_position=[Estimate(float(part.mean()), standard_error(part, t, windows)) for part in (nats / per_part).T],
     )
 
 
@@ -127,9 +129,12 @@ def position_bins(window_tokens: int) -> NDArray[np.int64]:
     return np.arange(window_tokens) * min(POSITION_BINS, window_tokens) // window_tokens
 
 
-def standard_error(values: NDArray[np.float64], t: NDArray[np.float64]) -> float | None:
+def standard_error(
+    values: NDArray[np.float64], t: NDArray[np.float64], windows: NDArray[np.int64] | None = None
+) -> float | None:
     """Of the mean of `values` `[n]`, whose windows are spread evenly and in order, and whose times `t` `[n]` are
-    stratified; None for fewer than two.
+    stratified; None for fewer than two windows. windows: as of `text_figures`; samples of one window count as one,
+    their mean, for they differ by masks alone.
 
     What t does to them on average is taken out first (a cubic, or less for few samples), because every stratum has its
     sample and so the mean does not feel it; and what differs slowly along the text counts little, because every stretch
@@ -142,14 +147,21 @@ def standard_error(values: NDArray[np.float64], t: NDArray[np.float64]) -> float
         return None
     degree = min(_TREND_DEGREE, n // 4)
     residuals = values - np.polynomial.Polynomial.fit(t, values, degree, domain=[0, 1])(t)
+    if windows is not None:
+        first = np.flatnonzero(np.diff(windows, prepend=-1))
+        residuals = np.add.reduceat(residuals, first) / np.diff(first, append=n)
+    if (distinct := len(residuals)) < 2:
+        return None
     variance = np.square(np.diff(residuals)).mean() / 2
-    return math.sqrt(float(variance) / max(1, n - degree))
+    return math.sqrt(float(variance) / max(1, distinct - min(degree, distinct // 4)))
 
 
-def _ratio(nats: NDArray[np.float64], num_bytes: NDArray[np.float64], t: NDArray[np.float64]) -> Estimate:
+def _ratio(
+    nats: NDArray[np.float64], num_bytes: NDArray[np.float64], t: NDArray[np.float64], windows: NDArray[np.int64] | None
+) -> Estimate:
     """sum(nats) / sum(bytes): a ratio of two means, whose error is that of nats - ratio * bytes."""
     ratio = float(nats.sum() / num_bytes.sum())
-    error = standard_error(nats - ratio * num_bytes, t)
+    error = standard_error(nats - ratio * num_bytes, t, windows)
     return Estimate(ratio, None if error is None else error / float(num_bytes.mean()))
 
 

@@ -62,8 +62,10 @@ def as_record(held_out: HeldOut, window_tokens: int) -> dict[str, Any]:
 
 def scalars(held_out: HeldOut, window_tokens: int) -> Iterator[tuple[str, float]]:
     """What TensorBoard is told, by tag."""
-    for text in [held_out.mean, *(held_out.texts if len(held_out.texts) > 1 else [])]:
-        place = "validation" if text is held_out.mean or text.name in ("", "mean") else f"validation/{text.name}"
+    places = {"validation": held_out.mean}
+    if len(held_out.texts) > 1:
+        places |= {f"validation/{text.name}": text for text in held_out.texts}
+    for place, text in places.items():
         for unit in ("nats_per_token", "nats_per_byte", "bits_per_byte"):
             yield from _with_error(f"{place}/bound_{unit}", getattr(text, unit))
     mean = held_out.mean
@@ -131,22 +133,22 @@ class Notes:
         self._of = of
         self._next = 0.0
 
-    def read(self, losses: Losses) -> str | None:
+    def read(self, losses: Losses) -> list[str]:
         """Fill `losses`; returns what is to be said of it. Raises OSError."""
         if not self.path.exists():
-            return None
+            return []
         try:
             found = orjson.loads(self.path.read_bytes())
             if found["of"] != self._of:
-                return f"{self.path}: is of another evaluation, and is written anew"
+                return [f"{self.path}: is of another evaluation, and is written anew"]
             done, nats, num_bytes = found["done"], found["nats"], found["num_bytes"]
-            losses.nats[:done] = np.array(nats, dtype=np.float64).reshape(done, -1)
+            losses.nats[:done] = np.array(nats, dtype=np.float64).reshape(done, losses.nats.shape[1])
             losses.num_bytes[:done] = np.array(num_bytes, dtype=np.float64)
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             losses.nats[:], losses.num_bytes[:] = 0.0, 0.0
-            return f"{self.path}: is damaged ({error}), and is written anew"
+            return [f"{self.path}: is damaged ({error}), and is written anew"]
         losses.done = done
-        return f"goes on from {self.path}, after sample {done} of {len(losses.nats)}"
+        return [f"goes on from {self.path}, after sample {done} of {len(losses.nats)}"]
 
     def write(self, losses: Losses) -> None:
         """Replace what is there, as often as it takes no more than a fiftieth of the time. Raises OSError."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from illada_megatron.config import RunConfig, TrainingConfig
+from illada_megatron.config.schema.learning import GONE_PLATEAU_FIELDS
 from illada_megatron.runs.fields import MISSING, differing, flat
 
 # Fields, or beginnings of them, that change where and how fast a step is computed and not what it computes.
@@ -14,6 +15,10 @@ _LAYOUT = (
 )
 # ... and where things are written.
 _PLACES = ("run_dir", "checkpoint.", "logging.")
+
+
+# null means 0.8 where there are no schedule.changes, which older checkpoints do not have
+_SAME_DECAY = ("schedule.decay_start", 0.8, None)
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,14 @@ class Change:
 def changes_since(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
     """The fields of `config` that differ from those a checkpoint has stored. What its program did not know had the
     value that is now the default."""
-    before = {**flat(RunConfig().model_dump(mode="json")), **flat(saved)}
+    stored = flat(saved)
+    # a default of null stands for no section, where the checkpoint has its fields
+    sections = {field.rpartition(".")[0] for field in stored}
+    before = {field: one for field, one in flat(RunConfig().model_dump(mode="json")).items() if field not in sections}
+    before |= {field: one for field, one in stored.items() if field.rpartition(".")[2] not in GONE_PLATEAU_FIELDS}
     fields = differing([before, flat(config.model_dump(mode="json"))])
-    return [Change(field, old, new) for field, (old, new) in fields.items()]
+    changes = [Change(field, old, new) for field, (old, new) in fields.items()]
+    return [one for one in changes if (one.field, one.old, one.new) != _SAME_DECAY]
 
 
 def change_lines(changes: Sequence[Change], where: object) -> Iterator[str]:

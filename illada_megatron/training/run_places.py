@@ -21,7 +21,7 @@ from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.store import checkpoints_newest_first
 from illada_megatron.config import RunConfig
 from illada_megatron.config.load import to_yaml
-from illada_megatron.runs.records import newest_start
+from illada_megatron.runs.records import newest_start, start_number
 from illada_megatron.system.whole_file import replaced
 
 RUN_NAME_FILE = "run.txt"
@@ -37,7 +37,13 @@ def name_of(config: RunConfig) -> str | None:
 
 def same_run(one: str, another: str) -> bool:
     """Whether two names are one; a path may be written in several ways."""
-    return one == another or ("://" not in one + another and Path(one).resolve() == Path(another).resolve())
+    one, another = one.rstrip("/"), another.rstrip("/")
+    if one == another or "://" in one + another:
+        return one == another
+    try:
+        return Path(one).resolve() == Path(another).resolve() or Path(one).samefile(another)
+    except OSError:  # one of them is not there
+        return False
 
 
 @contextmanager
@@ -82,7 +88,7 @@ def write_start(config: RunConfig, world_size: int) -> Path | None:
     place = Path(config.run_dir)
     place.mkdir(parents=True, exist_ok=True)
     newest = newest_start(place)
-    number = 1 + (int(newest.stem.rpartition("_")[2]) if newest is not None else 0)
+    number = 1 + (start_number(newest) if newest is not None else 0)
     path = place / f"start_{number:04d}.yaml"
     packages = ", ".join(f"{name} {version(name)}" for name in ("illada-megatron", "torch", "megatron-core"))
     head = [

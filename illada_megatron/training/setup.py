@@ -1,7 +1,7 @@
 """Everything a run is made of, built in order: model, optimizer, corpora, and where it goes on."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,7 +169,8 @@ def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:
 def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     """Go on where a checkpoint was saved, or begin with its weights where no run of this program has trained them."""
     if checkpoint.progress is not None:
-        _check_fingerprints(state, checkpoint)
+        allowed = state.config.checkpoint.allow_mismatch
+        state.notes += check_fingerprints(checkpoint, checkpoint.fingerprints, state.fingerprints, allowed)
     progress = load_checkpoint(checkpoint, state.config, state.chunks, state.optimizer)
     if progress is None:
         state.notes.append(f"begins with the weights of {checkpoint.path}")
@@ -197,16 +198,17 @@ def restore(state: TrainingState, checkpoint: CheckpointInfo) -> None:
     state.notes += [standing, *change_lines(state.changes, checkpoint.path)]
 
 
-def _check_fingerprints(state: TrainingState, checkpoint: CheckpointInfo) -> None:
-    """Other tokens under the same sample indices would be trained on without a word."""
-    allowed = state.config.checkpoint.allow_mismatch
+def check_fingerprints(
+    checkpoint: CheckpointInfo, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str]
+) -> list[str]:
+    """Other tokens under the same sample indices would be trained on without a word, and trained ones be held out.
+    Returns what differs and is allowed; raises CheckpointError."""
     lines = [
         f"{line} (older versions held out the last tokens of each corpus)"
         if line.startswith("data.held_out was None")
         else line
-        for line in differences(checkpoint.fingerprints, state.fingerprints)
+        for line in differences(saved, now)
     ]
-    state.notes += [f"warning: {checkpoint.path}: {line} (allowed)" for line in lines if _kind(line) in allowed]
     if refused := [line for line in lines if _kind(line) not in allowed]:
         kinds = sorted({_kind(line) for line in refused})
         raise CheckpointError(
@@ -214,6 +216,7 @@ def _check_fingerprints(state: TrainingState, checkpoint: CheckpointInfo) -> Non
             + "\n  ".join(refused)
             + f"\n  correct the configuration, or set checkpoint.allow_mismatch={json.dumps(kinds)} where that is meant"
         )
+    return [f"warning: {checkpoint.path}: {line} (allowed)" for line in lines]
 
 
 def _kind(difference: str) -> str:

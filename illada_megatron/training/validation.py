@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,10 +34,20 @@ class HeldOutSource:
     batches: BatchSource[HeldOutSamples]
     token_bytes: TokenBytes | str
     """Or why it is not known."""
+    _window_bytes: dict[tuple[str, int], float] = field(default_factory=dict)
+    """By text and window, as far as they were counted: validations look at the same ones again."""
 
     @property
     def samples(self) -> HeldOutSamples:
         return self.batches.maker
+
+    def bytes_of(self, index: int) -> float:
+        """Of the text behind a sample's tokens; NaN: not known."""
+        assert not isinstance(self.token_bytes, str)
+        corpus, window = self.samples.window(index)
+        if (corpus.name, window) not in self._window_bytes:
+            self._window_bytes[corpus.name, window] = window_bytes(self.token_bytes, corpus, window)
+        return self._window_bytes[corpus.name, window]
 
 
 @dataclass
@@ -146,10 +156,12 @@ def held_out_figures(source: HeldOutSource, losses: Losses) -> HeldOut:
         num_bytes = losses.num_bytes[mine]
         if unknown is None and np.isnan(num_bytes).any():
             unknown = f"the tokenizer's own text of {corpus.name or 'the held-out tokens'} is not that of its tokens"
-        t = np.array([samples.t(index) for index in range(mine.start, mine.stop)])
+        indices = range(mine.start, mine.stop)
+        t = np.array([samples.t(index) for index in indices])
+        windows = np.array([samples.window(index)[1] for index in indices])
         known = None if isinstance(source.token_bytes, str) or np.isnan(num_bytes).any() else num_bytes
         texts.append(
-            text_figures(corpus.name, corpus.num_windows, samples.sequence_length, t, losses.nats[mine], known)
+            text_figures(corpus.name, corpus.num_windows, samples.sequence_length, t, losses.nats[mine], known, windows)
         )
     return HeldOut(texts, unknown)
 
@@ -163,8 +175,7 @@ def _gather(local: list[Tensor], source: HeldOutSource, losses: Losses, first: i
         indices = rows[:, 0].long()
         table[indices - first, :parts] = rows[:, 1:]
         if not isinstance(source.token_bytes, str):
-            windows = [source.samples.window(index) for index in indices.tolist()]
-            num_bytes = [window_bytes(source.token_bytes, *window) for window in windows]
+            num_bytes = [source.bytes_of(index) for index in indices.tolist()]
             table[indices - first, parts] = torch.tensor(num_bytes, dtype=torch.float64)
     table = table.to(source.batches.runtime.device.torch_device)
     dist.all_reduce(table)

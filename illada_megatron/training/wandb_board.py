@@ -49,6 +49,12 @@ class WandbBoard:
             return
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            # without a key `init` would ask the terminal for one, and wait for ever
+            if self._mode == "online" and not self._wandb.login(prompt=False):
+                self._failed(
+                    f"logging.wandb_project {self._project}: nobody is logged in: `wandb login`, or set WANDB_API_KEY"
+                )
+                return
             self._run = self._wandb.init(
                 project=self._project,
                 mode=self._mode,

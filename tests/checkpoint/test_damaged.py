@@ -93,7 +93,7 @@ def test_previous_checkpoint_is_used_and_said(
     assert (save_dir / "latest").read_text() == "step_00000003\n"
     again = illada("train", *tiny_run, "training.exit_steps=2", f"checkpoint.load_dir={save_dir / NEWEST}")
     assert again.code == 0, again.err
-    assert "step 2, 8 samples consumed" in again.out.replace("\n", "")
+    assert "finished at step 2 (" in again.out.replace("\n", "")
 
 
 def test_no_intact_checkpoint_is_an_error_and_deletes_nothing(

@@ -208,17 +208,19 @@ def test_left_behind(kept: Callable, small: tuple[str, ...], two_steps: Path, ti
             state.close()
 
 
-def test_evaluated_and_generated_with(kept: Callable, illada: Illada, two_steps: Path) -> None:
+def test_evaluated_and_generated_with(kept: Callable, illada: Illada, two_steps: Path, small: tuple[str, ...]) -> None:
     """`evaluate --ema` says what the run said of the average; a checkpoint without one is an error that says so."""
     save_dir, run = kept(1, EVERY)
+    samples = next(one for one in small if one.startswith("validation.num_samples=")).partition("=")[2]
     printed = re.findall(r"step +10  (EMA: )?held-out bound (\S+)", run.process.stdout)
     assert len(printed) == 2
     for mark, bound in printed:
         found = illada(
-            "evaluate", "--checkpoint", save_dir / "step_00000010", *(["--ema"] if mark else []), "runtime.device=cpu"
+            *("evaluate", "--checkpoint", save_dir / "step_00000010", *(["--ema"] if mark else [])),
+            *("runtime.device=cpu", f"validation.evaluate_samples={samples}"),
         )
         assert found.code == 0, found.err
-        assert f"held-out bound {bound} nats/token" in found.out
+        assert f"held-out bound {bound} +- " in found.out
     found = illada("evaluate", "--checkpoint", two_steps, "--ema", "runtime.device=cpu")
     assert found.code == 2
     assert "holds no moving average of the weights" in found.err

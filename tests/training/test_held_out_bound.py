@@ -10,6 +10,8 @@ import pytest
 from corpus import write_corpus
 from launch import Illada, launch
 
+from illada_megatron.checkpoint.store import _own_checksum
+
 
 def _evaluated(illada: Illada, path: Path, *arguments: object) -> dict[str, Any]:
     outcome = illada("evaluate", *arguments, "--json", path)
@@ -66,9 +68,12 @@ def test_a_killed_evaluation_goes_on(two_steps: Path, tmp_path: Path, illada: Il
     assert outcome.process.returncode == 0, outcome.output
     assert f"goes on from {partial}, after sample {done} of 2000" in outcome.process.stdout
     assert not partial.exists()
-    resumed, whole = json.loads(file.read_text()), _evaluated(illada, tmp_path / "whole.json", *many)
-    assert resumed["samples"][""]["window"] == whole["samples"][""]["window"]
-    assert resumed["samples"][""]["nats_per_token"] == pytest.approx(whole["samples"][""]["nats_per_token"], rel=1e-5)
+    resumed, whole = (
+        found["samples"]["held_out"]
+        for found in (json.loads(file.read_text()), _evaluated(illada, tmp_path / "whole.json", *many))
+    )
+    assert resumed["window"] == whole["window"]
+    assert resumed["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-5)
 
 
 def test_what_another_evaluation_left_is_not_taken(two_steps: Path, tmp_path: Path, illada: Illada) -> None:
@@ -96,8 +101,31 @@ def test_a_run_that_held_out_the_tail_is_refused(tiny_run: tuple[str, ...], tmp_
     record = tmp_path / "run" / "step_00000001" / "checkpoint.json"
     content = json.loads(record.read_text())
     assert content["fingerprints"]["data"].pop("held_out") == {"": "16 ranges of 62 tokens, spread evenly"}
-    record.write_text(json.dumps(content))
+    del content["checksum"]
+    record.write_text(json.dumps({**content, "checksum": _own_checksum(content)}))
     outcome = illada("train", *arguments)
     assert outcome.code == 2
     assert "data.held_out was None" in outcome.err
     assert "older versions held out the last tokens of each corpus" in outcome.err
+
+
+def test_what_was_trained_on_is_not_held_out(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
+    """Other tokens, or other ranges of them, than the run left out are ones that it was trained on."""
+    runs, other = tmp_path / "run", write_corpus(tmp_path / "other", copies=2)
+    held_out = ("data.validation_paths=[]", "data.holdout_tokens=640")
+    outcome = illada("train", *tiny_run, *held_out, f"checkpoint.save_dir={runs}")
+    assert outcome.code == 0, outcome.err
+    assert illada("evaluate", "--checkpoint", runs).code == 0
+    for changed in ("data.holdout_tokens=1280", f"data.train_paths=[{other}]"):
+        refused = illada("evaluate", "--checkpoint", runs, changed)
+        assert refused.code == 2
+        assert "the run that saved it read something else" in refused.err
+        allowed = illada("evaluate", "--checkpoint", runs, changed, 'checkpoint.allow_mismatch=["data"]')
+        assert allowed.code == 0, allowed.err
+        assert "(allowed)" in allowed.out
+    trained = next(one for one in tiny_run if one.startswith("data.train_paths=")).partition("=")[2]
+    seen = illada("evaluate", "--checkpoint", runs, "data.holdout_tokens=0", f"data.validation_paths={trained}")
+    assert seen.code == 2
+    assert "this validation shard is the training shard" in seen.err
+    gone = illada("evaluate", "--checkpoint", runs, "data.holdout_tokens=0", f"data.validation_paths=[{other}]")
+    assert gone.code == 0, gone.err

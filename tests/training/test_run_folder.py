@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from illada_megatron.config import load_config
+from illada_megatron.runs.records import newest_start
+from illada_megatron.training.run_places import same_run, write_start
 from illada_megatron.training.wandb_board import ID_FILE
 
 
@@ -80,6 +82,8 @@ def test_a_start_that_continues(run: Path, tiny_run: tuple[str, ...], illada: Il
     page = (ROOT / "docs" / "training.md").read_text()
     for tag in board.Tags()["scalars"]:
         stem = re.sub(r"\d\.\d-\d\.\d$", "0.3-0.4", tag)
+        if tag.startswith("validation_by_position"):  # places follow data.sequence_length
+            stem = re.sub(r"/\d+-\d+$", "/0-15", tag)
         if tag.startswith("stragglers/"):  # `_min`, `_median`, `_max` share a row
             stem = re.sub(r"_(median|max)$", "_min", tag)
         assert f"`{stem}`" in page, f"docs/training.md does not say what {tag} is"
@@ -159,7 +163,8 @@ def test_without_the_package_of_weights_and_biases(
 def test_whatever_weights_and_biases_raises_ends_no_run(
     run: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "wandb.py").write_text("def Settings(**_): raise RuntimeError('no service')\ninit = None\n")
+    lines = ["login = lambda prompt: True", "def Settings(**_): raise RuntimeError('no service')", "init = None", ""]
+    (tmp_path / "wandb.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     outcome = illada("train", *tiny_run, f"run_dir={run}", "logging.wandb_project=p")
@@ -167,3 +172,32 @@ def test_whatever_weights_and_biases_raises_ends_no_run(
     assert "warning: logging.wandb_project p: no service; the run goes on without Weights & Biases" in outcome.out
     assert json.loads((run / "steps.jsonl").read_text().splitlines()[-1])["step"] == 3
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+def test_nobody_is_asked_for_a_key(
+    run: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`wandb.init` would ask the terminal, and rank 0 would wait for ever."""
+    (tmp_path / "wandb.py").write_text("def login(prompt): return prompt\ndef init(**_): raise SystemExit(9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    outcome = illada("train", *tiny_run, f"run_dir={run}", "logging.wandb_project=p")
+    assert outcome.code == 0, outcome.err
+    assert "nobody is logged in" in outcome.out
+
+
+def test_a_copy_of_a_start_is_no_start(run: Path, tmp_path: Path) -> None:
+    """Somebody has copied start_0001.yaml to change it."""
+    for name in ("start_0002.yaml", "start_0010.yaml", "start_0010_lr.yaml", "start_x.yaml"):
+        (tmp_path / name).write_text("{}")
+    config = load_config("tiny", [f"run_dir={tmp_path}"])
+    written = write_start(config, 1)
+    assert written == tmp_path / "start_0011.yaml"
+    assert newest_start(tmp_path) == written
+
+
+def test_names_of_one_run() -> None:
+    assert same_run("s3://b/p/", "s3://b/p")
+    assert same_run("runs/../runs/x/", "runs/x")
+    assert not same_run("s3://b/p", "s3://b/q")
+    assert not same_run("runs/x", "runs/y")

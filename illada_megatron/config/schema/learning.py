@@ -62,6 +62,10 @@ class RateChange(Section):
         return self
 
 
+GONE_PLATEAU_FIELDS = {"plateau_window_steps": 500, "plateau_min_improvement": 0.002}
+"""Of the plateau's earlier rule, with their defaults."""
+
+
 class ScheduleConfig(Section):
     """Learning rate: linear warm-up to training.lr, constant, `changes` where a paper has some, decay.
 
@@ -91,7 +95,7 @@ class ScheduleConfig(Section):
         """Configurations written before the plateau's rule changed name its two fields; they say nothing any more."""
         if not isinstance(values, dict):
             return values
-        for name, default in (("plateau_window_steps", 500), ("plateau_min_improvement", 0.002)):
+        for name, default in GONE_PLATEAU_FIELDS.items():
             if name not in values:
                 continue
             found = values[name]

@@ -75,6 +75,19 @@ def held_out_corpora(
     return [_corpus(data, one, name, seed, vocab_size, "validation") for name, one in zip(names, listed, strict=True)]
 
 
+def check_unseen(data: DataConfig) -> list[str]:
+    """Raises DataError where one of `data.validation_paths` is a shard to train on. Returns what there is to be said:
+    training shards that are not there cannot be compared."""
+    if not data.train_paths and not data.blend:
+        return []
+    try:
+        training = [list_shards(entry.paths) for entry in _entries(data)]
+    except (DataError, OSError) as error:
+        return [f"warning: whether the held-out text was trained on was not looked at: {error}"]
+    _require_unseen(list_shards(data.validation_paths), training)
+    return []
+
+
 def held_out_names(paths: Sequence[str]) -> list[str]:
     """What each of `data.validation_paths` is called in figures: its last part without the manifest's suffix and
     without what no name has (`*`); where two are alike, with as many folders before it as tell them apart."""
