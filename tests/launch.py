@@ -98,7 +98,8 @@ def read_steps(jsonl: Path) -> list[dict[str, Any]]:
     """The steps in the complete lines of a log that may be growing."""
     text = jsonl.read_text() if jsonl.exists() else ""
     records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [record for record in records if "loss" in record]  # figures of a last validation have a line of their own
+    # figures of a last validation have a line of their own
+    return [record for record in records if "loss" in record or "held_out" not in record]
 
 
 def wait_for_step(jsonl: Path, step: int, launcher: psutil.Process) -> None:
