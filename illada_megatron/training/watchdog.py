@@ -148,9 +148,11 @@ class Watchdog:
             with suppress(OSError):  # it is said already
                 self._traces.mkdir(parents=True, exist_ok=True)
                 with (self._traces / f"rank_{self._rank:05d}_step_{self._step}.txt").open("w") as file:
-                    print(said, file=file, flush=True)
+                    file.write(f"{said}\n")
+                    file.flush()  # what follows writes past its buffer
                     faulthandler.dump_traceback(file=file, all_threads=True)
-                    print(collectives, file=file, flush=True)
+                    file.write(f"{collectives}\n")
+                    file.flush()
         os._exit(EXIT_CODE)
 
 

@@ -146,7 +146,7 @@ def test_average_begins_a_run_and_evaluates(
     outcome = illada("checkpoint", "average", two_steps / "step_00000001", two, tmp_path / "averaged")
     assert outcome.code == 0, outcome.err
     bounds = [
-        re.search(r"masked CE (\S+) nats", illada("evaluate", "--checkpoint", path).out)
+        re.search(r"held-out bound (\S+) ", illada("evaluate", "--checkpoint", path).out)
         for path in (two, tmp_path / "same", tmp_path / "averaged")
     ]
     assert all(bounds)
