@@ -98,7 +98,7 @@ def test_tool_lists_all_problems(listed: Path) -> None:
     assert _inspect(folder / "b")[0] == 0
     assert _inspect(folder / "b", "--verify")[0] == 0
     assert _inspect(folder / "b", "--verify", "--vocab-size", 65535)[0] == 1
-    assert _inspect(folder / "nothing*")[0] == 1
+    assert _inspect(folder / "nothing*")[0] == 2
 
 
 def test_every_changed_byte_is_found(listed: Path) -> None:
