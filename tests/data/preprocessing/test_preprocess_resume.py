@@ -260,15 +260,17 @@ def test_two_runs_at_a_time_do_not_meet(inputs: list[Path], sentencepiece_path: 
     command = _command(inputs, tmp_path / "out", sentencepiece_path, 2)
     first = _start(command)
     while not (tmp_path / "out.job.json").exists():
+        assert first.poll() is None, first.communicate()
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it must not end before the others have tried, however slowly they start
     for more in ([], ["--shard-mb", "3"], ["--overwrite"]):
         second = _start([*command, *more])
         _, errors = second.communicate()
         assert second.returncode == 2
         assert "another process is making this corpus" in errors
-    assert first.poll() is None, "the first run ended too early to test anything"
-    assert first.wait() == 0
-    first.communicate()
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate()
+    assert first.returncode == 0, errors
 
 
 def test_several_keys_give_several_corpora(sentencepiece_path: Path, tmp_path: Path) -> None:
