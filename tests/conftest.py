@@ -25,9 +25,13 @@ _MANY_THREADS = 100
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the package remembers for its user is not what other sessions left."""
+    """What the package and transformers remember for their user is not what other sessions left."""
+    modules = str(tmp_path_factory.mktemp("modules"))  # one place: Python imports `transformers_modules` once
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_MODULES_CACHE", modules)
+        if "transformers" in sys.modules:  # it has looked at the environment already
+            patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
         yield
 
 

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from illada_megatron.system.console import Printable
-from illada_megatron.training.run_places import same_run
+from illada_megatron.training.run_places import is_own
 
 Tell = Callable[[str], None]
 _BOARD_RETRY_SECONDS = 60.0
@@ -143,7 +143,7 @@ class StepLog:
         end, found = 0, self._path.stat() if self._path.exists() else None
         if found is not None and stat.S_ISREG(found.st_mode) and found.st_size:
             end, written_by = _good_lines(self._path, self._first_step)
-            others = written_by is not None and not same_run(written_by, self._save_dir or "")
+            others = written_by is not None and not is_own(self._path, written_by, self._save_dir or "")
             if end == 0 or self._save_dir is None or others:
                 self._put_aside()
                 end = 0

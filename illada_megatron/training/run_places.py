@@ -46,6 +46,16 @@ def same_run(one: str, another: str) -> bool:
         return False
 
 
+def is_own(place: Path, owner: str, own: str) -> bool:
+    """Whether a log or a TensorBoard folder that `owner` wrote is that of the run named `own`: of the same run, or of a
+    folder with all of a run's files that was moved or copied, and goes on under its new name."""
+    if same_run(owner, own):
+        return True
+    if "://" in owner + own or Path(owner).name != Path(own).name:
+        return False
+    return place.resolve().is_relative_to(Path(own).resolve().parent)
+
+
 @contextmanager
 def free_places(config: RunConfig) -> Iterator[None]:
     """Enter with every rank, before anything long. Raises OSError where a path can never be written and the run has no
@@ -70,9 +80,9 @@ def check(config: RunConfig) -> None:
     for field, owner_of in owners.items():
         owner = owner_of(local[field]) if field in local else None
         own = name_of(config)
-        # a run whose place is gone was moved, or is no more: its log is put aside (`logs.StepLog`)
+        # a run whose place is gone is no more: its log is put aside (`logs.StepLog`)
         there = owner is not None and ("://" in owner or Path(owner).exists())
-        if owner is not None and there and (own is None or not same_run(owner, own)):
+        if owner is not None and there and (own is None or not is_own(local[field], owner, own)):
             raise CheckpointError(
                 f"{field} {local[field]} belongs to another run, {owner}; this one is "
                 f"{own or 'not named by a run_dir or a checkpoint.save_dir'}: give each run its own folder (run_dir), "

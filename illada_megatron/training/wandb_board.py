@@ -12,9 +12,10 @@ import yaml
 from illada_megatron.config import ConfigError
 from illada_megatron.system.whole_file import replaced
 from illada_megatron.training.logs import Tell
+from illada_megatron.training.run_places import same_run
 
 ID_FILE = "wandb_id.txt"
-"""In run_dir: the run's id, so that a start that goes on is the same run there."""
+"""In run_dir: the run's id, so that a start that goes on is the same run there; and run_dir, for a copy is another."""
 # Its calls answer at once; what waits for the network is the first and the last.
 _INIT_SECONDS = 90
 _FINISH_SECONDS = 60.0
@@ -113,12 +114,14 @@ class WandbBoard:
             self._failed(f"logging.wandb_project {self._project}: {error}")
 
     def _id(self) -> str:
-        path = self._run_dir / ID_FILE
+        path, place = self._run_dir / ID_FILE, self._run_dir.resolve()
         if self._continues and path.exists():
-            return path.read_text().strip()
+            id_, _, original = path.read_text().strip().partition("\n")
+            if not original or same_run(original, str(place)) or not Path(original, ID_FILE).exists():
+                return id_
         new = secrets.token_hex(4)
         with replaced(path) as file:
-            file.write(f"{new}\n".encode())
+            file.write(f"{new}\n{place}\n".encode())
         return new
 
     def _failed(self, text: str) -> None:

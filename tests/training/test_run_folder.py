@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from illada_megatron.config import load_config
 from illada_megatron.runs.records import newest_start
-from illada_megatron.training.run_places import same_run, write_start
+from illada_megatron.training.run_places import RUN_NAME_FILE, is_own, same_run, write_start
 from illada_megatron.training.wandb_board import ID_FILE
 
 
@@ -119,6 +119,26 @@ def test_two_runs_do_not_share(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_copy_and_a_moved_run_go_on_under_their_new_names(
+    run: Path, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
+) -> None:
+    """Each with its own log and curves; the original keeps its own."""
+    before = (run / "steps.jsonl").read_bytes()
+    shutil.copytree(run, tmp_path / "copy")
+    for here in ("copy", "moved"):
+        place = tmp_path / here
+        if here == "moved":
+            (tmp_path / "copy").rename(place)
+        steps = 2 if here == "copy" else 3
+        outcome = illada("train", *tiny_run, f"run_dir={place}", f"training.exit_steps={steps}")
+        assert outcome.code == 0, outcome.err
+        lines = read_steps(place / "steps.jsonl")
+        assert [one["step"] for one in lines if "loss" in one] == list(range(1, steps + 1))
+        assert not list(place.glob("steps.jsonl.*"))
+        assert (place / "tensorboard" / RUN_NAME_FILE).read_text().strip() == str(place / "checkpoints")
+    assert (run / "steps.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("field", ["run_dir", "checkpoint.save_dir", "logging.tensorboard_dir", "logging.jsonl_path"])
 def test_a_path_that_cannot_be_written_is_said_before_anything_is_read(
     field: str, tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada
@@ -139,11 +159,17 @@ def test_weights_and_biases_offline(tmp_path: Path, tiny_run: tuple[str, ...], i
         outcome = illada("train", *arguments, more)
         assert outcome.code == 0, outcome.err
         assert "without Weights & Biases" not in outcome.out
-    name = (run / ID_FILE).read_text().strip()
+    name = (run / ID_FILE).read_text().split()[0]
     first, second = sorted((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     for word in (b"loss/nats_per_token", b"t_sampling"):
         assert word in first.read_bytes()
     assert b"validation/bound_nats_per_token" in second.read_bytes()
+    shutil.copytree(run, tmp_path / "copy")  # another run from here on
+    copied = [one if one != f"run_dir={run}" else f"run_dir={tmp_path / 'copy'}" for one in arguments]
+    assert illada("train", *copied, "training.train_steps=4").code == 0
+    other = (tmp_path / "copy" / ID_FILE).read_text().split()[0]
+    assert other != name
+    assert list((tmp_path / "copy").glob(f"wandb/offline-run-*-{other}"))
 
 
 def test_without_the_package_of_weights_and_biases(
@@ -201,3 +227,6 @@ def test_names_of_one_run() -> None:
     assert same_run("runs/../runs/x/", "runs/x")
     assert not same_run("s3://b/p", "s3://b/q")
     assert not same_run("runs/x", "runs/y")
+    assert is_own(Path("runs/copy/log"), "/elsewhere/checkpoints", "runs/copy/checkpoints")
+    assert not is_own(Path("runs/a/log"), "runs/a/checkpoints", "runs/b/checkpoints")
+    assert not is_own(Path("runs/log"), "runs/a", "runs/b")

@@ -18,7 +18,6 @@ from illada_megatron.config import load_config
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("modules_cache")
 SOURCES = sorted((Path(__file__).parents[3] / "illada_megatron" / "data").rglob("*.py"))
 
 

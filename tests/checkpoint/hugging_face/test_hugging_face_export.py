@@ -31,7 +31,6 @@ MODELS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("modules_cache")
 
 
 def _tokens(model: ModelConfig) -> Tensor:
