@@ -170,7 +170,7 @@ def newest_complete(
 
 def _candidates(place: Folder) -> list[str]:
     if not place.exists():
-        raise CheckpointError(f"{place}: no such directory; give checkpoint.load_dir of an earlier run")
+        raise CheckpointError(f"{place}: no such directory, expected an earlier run's checkpoints: correct the path")
     if place.name.startswith(_PREFIX):
         return [place.name]
     return [path.name for path in checkpoints_newest_first(place)]

@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from illada_megatron.config.layout import RunConfig
-from illada_megatron.config.megatron_names import find_option, spelled
+from illada_megatron.config.megatron_names import OPTIONS, find_option, spelled
 from illada_megatron.config.schema.data import blend_override, weighted_paths
 
 # Names of transformers' configurations, of its TrainingArguments and of LLaDA's and OLMo's config.json -> the field,
@@ -86,9 +86,12 @@ def hint_for(name: str, known: list[str], own: str = "") -> str:
         return f"did you mean {_listed(same)}?"
     if elsewhere := _of_other_programs(typed):
         return elsewhere
+    others = {option.name.lstrip("-").replace("-", "_") for option in OPTIONS} | _HUGGING_FACE.keys()
+    near = difflib.get_close_matches(typed, [*others.difference(ends := _ends()), *ends], n=1, cutoff=0.85)
+    if near and near[0] not in ends and (meant := _of_other_programs(near[0])):
+        return f"did you mean {near[0]}? {meant}"
     if close := difflib.get_close_matches(typed, known, n=1):
         return f"did you mean {close[0]}?"
-    ends = sorted({path.rpartition(".")[2] for path in field_paths()})
     if close := difflib.get_close_matches(typed, ends, n=1, cutoff=0.75):
         return f"did you mean {_listed([path for path in field_paths() if path.rpartition('.')[2] == close[0]])}?"
     return f"known: {', '.join(known)}"
@@ -125,6 +128,11 @@ def _of_other_programs(name: str) -> str | None:
     if option is not None and option.field == "model":
         return f"Megatron's {option.name} has no field here: {option.note}"
     return f"Megatron's {spelled(name)} is {option.group}: {option.note}" if option is not None else None
+
+
+def _ends() -> list[str]:
+    """The fields' names without their sections."""
+    return sorted({path.rpartition(".")[2] for path in field_paths()})
 
 
 def _listed(paths: list[str]) -> str:

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from illada_megatron.checkpoint.predictor import ONE_STAGE_LAYOUT, find_checkpoint, saved_config
 from illada_megatron.checkpoint.sharded import load_weights
@@ -18,6 +20,7 @@ from illada_megatron.data.corpus.fingerprint import fingerprints, of_tokens
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import runtime, world_size_from_environment
+from illada_megatron.system.console import made_console
 from illada_megatron.training.held_out_figures import HeldOut
 from illada_megatron.training.held_out_report import Notes, agree, write_report
 from illada_megatron.training.setup import check_fingerprints, checked_tokenizer, held_out_source
@@ -84,7 +87,14 @@ def evaluate_checkpoint(
             said += notes.read(losses)
             notes.write(losses)  # where it cannot be, better now than in an hour
         agree(losses, run.device.torch_device)
-        held_out = evaluate(models, source, losses, notes.write if notes is not None else lambda _: None)
+        with _bar(len(source.samples), shown=run.is_main) as progress:
+
+            def after_round(losses: Losses) -> None:
+                progress(losses)
+                if notes is not None:
+                    notes.write(losses)
+
+            held_out = evaluate(models, source, losses, after_round)
         if notes is not None and json_path is not None:
             write_report(json_path, of, held_out, source, losses)
             notes.remove()
@@ -118,6 +128,21 @@ def load_evaluated_weights(
     load_weights(info, config, models, ema)
     digest = xxhash.xxh3_128_hexdigest(json.dumps(info.files, sort_keys=True).encode())
     return {"checkpoint": str(info.path), "step": info.step, "ema": ema, "weights": digest}
+
+
+@contextmanager
+def _bar(num_samples: int, shown: bool) -> Iterator[Callable[[Losses], None]]:
+    """Of the samples that are done; on stderr, of one rank."""
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=made_console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("evaluate", total=num_samples)
+        yield lambda losses: bar.update(task, completed=losses.done)
 
 
 def _samples_record(source: HeldOutSource, config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:

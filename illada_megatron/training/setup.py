@@ -1,6 +1,7 @@
 """Everything a run is made of, built in order: model, optimizer, corpora, and where it goes on."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from illada_megatron.checkpoint.files.agreement import gathered
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
@@ -18,6 +20,7 @@ from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.data.corpus.text_bytes import token_bytes
+from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
 from illada_megatron.diffusion.held_out import HeldOutSamples
@@ -228,7 +231,7 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer | None:
     """A model that masks with a word, or lacks ids, would train without complaint."""
     if config.data.tokenizer_path is None:
         return None
-    tokenizer, model = load_tokenizer(config.data.tokenizer_path), config.model
+    tokenizer, model = _found_by_one_a_machine(config.data.tokenizer_path), config.model
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"{config.data.tokenizer_path} has {tokenizer.vocab_size} tokens, model.vocab_size is {model.vocab_size}: "
@@ -241,6 +244,18 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer | None:
         )
     check_mask(tokenizer, config.data.tokenizer_path, model.mask_token_id)
     return tokenizer
+
+
+def _found_by_one_a_machine(name: str) -> Tokenizer:
+    """All ranks call it. One rank of each machine looks first: of a tokenizer on the Hugging Face hub the others find
+    what it has put into the cache, and a thousand ranks do not ask a server that counts questions."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        if first:
+            find_tokenizer(name)
+    finally:  # where it fails, each rank says why
+        gathered(first)
+    return load_tokenizer(name)
 
 
 def _check_epochs(state: TrainingState) -> None:

@@ -45,6 +45,11 @@ MISTAKES = {
         "interval_steps=2",
         ["did you mean validation.interval_steps, checkpoint.interval_steps or logging.interval_steps?"],
     ),
+    "near one of Megatron's": (
+        "checkpoint.save_intervall=8",
+        ["did you mean save_interval? Megatron's --save-interval is"],
+    ),
+    "near one of transformers'": ("training.max_step=8", ["did you mean max_steps? here it is training.train_steps"]),
     "near a field of another section": ("optimizer.sequence_lenght=8", ["did you mean data.sequence_length?"]),
     "Megatron's": ("checkpoint.save_interval=5", ["Megatron's --save-interval is checkpoint.interval_steps here"]),
     "Megatron's, at the top": ("seq_length=5", ["Megatron's --seq-length is data.sequence_length here"]),

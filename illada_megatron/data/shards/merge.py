@@ -10,7 +10,7 @@ from pathlib import Path
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.shards import _indexed_dataset
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset, Progress, publish_shard
-from illada_megatron.data.shards.manifest import Manifest, ShardEntry, write_manifest
+from illada_megatron.data.shards.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from illada_megatron.data.shards.prefix_lock import locked_prefix
 from illada_megatron.data.shards.shard_list import FoundShard
 from illada_megatron.system.whole_file import TEMPORARY, temporary_suffix
@@ -105,15 +105,34 @@ def _common_manifest(shards: Sequence[FoundShard]) -> Manifest | None:
 
 def _require_same_tokenizer(shards: Sequence[FoundShard]) -> None:
     """Ids of different tokenizers mean different text: merged, they would be noise that nothing notices."""
-    known: FoundShard | None = None
+    known: tuple[FoundShard, Manifest] | None = None
+    beside = _ManifestsBeside()
     for shard in shards:
-        if shard.manifest is None:
+        if (manifest := shard.manifest or beside.of(shard.prefix)) is None:
             continue
-        known = known or shard
+        known = known or (shard, manifest)
+        first, of_first = known
         for field in ("vocab_size", "tokenizer_sha256"):
-            expected, found = getattr(known.manifest, field), getattr(shard.manifest, field)
+            expected, found = getattr(of_first, field), getattr(manifest, field)
             if found != expected:
                 raise DataError(
-                    f"{shard.prefix}: its manifest has {field} {found}, expected {expected} as for {known.prefix}: "
+                    f"{shard.prefix}: its manifest has {field} {found}, expected {expected} as for {first.prefix}: "
                     "shards of different tokenizers cannot be merged"
                 )
+
+
+class _ManifestsBeside:
+    """Of shards that were named without one: PREFIX.manifest.json of PREFIX or PREFIX_00000, where it lists them."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, tuple[Manifest, frozenset[str]] | None] = {}
+
+    def of(self, prefix: str) -> Manifest | None:
+        for name in (prefix, re.sub(r"_[0-9]+$", "", prefix)):
+            path = Path(f"{name}.manifest.json")
+            if path not in self._read:
+                manifest = read_manifest(path) if path.is_file() else None
+                self._read[path] = manifest and (manifest, frozenset(entry.path for entry in manifest.shards))
+            if (found := self._read[path]) is not None and Path(prefix).name in found[1]:
+                return found[0]
+        return None

@@ -31,8 +31,6 @@ MODELS = {
 }
 
 
-
-
 def _tokens(model: ModelConfig) -> Tensor:
     tokens = torch.randint(0, model.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
     tokens[:, ::3] = model.mask_token_id

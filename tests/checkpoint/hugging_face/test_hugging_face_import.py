@@ -33,7 +33,6 @@ from illada_megatron.checkpoint.hugging_face.verifying import verify
 from illada_megatron.checkpoint.predictor import find_checkpoint, open_predictor
 from illada_megatron.config.parameters import EMBEDDING, HEAD, canonical_name, parameters
 
-
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

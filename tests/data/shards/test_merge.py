@@ -317,6 +317,18 @@ def test_shards_of_different_tokenizers_are_refused(three: list[str], tmp_path: 
         merge(find_shards([first, second]), tmp_path / "out")
 
 
+def test_manifests_beside_shards_are_looked_at_where_none_is_named(three: list[str], tmp_path: Path) -> None:
+    folder = Path(three[0]).parent
+    numbered = _megatron_shard(folder / "b_00001", np.uint16, [[[1]]])
+    _manifest(folder / "a.manifest.json", three[:1])
+    _manifest(folder / "b.manifest.json", [numbered], vocab_size=2000)
+    _manifest(folder / "c.manifest.json", three[:1], vocab_size=3000)  # lists another shard
+    for paths in ([folder], [three[0], numbered]):
+        with pytest.raises(DataError, match=r"b_00001: .* vocab_size 2000, expected 1000 .* different tokenizers"):
+            merge(find_shards(paths), tmp_path / "out")
+    assert merge(find_shards(three), tmp_path / "out").documents == 7
+
+
 def test_find_shards_takes_folders_globs_and_manifests(three: list[str], tmp_path: Path) -> None:
     folder = Path(three[0]).parent
     (folder / "left-over.bin.tmp").touch()
