@@ -47,7 +47,7 @@ MISTAKES = {
     ),
     "near one of Megatron's": (
         "checkpoint.save_intervall=8",
-        ["did you mean save_interval? Megatron's --save-interval is"],
+        ["did you mean save_interval? Megatron's --save-interval is checkpoint.interval_steps here"],
     ),
     "near one of transformers'": ("training.max_step=8", ["did you mean max_steps? here it is training.train_steps"]),
     "near a field of another section": ("optimizer.sequence_lenght=8", ["did you mean data.sequence_length?"]),

@@ -131,8 +131,10 @@ class _ManifestsBeside:
         for name in (prefix, re.sub(r"_[0-9]+$", "", prefix)):
             path = Path(f"{name}.manifest.json")
             if path not in self._read:
-                manifest = read_manifest(path) if path.is_file() else None
-                self._read[path] = manifest and (manifest, frozenset(entry.path for entry in manifest.shards))
+                self._read[path] = None
+                if path.is_file():
+                    manifest = read_manifest(path)
+                    self._read[path] = manifest, frozenset(entry.path for entry in manifest.shards)
             if (found := self._read[path]) is not None and Path(prefix).name in found[1]:
                 return found[0]
         return None
