@@ -137,8 +137,8 @@ class Saver:
         Returns at once with checkpoint.asynchronous, else when it is durable; with the outcomes known by then.
 
         progress: plain values, the same on every rank. What goes wrong with the files is in the outcome. Nothing but
-        this optimizer's step may change the state while it is written (`wait` first where something else does). Raises
-        as `wait`.
+        this optimizer's step may change the state while it is written (`secure` first where something else does).
+        Raises as `wait`.
         """
         if self._attempt is None or self.place is None:
             return []
@@ -150,7 +150,7 @@ class Saver:
         if asynchronous:
             if not self._hooks:
                 inner = [one.optimizer for one in optimizers(optimizer) if one.optimizer is not None]
-                self._hooks = [one.register_step_pre_hook(self._before_step) for one in inner]
+                self._hooks = [one.register_step_pre_hook(self.secure) for one in inner]
             self._handover = Handover(parts)
         self._count += 1
         self._begun.add(step)
@@ -267,8 +267,9 @@ class Saver:
             return f"there is no checkpoint of this run in {self.place} yet"
         return f"the last good checkpoint in {self.place} is of step {self.last_saved}"
 
-    def _before_step(self, *_: Any) -> None:
-        """The optimizer is about to change what is being written."""
+    def secure(self, *_: Any) -> None:
+        """Return when what is being written may change: the optimizer is about to step, or something else is. This
+        rank alone."""
         if self._handover is not None:
             begin = time.monotonic()
             answer_seconds = 60 * self._config.runtime.distributed_timeout_minutes

@@ -48,7 +48,7 @@ class WeightEma:
     @contextmanager
     def as_weights(self) -> Iterator[None]:
         """The model computes with the average meanwhile; afterwards all is as before, to the last bit. Every rank calls
-        it, with nothing being saved."""
+        it; a save that is being written is secured before (`Saver.secure`)."""
         self._exchange()
         try:
             yield

@@ -93,7 +93,7 @@ def train(config: RunConfig) -> TrainResult:
                     state.held_out = figures.noted(state.step)
                     reporter.held_out(state.step, figures)
                     if state.ema is not None:
-                        reporter.saves(saver.wait())
+                        saver.secure()
                         with state.ema.as_weights():
                             figures = evaluate(state.chunks, state.validation)
                         reporter.held_out(state.step, figures, ema=True)

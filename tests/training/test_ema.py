@@ -2,6 +2,7 @@
 takes the weights' place with it."""
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_layouts import INTERLEAVED, PLAIN, PP2, RELATIVE, SEQUENCE, TP2, asser
 
 from illada_megatron.checkpoint.files.names import EMA, split_name
 from illada_megatron.checkpoint.files.tensors import TensorReader
+from illada_megatron.checkpoint.lazy_snapshot import Handover
 from illada_megatron.checkpoint.owner import owned
 from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.checkpoint.state import held_parameters, optimizer_shards
@@ -140,13 +142,15 @@ def test_goes_on_from_a_checkpoint(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("sharded", ["true", "false"])
 def test_takes_the_weights_place_and_gives_it_back(
-    precision: str, sharded: str, tiny_run: tuple[str, ...], tmp_path: Path
+    precision: str, sharded: str, tiny_run: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit; and a return to a checkpoint takes the average and its count back too. An older checkpoint has none:
+    """Bit for bit, also while a save of the state before it is written; and a return to a checkpoint takes the average and its count back too. An older checkpoint has none:
     it begins at the weights, and the run says so."""
     options = [f"training.precision={precision}", f"parallel.use_distributed_optimizer={sharded}"]
     options += [f"checkpoint.save_dir={tmp_path}"]
     config = load_config(None, [*tiny_run, KEEP, *options])
+    may_write, take = threading.Event(), Handover._take
+    monkeypatch.setattr(Handover, "_take", lambda handover: may_write.wait() and take(handover))
     with runtime(config) as run, owned(str(tmp_path), print) as owner, Saver(config, {}, None, owner) as saver:
         state = setup(config, run)
         assert state.ema is not None
@@ -154,7 +158,11 @@ def test_takes_the_weights_place_and_gives_it_back(
         train_step(state)
         before, count = _everything(state), state.ema.updates
         saver.save(1, models, state.optimizer, {**state.progress(), "bad_steps": {}})
-        saver.wait()
+        saver.secure()
+        with state.ema.as_weights():
+            may_write.set()
+            saver.wait()
+        assert _same(_everything(state), before)
         train_step(state)
         after = _everything(state)
         assert not torch.equal(
