@@ -144,8 +144,8 @@ def test_goes_on_from_a_checkpoint(
 def test_takes_the_weights_place_and_gives_it_back(
     precision: str, sharded: str, tiny_run: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, also while a save of the state before it is written; and a return to a checkpoint takes the average and its count back too. An older checkpoint has none:
-    it begins at the weights, and the run says so."""
+    """Bit for bit, also while a save is being written; and a return to a checkpoint takes the average and its count
+    back too. An older checkpoint has none: it begins at the weights, and the run says so."""
     options = [f"training.precision={precision}", f"parallel.use_distributed_optimizer={sharded}"]
     options += [f"checkpoint.save_dir={tmp_path}"]
     config = load_config(None, [*tiny_run, KEEP, *options])
