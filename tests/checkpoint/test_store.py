@@ -266,7 +266,7 @@ def test_named_checkpoint_that_was_interrupted(tmp_path: Path) -> None:
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere: no such directory; give checkpoint\.load_dir"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such directory, expected an earlier run"):
         newest_complete(tmp_path / "nowhere")
 
 
