@@ -38,7 +38,7 @@ def main(
         from illada_megatron.training.validation import evaluate
 
         models = build_model_chunks(config, run.device)
-        load_evaluated_weights(info, config, models)
+        load_evaluated_weights(info, config, models, ema=False)
         source = held_out_source(config, run, None, samples)
 
         def bound(seed: int, num_samples: int) -> Estimate:
