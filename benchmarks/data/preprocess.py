@@ -143,8 +143,8 @@ def _corpora(work_dir: Path, corpus_mb: int, part_mb: int) -> tuple[Path, Path, 
             text += json.loads(line)["text"]
             if len(text) >= LARGE_DOCUMENT_CHARACTERS:
                 break
-    line = json.dumps({"text": text[:LARGE_DOCUMENT_CHARACTERS]})
-    large.write_bytes(part.read_bytes() + line.encode() + b"\n")
+    document = json.dumps({"text": text[:LARGE_DOCUMENT_CHARACTERS]})
+    large.write_bytes(part.read_bytes() + document.encode() + b"\n")
     return corpus, part, large, text_bytes
 
 

@@ -121,7 +121,7 @@ class PartClock(ExitStack):
         Call it after data parallelism has set its own hooks on the parameter: the engine runs hooks in order.
         """
         before: list[Key] = []
-        node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
         arrives = parameter.register_hook(lambda _: before.append(self.switch(key)))
         leaves = node.register_hook(lambda *_: self._enter(before.pop()))
         self.callback(arrives.remove)

@@ -58,7 +58,7 @@ def measure(connection: Connection, variant: Variant, workload: Workload, settin
                 connection.send(timing)
             figures.peak_memory_bytes = _peak_memory_bytes(run.device.is_cuda)
             if command[1] and variant.who == OURS:
-                _follow(subject, figures)  # type: ignore[arg-type]
+                _follow(subject, figures)
     connection.send(figures)
 
 

@@ -65,8 +65,8 @@ _MINIATURE = {
 TINY_WORKLOADS = {
     work.name: work
     for work in (
-        Workload("W1", vocab_size=1_024, **_MINIATURE),  # type: ignore[arg-type]
-        Workload("W2", vocab_size=4_992, **_MINIATURE),  # type: ignore[arg-type]
+        Workload("W1", vocab_size=1_024, **_MINIATURE),
+        Workload("W2", vocab_size=4_992, **_MINIATURE),
     )
 }
 """The same proportions in seconds instead of minutes: for tests of the benchmark, not for results. Vocabularies need no
