@@ -104,12 +104,13 @@ class StepLog:
         self._said = False
 
     def amend(self, more: dict[str, Any]) -> None:
-        """Add to the last line what has become known since: a step stays one line. Nothing where that cannot be."""
+        """Add to the last line what has become known since (to a list that it has, its items): a step stays one line.
+        Nothing where that cannot be."""
         if self._file is None or self._last is None or self._missing:
             return
         begin, record = self._last
         self._end = begin
-        self.write({**record, **more})
+        self.write({**record, **{name: _added(record.get(name), value) for name, value in more.items()}})
 
     def make_durable(self) -> None:
         """Return when all lines have reached the disk: a checkpoint that survives a power loss has its steps there."""
@@ -184,6 +185,10 @@ class StepLog:
         self._said = True
         if step is not None:
             self._missing.append(step)
+
+
+def _added(there: Any, more: Any) -> Any:
+    return [*there, *more] if isinstance(there, list) and isinstance(more, list) else more
 
 
 def _good_lines(path: Path, last_step: int) -> tuple[int, str | None]:

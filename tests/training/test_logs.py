@@ -200,3 +200,21 @@ def test_going_back_within_a_run(tmp_path: Path) -> None:
     log.close()
     assert [(one["step"], one["again"]) for one in read_steps(path)] == [(1, False), (2, False), (3, True)]
     assert told == []
+
+
+def test_a_last_line_that_becomes_longer(tmp_path: Path) -> None:
+    """What a step already has of a list stays, and no line is left behind in another."""
+    path = tmp_path / "steps.jsonl"
+    log = StepLog(path, 0, None, continues=False, tell=print)
+    log.write({"step": 1, "held_out": [{"step": 0, "name": "a" * 100}], "loss": 1.0})
+    log.amend({"held_out": [{"step": 1}]})
+    log.close()
+    (line,) = read_steps(path)
+    assert line == {"step": 1, "held_out": [{"step": 0, "name": "a" * 100}, {"step": 1}], "loss": 1.0}
+
+
+def test_each_validation_is_in_the_log(tmp_path: Path, tiny_run: tuple[str, ...], illada: Illada) -> None:
+    path = tmp_path / "steps.jsonl"
+    outcome = illada("train", *tiny_run, f"logging.jsonl_path={path}", "validation.interval_steps=1")
+    assert outcome.code == 0, outcome.err
+    assert [one["step"] for line in read_steps(path) for one in line.get("held_out", [])] == [1, 2, 3]
