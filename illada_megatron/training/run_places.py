@@ -53,7 +53,8 @@ def is_own(place: Path, owner: str, own: str) -> bool:
         return True
     if "://" in owner + own or Path(owner).name != Path(own).name:
         return False
-    return place.resolve().is_relative_to(Path(own).resolve().parent)
+    here, theirs = (Path(one).resolve().parent for one in (own, owner))
+    return place.resolve().is_relative_to(here) and not place.resolve().is_relative_to(theirs)
 
 
 @contextmanager

@@ -118,11 +118,13 @@ class WandbBoard:
         if self._continues and path.exists():
             id_, _, original = path.read_text().strip().partition("\n")
             if not original or same_run(original, str(place)) or not Path(original, ID_FILE).exists():
-                return id_
-        new = secrets.token_hex(4)
-        with replaced(path) as file:
-            file.write(f"{new}\n{place}\n".encode())
-        return new
+                return self._keep(id_)
+        return self._keep(secrets.token_hex(4))
+
+    def _keep(self, id_: str) -> str:
+        with replaced(self._run_dir / ID_FILE) as file:
+            file.write(f"{id_}\n{self._run_dir.resolve()}\n".encode())
+        return id_
 
     def _failed(self, text: str) -> None:
         self._run = None
