@@ -87,7 +87,7 @@ def evaluate_checkpoint(
             said += notes.read(losses)
             notes.write(losses)  # where it cannot be, better now than in an hour
         agree(losses, run.device.torch_device)
-        with _bar(len(source.samples), shown=run.is_main) as progress:
+        with _bar(len(source.samples), losses.done, shown=run.is_main) as progress:
 
             def after_round(losses: Losses) -> None:
                 progress(losses)
@@ -131,7 +131,7 @@ def load_evaluated_weights(
 
 
 @contextmanager
-def _bar(num_samples: int, shown: bool) -> Iterator[Callable[[Losses], None]]:
+def _bar(num_samples: int, done: int, shown: bool) -> Iterator[Callable[[Losses], None]]:
     """Of the samples that are done; on stderr, of one rank."""
     columns = (
         TextColumn("evaluating"),
@@ -141,7 +141,7 @@ def _bar(num_samples: int, shown: bool) -> Iterator[Callable[[Losses], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=made_console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("evaluate", total=num_samples)
+        task = bar.add_task("evaluate", total=num_samples, completed=done)
         yield lambda losses: bar.update(task, completed=losses.done)
 
 

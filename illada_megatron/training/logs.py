@@ -87,7 +87,7 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add the line of a step, for whoever reads along."""
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = _line(record)
         try:
             if self._file is None:
                 self._open()
@@ -109,8 +109,23 @@ class StepLog:
         if self._file is None or self._last is None or self._missing:
             return
         begin, record = self._last
-        self._end = begin
-        self.write({**record, **{name: _added(record.get(name), value) for name, value in more.items()}})
+        longer = {**record, **{name: _added(record.get(name), value) for name, value in more.items()}}
+        try:
+            self._end = begin
+            self._write(_line(longer))
+            self._last = begin, longer
+        except OSError as error:
+            self._failed(error)
+            self._write_back(begin, record)
+
+    def _write_back(self, begin: int, record: dict[str, Any]) -> None:
+        """A last line that had no room to grow: what it was had."""
+        try:
+            self._end = begin
+            self._write(_line(record))
+            self._cut(self._end)
+        except OSError as error:
+            self._failed(error, record["step"])
 
     def make_durable(self) -> None:
         """Return when all lines have reached the disk: a checkpoint that survives a power loss has its steps there."""
@@ -185,6 +200,10 @@ class StepLog:
         self._said = True
         if step is not None:
             self._missing.append(step)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def _added(there: Any, more: Any) -> Any:

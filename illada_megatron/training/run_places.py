@@ -54,7 +54,8 @@ def is_own(place: Path, owner: str, own: str) -> bool:
     if "://" in owner + own or Path(owner).name != Path(own).name:
         return False
     here, theirs = (Path(one).resolve().parent for one in (own, owner))
-    return place.resolve().is_relative_to(here) and not place.resolve().is_relative_to(theirs)
+    apart = not (theirs.is_relative_to(here) or here.is_relative_to(theirs))
+    return apart and place.resolve().is_relative_to(here)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Everything a run is made of, built in order: model, optimizer, corpora, and where it goes on."""
 
 import json
-import os
+import socket
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from illada_megatron.checkpoint.files.agreement import gathered
+from illada_megatron.checkpoint.files.agreement import gathered, rank_and_size
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
@@ -20,6 +20,7 @@ from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.data.corpus.text_bytes import token_bytes
+from illada_megatron.data.errors import DataError
 from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
@@ -248,13 +249,20 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer | None:
 
 def _found_by_one_a_machine(name: str) -> Tokenizer:
     """All ranks call it. One rank of each machine looks first: of a tokenizer on the Hugging Face hub the others find
-    what it has put into the cache, and a thousand ranks do not ask a server that counts questions."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        if first:
+    what it has put into the cache, and a thousand ranks do not ask a server that counts questions.
+
+    Raises DataError, on all ranks."""
+    machines = gathered(socket.gethostname())  # srun may give every rank LOCAL_RANK 0
+    rank, _ = rank_and_size()
+    problem = None
+    if machines.index(machines[rank]) == rank:
+        try:
             find_tokenizer(name)
-    finally:  # where it fails, each rank says why
-        gathered(first)
+        except (DataError, OSError) as error:
+            problem = str(error)
+    # one that fails ends all: the others would ask again, and who succeeds would wait for those who did not
+    if (found := next(filter(None, gathered(problem)), None)) is not None:
+        raise DataError(found)
     return load_tokenizer(name)
 
 

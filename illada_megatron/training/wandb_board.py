@@ -4,6 +4,7 @@ and the run goes on without."""
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,15 +118,28 @@ class WandbBoard:
         path, place = self._run_dir / ID_FILE, self._run_dir.resolve()
         if self._continues and path.exists():
             id_, _, original = path.read_text().strip().partition("\n")
-            if not original or same_run(original, str(place)) or not Path(original, ID_FILE).exists():
-                return self._keep(id_)
-        return self._keep(secrets.token_hex(4))
+            if same_run(original, str(place)):
+                return id_
+            if not original or not _may_be_there(Path(original, ID_FILE)):
+                with suppress(OSError):  # the id is known, as long as nobody makes a copy
+                    self._keep(id_)
+                return id_
+        new = secrets.token_hex(4)
+        self._keep(new)
+        return new
 
-    def _keep(self, id_: str) -> str:
+    def _keep(self, id_: str) -> None:
         with replaced(self._run_dir / ID_FILE) as file:
             file.write(f"{id_}\n{self._run_dir.resolve()}\n".encode())
-        return id_
 
     def _failed(self, text: str) -> None:
         self._run = None
         self._tell(f"warning: {text}; the run goes on without Weights & Biases")
+
+
+def _may_be_there(path: Path) -> bool:
+    """A folder that this user may not enter may hold it."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True

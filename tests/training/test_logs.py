@@ -218,3 +218,22 @@ def test_each_validation_is_in_the_log(tmp_path: Path, tiny_run: tuple[str, ...]
     outcome = illada("train", *tiny_run, f"logging.jsonl_path={path}", "validation.interval_steps=1")
     assert outcome.code == 0, outcome.err
     assert [one["step"] for line in read_steps(path) for one in line.get("held_out", [])] == [1, 2, 3]
+
+
+def test_a_last_line_that_has_no_room_to_grow_stays(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    code = f"""
+        import resource
+        from pathlib import Path
+        from illada_megatron.training.logs import StepLog
+        log = StepLog(Path({str(path)!r}), 0, "save", False, print)
+        log.write({{"step": 1, "text": "x" * 300}})
+        log.write({{"step": 2, "text": "x" * 300}})
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        log.amend({{"held_out": ["y" * 900]}})
+        log.close()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert read_steps(path) == [{"step": step, "text": "x" * 300} for step in (1, 2)]
+    assert done.stdout.count("the run goes on") == 1

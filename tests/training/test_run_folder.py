@@ -231,3 +231,4 @@ def test_names_of_one_run() -> None:
     assert not is_own(Path("runs/a/log"), "runs/a/checkpoints", "runs/b/checkpoints")
     assert not is_own(Path("runs/log"), "runs/a", "runs/b")
     assert not is_own(Path("runs/a/log"), "runs/a/checkpoints", "runs/checkpoints")  # one in the other's folder
+    assert not is_own(Path("runs/logs/log"), "runs/a/checkpoints", "runs/checkpoints")
