@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
-from illada_megatron.config import ConfigError
 from illada_megatron.system.terminal import say
 
 # of `illada`, what is one of tools/ too
@@ -50,7 +49,7 @@ def converter_words(words: Sequence[str]) -> list[str]:
         elif kinds.get("--checkpoint-type") == "hf" or kinds.get("--loader", "").startswith(("llama", "hf")):
             direction = "from-hf"
         else:
-            raise ConfigError(
+            _refuse(
                 f"--loader {kinds.get('--loader')} --saver {kinds.get('--saver')}: neither is Hugging Face's; between "
                 "Megatron's layouts and this program's: tools/reshard_checkpoint.py"
             )
@@ -68,10 +67,7 @@ def understood(words: Sequence[str], params: Sequence[Any], tool: str | None, of
 
     params: typer's parameters of the command. of_a_run: an unknown option may be a field of the configuration.
     Raises ConfigError: an option without which the command would do something else, with what to do."""
-    from illada_megatron.config.megatron_tools import tool_options
-
     own = {name: param for param in params for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
-    others = tool_options(tool) if tool else {}
     out: list[str] = []
     arguments: dict[str, list[str]] = {}
     rest = list(words)
@@ -88,8 +84,7 @@ def understood(words: Sequence[str], params: Sequence[Any], tool: str | None, of
                 out += behind[:1]
                 for more in behind[1:]:
                     out += [word, more]
-        elif name.replace("_", "-") in others:
-            option = others[name.replace("_", "-")]
+        elif (option := _of_megatron(tool, name)) is not None:
             values = [value] if equals else _taken(rest, option.takes)
             if option.becomes is None:
                 _say(name, option, values)
@@ -105,6 +100,22 @@ def understood(words: Sequence[str], params: Sequence[Any], tool: str | None, of
     return [*(word for number in sorted(arguments) for word in arguments[number]), *out]
 
 
+def _of_megatron(tool: str | None, name: str) -> Any:
+    """What is known of an option of Megatron's `tool`; None: nothing."""
+    if tool is None or not name.startswith("-"):
+        return None
+    # only where it is asked for: the configuration's modules take as long to import as starting Python
+    from illada_megatron.config.megatron_tools import tool_options
+
+    return tool_options(tool).get(name.replace("_", "-"))
+
+
+def _refuse(why: str) -> NoReturn:
+    from illada_megatron.config import ConfigError
+
+    raise ConfigError(why)
+
+
 def _taken(rest: list[str], most: int | None) -> list[str]:
     """The words up to the next option, removed from `rest`."""
     taken: list[str] = []
@@ -118,7 +129,7 @@ def _say(name: str, option: Any, values: list[str]) -> None:
         return
     typed = " ".join([name, *values])
     if option.stops:
-        raise ConfigError(f"{typed}: {option.says}")
+        _refuse(f"{typed}: {option.says}")
     say(f"{typed} has no meaning here: {option.says}", error=True)
 
 
@@ -128,4 +139,4 @@ def _require_known(name: str, values: list[str]) -> None:
 
     hint = hint_for_option(name, values)
     if hint is not None:
-        raise ConfigError(f"{name}: fields are given as section.field=value; {hint}")
+        _refuse(f"{name}: fields are given as section.field=value; {hint}")

@@ -180,6 +180,8 @@ def _tokenizer_file(
 ) -> Path:
     """The tokenizer's file; of --vocab-file and --merge-file, one that is written. Raises DataError: it is not the
     --tokenizer-type that was named, or there is none."""
+    if tokenizer is not None and kind is None and vocab_file is None and merge_file is None:
+        return find_tokenizer(tokenizer, "--tokenizer")  # without the configuration's modules, which take 0.2 s
     from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, TOKENIZER_TYPES
 
     file = TOKENIZER_TYPES.get(kind, "no type of Megatron's") if kind is not None else None
