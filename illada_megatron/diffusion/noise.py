@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 _WORD = 1 << 64
 # Of the same paper: table 2's multipliers, and the Weyl sequence of the keys
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_MULTIPLIERS = np.array([0xD2E7470EE14C6C93, 0xCA5A826395121157], np.uint64)[:, None, None]
+_KEY_STEPS = np.array([0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B], np.uint64)[:, None, None]
+_HALF, _LOW_HALF = np.uint64(32), np.uint64(0xFFFFFFFF)
 _ROUNDS = 10
 
 
@@ -56,19 +57,18 @@ def words_of_many(seed: int, purpose: str, indices: NDArray[np.int64], count: in
     """`words` of many streams, `[n, count]`, at once: numpy's generator takes some microseconds a stream to set up,
     this about one for all that a sample needs. indices `[n]`, none negative."""
     blocks = -(-count // 4)
-    shape = (len(indices), blocks)
-    counter = [
-        np.broadcast_to(np.arange(1, blocks + 1, dtype=np.uint64), shape),
-        np.broadcast_to(indices.astype(np.uint64)[:, None], shape),
-        *(np.zeros(shape, np.uint64) for _ in range(2)),
-    ]
+    shape = (2, len(indices), blocks)
+    # of the counter the words 0 and 2, then 1 and 3
+    even, odd = np.zeros(shape, np.uint64), np.zeros(shape, np.uint64)
+    even[0], odd[0] = np.arange(1, blocks + 1), indices.astype(np.uint64)[:, None]
     key = _key(seed, purpose)
-    keys = [key % _WORD, key // _WORD]
+    keys = np.array([key % _WORD, key // _WORD], np.uint64)[:, None, None]
     for _ in range(_ROUNDS):
-        (high0, low0), (high1, low1) = (_product(m, counter[at]) for m, at in zip(_MULTIPLIERS, (0, 2), strict=True))
-        counter = [high1 ^ counter[1] ^ np.uint64(keys[0]), low1, high0 ^ counter[3] ^ np.uint64(keys[1]), low0]
-        keys = [(one + step) % _WORD for one, step in zip(keys, _KEY_STEPS, strict=True)]
-    return np.stack(counter, axis=-1).reshape(len(indices), 4 * blocks)[:, :count]
+        high, low = _products(even)
+        even, odd = high[::-1] ^ odd ^ keys, low[::-1]
+        keys = keys + _KEY_STEPS
+    drawn = np.stack((even[0], odd[0], even[1], odd[1]), axis=-1)
+    return drawn.reshape(len(indices), 4 * blocks)[:, :count]
 
 
 def uniforms_of_many(seed: int, purpose: str, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
@@ -76,11 +76,10 @@ def uniforms_of_many(seed: int, purpose: str, indices: NDArray[np.int64], count:
     return (words_of_many(seed, purpose, indices, count) >> np.uint64(11)) * np.float64(2.0**-53)
 
 
-def _product(factor: int, words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """High and low words of factor * words."""
-    half, low_half = np.uint64(32), np.uint64(0xFFFFFFFF)
-    a1, a0 = np.uint64(factor >> 32), np.uint64(factor) & low_half
-    b1, b0 = words >> half, words & low_half
+def _products(words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """High and low words of `words` `[2, ...]` by the two multipliers."""
+    a1, a0 = _MULTIPLIERS >> _HALF, _MULTIPLIERS & _LOW_HALF
+    b1, b0 = words >> _HALF, words & _LOW_HALF
     cross0, cross1 = a0 * b1, a1 * b0
-    carried = (a0 * b0 >> half) + (cross0 & low_half) + (cross1 & low_half)
-    return a1 * b1 + (cross0 >> half) + (cross1 >> half) + (carried >> half), np.uint64(factor) * words
+    carried = (a0 * b0 >> _HALF) + (cross0 & _LOW_HALF) + (cross1 & _LOW_HALF)
+    return a1 * b1 + (cross0 >> _HALF) + (cross1 >> _HALF) + (carried >> _HALF), _MULTIPLIERS * words

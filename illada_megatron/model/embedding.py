@@ -29,8 +29,8 @@ class TokenRows:
 
     @classmethod
     def locate(cls, tokens: Tensor, held: range, mask_token_id: int) -> "TokenRows":
-        """tokens `[t]` int64; held: the ids whose rows are here. A GPU's tokens make the host wait for it; a loader asks
-        while it has them on the CPU."""
+        """tokens `[t]` int64; held: the ids whose rows are here. A GPU's tokens make the host wait for it; a loader has
+        them on the CPU."""
         is_mask = tokens == mask_token_id
         here = (tokens >= held.start) & (tokens < held.stop)
         positions = (here & ~is_mask).nonzero().flatten()

@@ -16,7 +16,13 @@ class SumsInMainGrad:
     Rounded to bf16 for each micro-batch first, small gradients would be lost."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["gradient_accumulation_fusion"] = getattr(weight, "main_grad", None) is not None
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None or not torch.is_grad_enabled():
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+        # Handed over here: in the backward pass of remade_input.py the layer has the weight without its attributes
+        weight = InMainGrad.apply(weight, True)
+        weight.main_grad = main_grad  # type: ignore[attr-defined]
+        kwargs["gradient_accumulation_fusion"] = True
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""A product added to a sum that has more bits than its factors, as gradients summed over micro-batches in float32 need."""
+"""A product added to a sum that has more bits than its factors, as gradients summed in float32 need it."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ _PIECE_ROWS = 8192
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total `[m, n]` += a `[m, k]` b `[k, n]`, rounded to total's dtype alone; a and b of one dtype, the columns of total
-    and b contiguous.
+    """total `[m, n]` += a `[m, k]` b `[k, n]`, rounded to total's dtype alone; a and b of one dtype, the columns of
+    total and b contiguous.
 
     On a GPU it is cuBLAS's product of bf16 factors into float32, on a CPU that multiplies bf16 itself oneDNN's
     (csrc/cpu/add_product.h). Other CPUs turn bf16 into float32 in any case, and get it as float32.

@@ -80,8 +80,8 @@ def divide(costs: NDArray[np.float64], ranks: int, microbatches: int, size: int,
 
 
 def _equal_groups(costs: NDArray[np.float64], places: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """`[count, places / count]`, `count` groups of equally many places, the largest first into the group that costs least so far and has room
-    (Graham's longest processing time, SIAM J. Appl. Math. 17 (1969) 416-429). O(n log n)."""
+    """`[count, places / count]`: groups of equally many places, the dearest place first, into the group that costs
+    least so far and has room (Graham's longest processing time, SIAM J. Appl. Math. 17 (1969) 416-429). O(n log n)."""
     room = places.size // count
     largest_first = places[np.argsort(-costs[places], kind="stable")]
     groups: list[list[int]] = [[] for _ in range(count)]

@@ -64,6 +64,22 @@ def test_small_gradients_of_many_microbatches_are_kept(single_process: Runtime, 
     torch.testing.assert_close(layer.weight.main_grad.double(), exact, rtol=1e-5, atol=1e-4)
 
 
+def test_ddp_is_told_of_each_gradient(tiny_config: RunConfig, single_process: Runtime) -> None:
+    """Also of layers whose input is made again: an overlapped reduction waits for what autograd hands over."""
+    from illada_megatron.model import build_model_chunks, fill_initial_weights
+    from illada_megatron.training.setup import wrap_data_parallel
+
+    overlapped = tiny_config.parallel.model_copy(update={"overlap_grad_reduce": True})
+    models = build_model_chunks(tiny_config, single_process.device)
+    fill_initial_weights(models, tiny_config.model, seed=3)
+    (wrapped,) = wrap_data_parallel(overlapped, models)
+    wrapped.zero_grad_buffer()
+    _step(wrapped, torch.arange(96))
+    linears = [one for name, one in wrapped.module.named_parameters() if ".linear_" in name and one.dim() == 2]
+    assert len(linears) == 4 * tiny_config.model.num_layers
+    assert all(one.grad_added_to_main_grad for one in linears)
+
+
 def test_a_layer_without_main_grad_differentiates_as_ever(single_process: Runtime, tiny_config: RunConfig) -> None:
     from illada_megatron.model import transformer_config
     from illada_megatron.model.remade_input import ColumnLinear
