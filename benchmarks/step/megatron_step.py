@@ -17,6 +17,7 @@ from benchmarks.step.step_batches import count_work, global_batch
 from illada_megatron.config import RunConfig
 from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.model import fill_initial_weights, transformer_config
+from illada_megatron.ops.tensor_fields import moved_to
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.optimizer import build_optimizer, set_learning_rate
 from illada_megatron.training.schedule import LearningRate
@@ -29,7 +30,7 @@ class MegatronStep:
     def __init__(self, config: RunConfig, run: Runtime, setting: dict[str, Any]) -> None:
         """setting: fields of megatron-core's TransformerConfig, see step_variants.PEER_SETTINGS."""
         self.config = config
-        self._batches = [batch.to(run.device.torch_device) for batch in global_batch(config, run)]
+        self._batches = [moved_to(batch, run.device.torch_device) for batch in global_batch(config, run)]
         self.work = count_work(config, self._batches)
         model = _gpt_model(config, run, setting)
         self._chunk = DistributedDataParallel(

@@ -1,9 +1,8 @@
 """From clean sequences to what a training step consumes."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,24 +39,6 @@ class MaskedBatch:
     sample_index: Tensor  # [b] int64
     bound_weight: Tensor | None = None  # [b, s] float32, the weight of the bound; None: loss_weight is it
     segment_t: Tensor | None = None  # [n] float32, times of the segments; None: those of their sequences
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> Self:
-        """The same batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        pinned: dict[str, Any] = {
-            field.name: value.pin_memory()
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
 
 
 def make_masked_batch(

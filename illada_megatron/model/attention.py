@@ -5,12 +5,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from illada_megatron.model.packing import Segments
 from illada_megatron.ops.segment_attention import segment_attention
 
 
@@ -28,7 +28,7 @@ class SegmentSelfAttention(SelfAttention):
         attention_mask: Tensor | None = None,
         *,
         rotary_pos_emb: Tensor,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: Segments,
         inference_context: Any = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +75,7 @@ class SegmentAttention(torch.nn.Module):
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.scale = softmax_scale or 1 / math.sqrt(self.dim)
 
-    def forward(self, qkv: Tensor, rotary_pos_emb: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
+    def forward(self, qkv: Tensor, rotary_pos_emb: Tensor, packed_seq_params: Segments) -> Tensor:
         """qkv [t, 1, ng * (np / ng + 2) * d] of this rank's heads, angles [longest segment, 1, 1, d] -> [t, 1, np * d].
 
         The angles are megatron-core's: those of the first half of a head, then the same again.
@@ -88,6 +88,7 @@ class SegmentAttention(torch.nn.Module):
             sin,
             packed_seq_params.cu_seqlens_q,
             self.scale,
+            packed_seq_params.lengths,
         )
         return out.view(tokens, 1, -1)
 

@@ -11,6 +11,7 @@ from illada_megatron.config import ModelConfig
 from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.main_grad import InMainGrad
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss, masked_linear_cross_entropy
+from illada_megatron.ops.masked_rows import MaskedRows
 
 
 class Head(tensor_parallel.ColumnParallelLinear):
@@ -43,11 +44,13 @@ class Head(tensor_parallel.ColumnParallelLinear):
         loss_weight: Tensor | None = None,
         main_grad: Tensor | None = None,
         grad_scale: float | None = None,
+        masked: MaskedRows | None = None,
     ) -> Tensor | MaskedLoss:
         """hidden [t (/ tp with sequence parallelism), 1, h], weight [v/tp, h] -> the masked loss where labels [t] and
         loss_weight [t] are given, else the logits [t, vocab_size] of all positions.
 
         main_grad: where the weight's gradient is added in the forward pass, as that of `grad_scale` times the loss.
+        masked: the rows that count; None: they are looked for.
         """
         if labels is None or loss_weight is None:
             return self._logits(hidden, weight)
@@ -68,6 +71,7 @@ class Head(tensor_parallel.ColumnParallelLinear):
             excluded_id=self.model.excluded_id,
             main_grad=main_grad,
             grad_scale=grad_scale if main_grad is not None else None,
+            masked=masked,
         )
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:

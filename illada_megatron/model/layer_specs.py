@@ -3,7 +3,6 @@ activation."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -59,7 +58,7 @@ def _local_layer(qk_layernorm: bool) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnLinear,
         core_attention=SegmentAttention,
-        linear_proj=RowParallelLinear,
+        linear_proj=RowLinear,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )

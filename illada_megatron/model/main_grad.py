@@ -1,9 +1,45 @@
 """Megatron's protocol for gradients that are added to a parameter's fp32 `main_grad` before autograd knows of them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
+
+from illada_megatron.ops.add_product import add_product_
+
+
+class SumsInMainGrad:
+    """Of a megatron-core linear layer: where DDP keeps a main_grad, the weight's gradient of each micro-batch is added
+    to it as an fp32 product (megatron-core's `gradient_accumulation_fusion`, which its own layers have only with Apex).
+    Rounded to bf16 for each micro-batch first, small gradients would be lost."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None or not torch.is_grad_enabled():
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+        # Handed over here: in the backward pass of remade_input.py the layer has the weight without its attributes
+        weight = InMainGrad.apply(weight, True)
+        weight.main_grad = main_grad  # type: ignore[attr-defined]
+        kwargs["gradient_accumulation_fusion"] = True
+        return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+
+
+_APEX = getattr(layers, "fused_weight_gradient_mlp_cuda", None)
+"""Its compiled GEMM, where it is installed."""
+
+
+def _wgrad_gemm_accum_fp32(inputs: Tensor, grad_outputs: Tensor, main_grad: Tensor) -> None:
+    """main_grad [out, in] fp32 += grad_outputs [t, out]^T inputs [t, in]: Apex's on a GPU where there is one."""
+    if _APEX is not None and main_grad.is_cuda:
+        _APEX.wgrad_gemm_accum_fp32(inputs, grad_outputs, main_grad)
+    else:
+        add_product_(main_grad, grad_outputs.t(), inputs)
+
+
+# the name that the backward pass of megatron-core's linears looks up and calls; it offers no argument for the GEMM
+layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_wgrad_gemm_accum_fp32)
 
 
 def hand_over(parameter: Tensor) -> Tensor:

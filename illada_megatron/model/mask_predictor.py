@@ -4,7 +4,6 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -12,12 +11,14 @@ from torch import Tensor
 
 from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.config.schema import LossConfig
-from illada_megatron.model.embedding import Embedding
+from illada_megatron.model.embedding import Embedding, TokenRows
 from illada_megatron.model.head import Head
 from illada_megatron.model.layer_specs import block_spec, choose_implementation
+from illada_megatron.model.packing import Segments
 from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.model.transformer_config import transformer_config
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
+from illada_megatron.ops.masked_rows import MaskedRows
 from illada_megatron.runtime.device import Device
 from illada_megatron.runtime.heap import release_free_heap
 
@@ -52,7 +53,7 @@ class MaskPredictor(LanguageModule):
         self.share_embeddings_and_output_weights = model.tie_word_embeddings
         self.layer_offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         if pre_process:
-            self.embedding = Embedding(config, model.padded_vocab_size)
+            self.embedding = Embedding(config, model)
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=model.head_dim,
             rotary_percent=1.0,
@@ -84,16 +85,20 @@ class MaskPredictor(LanguageModule):
     def forward(
         self,
         tokens: Tensor | None,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: Segments,
         labels: Tensor | None = None,
         loss_weight: Tensor | None = None,
         grad_scale: float | None = None,
+        masked: MaskedRows | None = None,
+        token_rows: TokenRows | None = None,
     ) -> Tensor | MaskedLoss:
         """A stage's work on one micro-batch.
 
         tokens: [1, t] int64 (first stage), None elsewhere; labels [t] int64 and loss_weight [t] float32 (last stage).
         grad_scale: the gradient that backward will bring for loss_sum. Where it is known and megatron-core's DDP keeps
         a main_grad for the head, the head's gradient is added to it in the forward pass.
+        masked, token_rows: where masks and other tokens are, of the last and the first stage, as a loader finds them on
+        a CPU. Without them a GPU makes the host wait while they are looked for.
         Returns the masked loss where labels are given, else hidden states [t (/ tp with sequence parallelism), 1, h];
         on the last stage these are the normalised ones that `logits` takes.
         """
@@ -104,7 +109,7 @@ class MaskPredictor(LanguageModule):
         embedded = None
         if self.pre_process:
             tied_here = self.model.tie_word_embeddings and self.post_process
-            embedded = self.embedding(tokens, only_user=main_grad is not None or not tied_here)
+            embedded = self.embedding(tokens, only_user=main_grad is not None or not tied_here, token_rows=token_rows)
         # Frequencies as long as the longest segment, never the whole row: megatron-core takes a table as long as the
         # row for absolute positions, and positions have to restart in each segment.
         hidden = self.decoder(
@@ -117,7 +122,7 @@ class MaskPredictor(LanguageModule):
             return hidden
         if short_of_memory:
             release_free_heap()
-        return self.output_layer(hidden, self.head_weight(), labels, loss_weight, main_grad, grad_scale)
+        return self.output_layer(hidden, self.head_weight(), labels, loss_weight, main_grad, grad_scale, masked)
 
     def _logits_fill_memory(self, labels: Tensor | None) -> bool:
         """On a CPU memory is at its highest when a chunk of logits joins the layers' activations. To give free memory

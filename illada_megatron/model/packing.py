@@ -1,25 +1,39 @@
 """Variable-length attention's view of a batch: all tokens in one row, cut into segments by cumulative offsets."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
-def pack(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Segments for megatron-core's attention.
+@dataclass
+class Segments(PackedSeqParams):
+    """What megatron-core's attention and this package's are told of the segments."""
 
-    cu_seqlens: [n + 1] int32, offsets of the n segments in the flattened tokens; max_seqlen: the longest (tokens),
-    given so that nobody has to ask the GPU for it.
+    lengths: tuple[int, ...] = ()
+    """Tokens of each, for those who have to know them where cu_seqlens are on a GPU."""
+
+
+def pack(cu_seqlens: Tensor, max_seqlen: int, lengths: Sequence[int] | None = None) -> Segments:
+    """Segments for a stage's layers.
+
+    cu_seqlens: [n + 1] int32, offsets of the n segments in the flattened tokens; max_seqlen: the longest (tokens);
+    lengths: of each. The last two are given so that nobody has to ask the GPU for them; it is asked once for lengths
+    that are not (None).
     """
-    return PackedSeqParams(
+    return Segments(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        lengths=tuple(cu_seqlens.diff().tolist() if lengths is None else lengths),
     )
 
 
-def equal_segments(batch: int, length: int, device: torch.device | str) -> PackedSeqParams:
+def equal_segments(batch: int, length: int, device: torch.device | str) -> Segments:
     """`batch` whole sequences of `length` tokens, nothing split."""
-    return pack(torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device), length)
+    cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    return pack(cu_seqlens, length, [length] * batch)

@@ -1,4 +1,5 @@
-"""Linear layers that do not keep their input for the backward pass where it is cheap to make again.
+"""Linear layers of the local layer spec: they sum their weight's gradient in fp32, and do not keep their input for the
+backward pass where it is cheap to make again.
 
 A norm keeps what it normalises and SwiGLU its gate and up; a linear layer behind them would keep their results too, a
 third of a layer's activations. The results are marked with how they are made, and the layer behind makes its input
@@ -12,6 +13,8 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from illada_megatron.model.main_grad import SumsInMainGrad
 
 
 def remakeable(result: Tensor, remake: Callable[[], Tensor]) -> Tensor:
@@ -41,9 +44,9 @@ class _RemakesInput:
             return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
 
 
-class ColumnLinear(_RemakesInput, ColumnParallelLinear):
+class ColumnLinear(SumsInMainGrad, _RemakesInput, ColumnParallelLinear):
     """megatron-core's, behind a norm."""
 
 
-class RowLinear(_RemakesInput, RowParallelLinear):
-    """megatron-core's, behind SwiGLU."""
+class RowLinear(SumsInMainGrad, _RemakesInput, RowParallelLinear):
+    """megatron-core's, behind SwiGLU or attention."""

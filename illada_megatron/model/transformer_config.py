@@ -7,7 +7,7 @@ from torch import Tensor
 
 from illada_megatron.config import RunConfig
 from illada_megatron.model.rotary import attention_scale
-from illada_megatron.runtime.device import Device, has_apex, has_transformer_engine
+from illada_megatron.runtime.device import Device, has_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,8 +59,8 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         bias_dropout_fusion=device.is_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=device.is_cuda and has_transformer_engine(),
-        # In fp32, over micro-batches: TE's linears add to main_grad themselves, megatron-core's need Apex's GEMM
-        gradient_accumulation_fusion=device.is_cuda and (implementation == "transformer_engine" or has_apex()),
+        # In fp32, over micro-batches: TE's linears add to main_grad themselves, the local ones too (main_grad.py)
+        gradient_accumulation_fusion=implementation == "transformer_engine",
     )
 
 

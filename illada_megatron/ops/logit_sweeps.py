@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from illada_megatron.ops import kernels
+from illada_megatron.ops.add_product import add_product_
 from illada_megatron.ops.logit_passes import REFERENCE, LogitPasses, combine, fused_passes
 
 # Rows of a chunk start on 64 bytes where they lie one after the other, and their number fills the tiles of a product
 _ALIGN_ELEMENTS = 64
 ALIGN_ROWS = 32
-# Rows of a product that exist beside the sum they are added to
-_PIECE_ROWS = 8192
 
 
 Logits = Tensor | tuple["Logits", ...]
@@ -90,7 +89,7 @@ def plain_sweeps(passes: LogitPasses) -> Sweeps:
     ) -> None:
         passes.to_gradient_(logits, targets, row_values, softcap)
         torch.mm(logits, weight, out=hidden_gradient)
-        _add_product_(weight_gradient, logits.T, hidden)
+        add_product_(weight_gradient, logits.T, hidden)
 
     return Sweeps(forward, backward)
 
@@ -148,17 +147,6 @@ def without_row(sweeps: Sweeps, row: int) -> Sweeps:
         hidden_gradient.add_(gradients[1])
 
     return Sweeps(forward, backward, parts=2)
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total `[m, n]` += a `[m, k]` b `[k, n]`, where the total may have more bits than a and b."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    else:  # torch has no such product on a CPU: each is rounded to the factors' dtype before it is added
-        for part, factor in zip(total.split(_PIECE_ROWS), a.split(_PIECE_ROWS), strict=True):
-            part.add_(torch.mm(factor, b))
 
 
 def _aligned(count: int, multiple: int) -> int:

@@ -53,6 +53,7 @@ def masked_linear_cross_entropy(
     excluded_id: int | None = None,
     main_grad: Tensor | None = None,
     grad_scale: float | None = None,
+    masked: MaskedRows | None = None,
 ) -> MaskedLoss:
     """Weighted cross-entropy of the rows whose `loss_weight` is not 0.
 
@@ -78,6 +79,8 @@ def masked_linear_cross_entropy(
         main_grad: `[v_padded/tp, h]` float32. The weight's gradient is added to it, in fp32 and at once, and weight
             gets none from autograd: what Megatron calls gradient accumulation fusion.
         grad_scale: with main_grad, the gradient that backward will bring for loss_sum. It is checked then.
+        masked: the rows, from `MaskedRows.locate` with the same loss_weight, tp_group and sequence_parallel, whose
+            labels were checked where they were read. None: both is done here, for which a GPU makes the host wait.
 
     Returns:
         `MaskedLoss`. Statistics are fp32 (fp64 for fp64 inputs). Gradients come back in the inputs' dtype: hidden's is
@@ -87,7 +90,7 @@ def masked_linear_cross_entropy(
     Raises:
         TypeError: a dtype differs from the above.
         ValueError: shapes or devices disagree, the head has fewer rows than vocab_size, a masked row's label is
-            outside [0, vocab_size) or the excluded one, or a number is out of its range.
+            outside [0, vocab_size) or the excluded one, a number is out of its range, or `masked` is of another layout.
         RuntimeError: "fused" cannot run here; in backward: another gradient than grad_scale arrives.
     """
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
@@ -97,13 +100,17 @@ def masked_linear_cross_entropy(
     _check_options(weight, chunk_memory_bytes, z_loss, logit_softcap, main_grad, grad_scale)
     use_fused = chosen_implementation(implementation, hidden.device, hidden.dtype)[0] == "fused"
 
-    masked = MaskedRows.locate(loss_weight, group, sequence_parallel)
-    row_labels = labels[masked.rows]
-    _check_labels(row_labels, masked.rows, vocab_size, excluded_id)
+    if masked is None:
+        masked = MaskedRows.locate(loss_weight, group, sequence_parallel)
+        row_labels = labels.index_select(0, masked.rows)
+        _check_labels(row_labels, masked.rows, vocab_size, excluded_id)
+    else:
+        _check_layout(masked, group, sequence_parallel)
+        row_labels = labels.index_select(0, masked.rows)
     first_id = rank * weight.shape[0]
     real_rows = min(max(vocab_size - first_id, 0), weight.shape[0])
     excluded_here = excluded_id is not None and first_id <= excluded_id < first_id + real_rows
-    rows = Rows(masked.gather(hidden), weight, row_labels - first_id, loss_weight[masked.rows])
+    rows = Rows(masked.gather(hidden), weight, row_labels - first_id, loss_weight.index_select(0, masked.rows))
     settings = Settings(
         real_rows,
         z_loss,
@@ -203,6 +210,15 @@ def _check_sizes(
         raise ValueError(
             f"vocab_size {vocab_size} must be at least 1 and fit the head, which has {weight.shape[0]} rows on each of "
             f"{tp} tensor-parallel rank(s), {weight.shape[0] * tp} in all"
+        )
+
+
+def _check_layout(masked: MaskedRows, group: dist.ProcessGroup | None, sequence_parallel: bool) -> None:
+    wanted = (group, group is not None and sequence_parallel)
+    if (found := (masked.group, masked.slots is not None)) != wanted:
+        raise ValueError(
+            f"masked rows were located for (group, sequence_parallel) {found}, this head's are {wanted}: give "
+            "MaskedRows.locate the same ones"
         )
 
 

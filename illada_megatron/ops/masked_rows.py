@@ -26,11 +26,17 @@ class MaskedRows:
 
     @classmethod
     def locate(cls, loss_weight: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> "MaskedRows":
-        """Rows whose `loss_weight [n]` is not 0. `group` None or of one rank: nothing travels."""
+        """Rows whose `loss_weight [n]` is not 0. `group` None or of one rank: nothing travels.
+
+        A GPU's weights make the host wait for it. A loader asks for the rows of those that it has on the CPU, and moves
+        them (`tensor_fields.moved_to`).
+        """
         rows = loss_weight.nonzero().flatten()
-        if group is None or not sequence_parallel:
+        tp, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        if group is None or tp == 1:
+            return cls(rows, None, rows, None, 0)
+        if not sequence_parallel:
             return cls(rows, group, rows, None, 0)
-        tp, rank = group.size(), group.rank()
         slice_tokens = loss_weight.numel() // tp
         owner = rows // slice_tokens
         counts = torch.bincount(owner, minlength=tp)

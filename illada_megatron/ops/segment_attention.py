@@ -7,8 +7,8 @@ On a CPU the compiled operator `illada::segment_attention` (csrc/layer_kernels) 
 queries, keys or values; elsewhere torch's own operators do the same.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,15 +31,18 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def segment_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def segment_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, scale: float, lengths: Sequence[int] | None = None
+) -> Tensor:
     """Attention of every query head within its segment.
 
     Args:
         qkv: `[t, ng, r + 2, d]`, for each of ng groups its r query heads, its key and its value (the order of
             megatron-core's linear_qkv).
         cos, sin: `[n, d / 2]` float32, n at least the longest segment: angles of each position.
-        cu_seqlens: `[segments + 1]` int32 on the CPU, from 0 to t.
+        cu_seqlens: `[segments + 1]` int32 on qkv's device, from 0 to t.
         scale: of the scores, positive.
+        lengths: of the segments; None: a GPU makes the host wait for them.
 
     Returns:
         `[t, ng * r, d]` of qkv's dtype. Statistics and rotation are in float32.
@@ -48,16 +51,17 @@ def segment_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor,
         TypeError, ValueError, RuntimeError: a dtype, a value or a shape is not as above.
     """
     if missing(qkv.device, qkv.dtype) is not None:
-        return segment_attention_reference(qkv, cos, sin, cu_seqlens, scale)
+        lengths = cu_seqlens.diff().tolist() if lengths is None else lengths
+        return segment_attention_reference(qkv, cos, sin, lengths, scale)
     out, _ = torch.ops.illada.segment_attention(qkv, cos, sin, cu_seqlens, scale)
     return out
 
 
-def segment_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def segment_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """The same of torch's operators: any device, dtype and order of derivative."""
     heads, dim = qkv.shape[1] * (qkv.shape[2] - 2), qkv.shape[3]
     outputs = []
-    for start, count, length in _runs(cu_seqlens):
+    for start, count, length in _runs(lengths):
         rows = qkv[start : start + count * length].view(count, length, *qkv.shape[1:])
         query, key = (_rotate(x, cos[:length], sin[:length]) for x in (rows[..., :-2, :], rows[..., -2:-1, :]))
         q, k, v = (x.reshape(count, length, -1, dim).transpose(1, 2) for x in (query, key, rows[..., -1:, :]))
@@ -73,15 +77,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run."""
     runs: list[tuple[int, int, int]] = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        if runs and runs[-1][2] == end - start:
-            first, count, length = runs[-1]
+    start = 0
+    for length in lengths:
+        if runs and runs[-1][2] == length:
+            first, count, _ = runs[-1]
             runs[-1] = (first, count + 1, length)
         else:
-            runs.append((start, 1, end - start))
+            runs.append((start, 1, length))
+        start += length
     return runs
 
 

@@ -112,8 +112,8 @@ def transformer_engine_problem() -> str | None:
 
 
 def has_apex() -> bool:
-    """NVIDIA's Apex with its compiled GEMM that accumulates weight gradients, which megatron-core's
-    `gradient_accumulation_fusion` needs; neither Apex built for Python only nor PyPI's package `apex` has it."""
+    """NVIDIA's Apex with its compiled GEMM that accumulates weight gradients (model/main_grad.py uses it where it is);
+    neither Apex built for Python only nor PyPI's package `apex` has it."""
     return _installed("apex") and _installed("fused_weight_gradient_mlp_cuda") and apex_problem() is None
 
 
@@ -148,7 +148,7 @@ def capabilities() -> list[Capability]:
         Capability(
             "Apex (NVIDIA's)",
             _version("apex") if has_apex() else None,
-            "fused AdamW and weight gradients accumulated in fp32 by the GEMM",
+            "fused AdamW, and a GEMM of its own for the local layers' weight gradients",
             apex_problem(),
         ),
     ]

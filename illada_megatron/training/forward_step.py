@@ -1,20 +1,26 @@
 """Micro-batches for a pipeline stage, and the forward step that megatron-core's schedules call."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments, sample_t
+from illada_megatron.diffusion.work import SampleWork, work_of_samples
+from illada_megatron.model.embedding import TokenRows
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
+from illada_megatron.ops.masked_rows import MaskedRows
+from illada_megatron.ops.tensor_fields import pinned
 from illada_megatron.runtime import Runtime
+from illada_megatron.training.division import Division
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,21 @@ class BatchSlice:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What a stage needs of a micro-batch: a middle stage only its segments."""
+    """What a stage needs of a micro-batch: a middle stage only its segments. All that a GPU would have to be asked for
+    was found on the CPU, by the loader."""
 
     cu_seqlens: Tensor
     """[n + 1] int32, offsets of the segments in the packed row."""
     max_seqlen: int
+    lengths: list[int]
+    """[n], of the segments."""
     batch: MaskedBatch | None
     counted: int
     """Its first samples, which count; those behind them fill the step up."""
-
-    def to(self, device: torch.device) -> "Microbatch":
-        """The same on `device`; from pinned memory the copy overlaps with what the device is doing."""
-        batch = None if self.batch is None else self.batch.to(device, non_blocking=True)
-        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True), batch=batch)
+    masked: MaskedRows | None
+    """The last stage's."""
+    token_rows: TokenRows | None
+    """The first stage's."""
 
 
 class SampleMaker(Protocol):
@@ -68,6 +76,11 @@ class TrainingSamples:
     def segments(self, indices: Sequence[int]) -> tuple[Tensor, int]:
         return make_segments(indices, self.corpus, self.config.diffusion, self.seed)
 
+    def work(self, first_sample: int, num_samples: int) -> SampleWork:
+        """How much work the samples of a range are."""
+        diffusion = self.config.diffusion
+        return work_of_samples(first_sample, num_samples, self.corpus.sequence_length, diffusion, self.seed)
+
     def times(self, first_sample: int, num_samples: int) -> list[float]:
         """The diffusion time t of each sample of a range, drawn again: nothing is kept or sent."""
         samples = range(first_sample, first_sample + num_samples)
@@ -84,36 +97,53 @@ class BatchSource(Generic[Maker]):
     maker: Maker
     config: RunConfig
     runtime: Runtime
+    division: Division | None = None
+    """None: micro-batch m of rank r takes the r-th run of micro_batch_size samples of the m-th slice."""
 
     def prefetch(self, slices: Iterable[BatchSlice]) -> Prefetcher[BatchSlice, Microbatch]:
         """This data-parallel rank's micro-batches of `slices`, in their order, built ahead by threads, in host memory.
 
-        Micro-batch m of rank r takes the r-th run of micro_batch_size samples of the m-th slice. Slots beyond
-        num_samples repeat earlier samples with loss weight 0 (batches that the layout does not divide).
+        Places beyond num_samples repeat earlier samples with loss weight 0 (batches that the layout does not divide).
         """
         data = self.config.data
         return Prefetcher(self._build, iter(slices), data.loader_threads, data.prefetch_microbatches)
 
     def samples(self, part: BatchSlice) -> list[int]:
         """Sample indices of this data-parallel rank's micro-batch of a slice."""
-        return [part.first_sample + one % part.num_samples for one in self._slots(part)]
+        return [part.first_sample + one % part.num_samples for one in self._places(part)]
 
-    def _slots(self, part: BatchSlice) -> range:
-        size, ranks = self.config.training.micro_batch_size, self.runtime.layout.data
-        slot = (part.microbatch * ranks + self.runtime.data_parallel_rank) * size
-        return range(slot, slot + size)
+    def _places(self, part: BatchSlice) -> Sequence[int]:
+        rank = self.runtime.data_parallel_rank
+        if self.division is not None:
+            return self.division.places(part.first_sample, part.num_samples, part.microbatch, rank)
+        size = self.config.training.micro_batch_size
+        first = (part.microbatch * self.runtime.layout.data + rank) * size
+        return range(first, first + size)
 
     def _build(self, part: BatchSlice) -> Microbatch:
-        slots, indices = self._slots(part), self.samples(part)
-        pinned = self.runtime.device.is_cuda
-        counted = sum(one < part.num_samples for one in slots)
-        if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
+        run, indices = self.runtime, self.samples(part)
+        counted = sum(one < part.num_samples for one in self._places(part))
+        if run.is_first_stage or run.is_last_stage:
+            batch = self.maker.batch(indices)
+            batch.loss_weight[counted:] = 0.0
+            masked = self._masked_rows(batch) if run.is_last_stage else None
+            rows = self._token_rows(batch) if run.is_first_stage else None
+            lengths = batch.cu_seqlens.diff().tolist()
+            built = Microbatch(batch.cu_seqlens, batch.max_seqlen, lengths, batch, counted, masked, rows)
+        else:
             cu_seqlens, longest = self.maker.segments(indices)
-            return Microbatch(cu_seqlens.pin_memory() if pinned else cu_seqlens, longest, None, counted)
-        batch = self.maker.batch(indices)
-        batch.loss_weight[counted:] = 0.0
-        batch = batch.pin_memory() if pinned else batch
-        return Microbatch(batch.cu_seqlens, batch.max_seqlen, batch, counted)
+            built = Microbatch(cu_seqlens, longest, cu_seqlens.diff().tolist(), None, counted, None, None)
+        return pinned(built) if run.device.is_cuda else built
+
+    def _masked_rows(self, batch: MaskedBatch) -> MaskedRows:
+        group = parallel_state.get_tensor_model_parallel_group()
+        return MaskedRows.locate(batch.loss_weight.view(-1), group, self.config.parallel.sequence_parallel)
+
+    def _token_rows(self, batch: MaskedBatch) -> TokenRows:
+        model, tensor = self.config.model, self.runtime.layout.tensor
+        count = model.padded_vocab_size // tensor
+        first = parallel_state.get_tensor_model_parallel_rank() * count
+        return TokenRows.locate(batch.tokens.view(-1), range(first, first + count), model.mask_token_id)
 
 
 Sums = Callable[[MaskedLoss, MaskedBatch, int], Tensor]
@@ -130,7 +160,7 @@ def forward_step(
     what a micro-batch has, or less where the last ones are filled up; sums: what is to be kept of each.
     """
     microbatch = next(microbatches)
-    batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
+    batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen, microbatch.lengths)
     if batch is None:
         return model(None, segments), _no_loss
     output = model(
@@ -139,6 +169,8 @@ def forward_step(
         labels=batch.labels.view(-1),
         loss_weight=batch.loss_weight.view(-1),
         grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
+        masked=microbatch.masked,
+        token_rows=microbatch.token_rows,
     )
     return output, partial(_loss, batch, microbatch.counted, tokens, sums)
 

@@ -28,6 +28,7 @@ from illada_megatron.diffusion.held_out import HeldOutSamples
 from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.bad_steps import BadSteps
+from illada_megatron.training.division import Division
 from illada_megatron.training.ema import WeightEma
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, TrainingSamples
 from illada_megatron.training.optimizer import build_optimizer
@@ -96,7 +97,9 @@ def setup(config: RunConfig, runtime: Runtime) -> TrainingState:
     """
     tokenizer, seeds = checked_tokenizer(config), config.training.seeds
     corpus = corpus_of_run(config, tokenizer)
-    source = BatchSource(TrainingSamples(corpus, config, seeds.noise), config, runtime)
+    samples = TrainingSamples(corpus, config, seeds.noise)
+    division = Division(samples.work, config.model, runtime.layout, config.training.micro_batch_size)
+    source = BatchSource(samples, config, runtime, division)
     models = build_model_chunks(config, runtime.device)
     checkpoint, refused = checkpoint_to_continue(config.checkpoint)
     if checkpoint is None:

@@ -19,6 +19,7 @@ from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.diffusion.held_out import HeldOutSamples
 from illada_megatron.model import MaskPredictor
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
+from illada_megatron.ops.tensor_fields import moved_to
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, Sums, forward_step
 from illada_megatron.training.held_out_figures import POSITION_BINS, HeldOut, position_bins, text_figures
 from illada_megatron.training.metrics import microbatch_sums
@@ -80,7 +81,7 @@ def run_schedule(
     device = runtime.device.torch_device
     num_microbatches = runtime.layout.microbatches(batch_size, config.training.micro_batch_size)
     tokens = batch_size * config.data.sequence_length / (num_microbatches * runtime.layout.data)
-    on_device = (microbatch.to(device) for microbatch in itertools.islice(microbatches, num_microbatches))
+    on_device = (moved_to(microbatch, device) for microbatch in itertools.islice(microbatches, num_microbatches))
     iterators = itertools.tee(on_device, len(chunks))  # the chunks of an interleaved schedule share them
     losses = get_forward_backward_func()(
         forward_step_func=partial(forward_step, num_microbatches, tokens, sums),

@@ -16,6 +16,7 @@ from illada_megatron.diffusion import (
     sample_t,
     words,
 )
+from illada_megatron.ops.tensor_fields import moved_to
 
 MASK, SEED = 5, 11
 
@@ -198,7 +199,7 @@ def test_one_token_sequences():
 
 def test_moves_between_devices():
     batch = batch_of([1, 2], config())
-    moved = batch.to("meta")
+    moved = moved_to(batch, "meta")
     for field in dataclasses.fields(batch):
         value = getattr(moved, field.name)
         assert value.device.type == "meta" if isinstance(value, torch.Tensor) else value == getattr(batch, field.name)

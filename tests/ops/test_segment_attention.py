@@ -31,7 +31,8 @@ def _with_gradient(function, qkv: Tensor, grad: Tensor, lengths: list[int]) -> t
     cos, sin = (
         table.to(torch.promote_types(qkv.dtype, torch.float32)) for table in _angles(max(lengths), qkv.shape[3])
     )
-    out = function(qkv, cos, sin, _offsets(lengths), qkv.shape[3] ** -0.5)
+    segments = lengths if function is segment_attention_reference else _offsets(lengths)
+    out = function(qkv, cos, sin, segments, qkv.shape[3] ** -0.5)
     out.backward(grad.to(qkv.dtype))
     assert qkv.grad is not None
     return out.detach(), qkv.grad
