@@ -6,12 +6,15 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import row_multiple, row_tokens
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments, sample_t
+from illada_megatron.diffusion.context import ContextShare, context_share
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime import Runtime
@@ -36,11 +39,26 @@ class Microbatch:
     batch: MaskedBatch | None
     counted: int
     """Its first samples, which count; those behind them fill the step up."""
+    share: ContextShare | None = None
+    """What this context-parallel rank has of it; None: all."""
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same on `device`; from pinned memory the copy overlaps with what the device is doing."""
         batch = None if self.batch is None else self.batch.to(device, non_blocking=True)
-        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True), batch=batch)
+        share = None if self.share is None else self.share.to(device, non_blocking=True)
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True), batch=batch, share=share)
+
+    def pin_memory(self) -> "Microbatch":
+        """The same in page-locked memory."""
+        batch = None if self.batch is None else self.batch.pin_memory()
+        share = None if self.share is None else self.share.pin_memory()
+        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory(), batch=batch, share=share)
+
+    def segments(self) -> PackedSeqParams:
+        """For the attention."""
+        if self.share is None:
+            return pack(self.cu_seqlens, self.max_seqlen)
+        return pack(self.cu_seqlens, self.share.max_seqlen, self.share.cu_seqlens_padded)
 
 
 class SampleMaker(Protocol):
@@ -105,15 +123,23 @@ class BatchSource(Generic[Maker]):
 
     def _build(self, part: BatchSlice) -> Microbatch:
         slots, indices = self._slots(part), self.samples(part)
-        pinned = self.runtime.device.is_cuda
         counted = sum(one < part.num_samples for one in slots)
         if not (self.runtime.is_first_stage or self.runtime.is_last_stage):
             cu_seqlens, longest = self.maker.segments(indices)
-            return Microbatch(cu_seqlens.pin_memory() if pinned else cu_seqlens, longest, None, counted)
-        batch = self.maker.batch(indices)
-        batch.loss_weight[counted:] = 0.0
-        batch = batch.pin_memory() if pinned else batch
-        return Microbatch(batch.cu_seqlens, batch.max_seqlen, batch, counted)
+            built = Microbatch(cu_seqlens, longest, None, counted, self._share(cu_seqlens, None))
+        else:
+            batch = self.maker.batch(indices)
+            batch.loss_weight[counted:] = 0.0
+            built = Microbatch(batch.cu_seqlens, batch.max_seqlen, batch, counted, self._share(batch.cu_seqlens, batch))
+        return built.pin_memory() if self.runtime.device.is_cuda else built
+
+    def _share(self, cu_seqlens: Tensor, batch: MaskedBatch | None) -> ContextShare | None:
+        """This context-parallel rank's. batch: None for a middle stage."""
+        ranks, rank = self.runtime.layout.context, self.runtime.context_parallel_rank
+        if ranks == 1:
+            return None
+        row, multiple = row_tokens(self.config), row_multiple(self.config.parallel)
+        return context_share(cu_seqlens, batch, rank, ranks, row, multiple)
 
 
 Sums = Callable[[MaskedLoss, MaskedBatch, int], Tensor]
@@ -130,27 +156,31 @@ def forward_step(
     what a micro-batch has, or less where the last ones are filled up; sums: what is to be kept of each.
     """
     microbatch = next(microbatches)
-    batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
+    batch, share, segments = microbatch.batch, microbatch.share, microbatch.segments()
     if batch is None:
         return model(None, segments), _no_loss
+    row = batch if share is None else share
+    ranks = 1 if share is None else share.ranks
     output = model(
-        batch.tokens.view(1, -1),
+        row.tokens.view(1, -1),
         segments,
-        labels=batch.labels.view(-1),
-        loss_weight=batch.loss_weight.view(-1),
-        grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
+        labels=row.labels.view(-1),
+        loss_weight=row.loss_weight.view(-1),
+        grad_scale=ranks / (tokens * num_microbatches),  # what the schedule, and `_loss`, make of the loss
     )
-    return output, partial(_loss, batch, microbatch.counted, tokens, sums)
+    return output, partial(_loss, batch, share, microbatch.counted, tokens, sums)
 
 
 def _loss(
-    batch: MaskedBatch, counted: int, tokens: float, sums: Sums, output: MaskedLoss
+    batch: MaskedBatch, share: ContextShare | None, counted: int, tokens: float, sums: Sums, output: MaskedLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss of the micro-batch in nats/token, what is kept of it).
 
-    The schedule divides by the number of micro-batches and DDP averages over data parallel, which makes it
-    sum(weight * CE) / (tokens of the global batch), once.
+    The schedule divides by the number of micro-batches and multiplies by that of the context-parallel ranks, and DDP
+    averages over these and data parallel, which makes it sum(weight * CE) / (tokens of the global batch), once.
     """
+    if share is not None:  # what is kept is told by places in the whole batch
+        output = output._replace(rows=share.positions[output.rows])
     return output.loss_sum / tokens, {"sums": sums(output, batch, counted)}
 
 
