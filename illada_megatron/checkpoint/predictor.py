@@ -16,6 +16,7 @@ from illada_megatron.system.terminal import say
 
 ONE_STAGE_LAYOUT = (
     *("parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"),
+    *("parallel.pipeline_layout=even", "parallel.context_parallel_size=1"),
     *("parallel.data_parallel_size=null", "parallel.sequence_parallel=false"),
 )
 ONE_STAGE = (*ONE_STAGE_LAYOUT, "training.micro_batch_size=1", "training.rampup_batch_size=null")

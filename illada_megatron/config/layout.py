@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 from pydantic import model_validator as validator
 
+from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stages
 from illada_megatron.config.places import check_places, with_places
 from illada_megatron.config.schema import (
     CheckpointConfig,
@@ -25,6 +27,7 @@ from illada_megatron.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from illada_megatron.system.terminal import counted
 
 
 class RunConfig(Section):
@@ -66,6 +69,7 @@ class Layout:
     tensor: int
     pipeline: int
     virtual: int
+    context: int
     data: int
     num_microbatches: int
     """Micro-batches of a step at the full global batch, a data-parallel rank."""
@@ -99,13 +103,13 @@ class ChosenLayout:
     @property
     def cost(self) -> float:
         """The time of a step, in passes of one sample through the whole model on one rank: the passes of a rank's
-        micro-batches, of which each rank does one part in TP * PP, and of a pipeline's start and end, (PP - 1) / chunks
-        (arXiv 2104.04473, section 2.2). What ranks send each other is not counted."""
+        micro-batches, of which each rank does one part in TP * CP * PP, and of a pipeline's start and end, (PP - 1) /
+        chunks (arXiv 2104.04473, section 2.2). What ranks send each other is not counted."""
         layout, training = self.layout, self.config.training
         passes = layout.num_microbatches + (layout.pipeline - 1) / layout.virtual
         # forward and twice as much backward; recomputed, the forward pass comes again
         again = 4 / 3 if training.recompute == "full" else 1.0
-        return again * passes * training.micro_batch_size / (layout.tensor * layout.pipeline)
+        return again * passes * training.micro_batch_size / (layout.tensor * layout.context * layout.pipeline)
 
 
 def check_config(config: RunConfig) -> None:
@@ -119,12 +123,7 @@ def check_config(config: RunConfig) -> None:
         if value % tp:
             fix = "make_vocab_size_divisible_by" if name == "padded_vocab_size" else name
             raise ValueError(f"model.{name} {value} is not a multiple of {tp_text}: change model.{fix} or the layout")
-    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    if model.num_layers % chunks:
-        raise ValueError(
-            f"model.num_layers {model.num_layers} is not a multiple of pipeline * virtual pipeline size {chunks}: "
-            "change model.num_layers, parallel.pipeline_model_parallel_size or virtual_pipeline_model_parallel_size"
-        )
+    pipeline_split(config)
     if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and pp == 1:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size {parallel.virtual_pipeline_model_parallel_size} needs "
@@ -155,8 +154,14 @@ def check_config(config: RunConfig) -> None:
             check_config(_with_layout(config, choice, []))
         except ValueError as error:
             raise ValueError(f"parallel.layouts[{number}]: {error}") from error
-    tokens = training.micro_batch_size * config.data.sequence_length
-    if parallel.sequence_parallel and tokens % tp:
+    cp, length = parallel.context_parallel_size, config.data.sequence_length
+    if cp > 1 and length % (2 * cp):
+        raise ValueError(
+            f"data.sequence_length {length} is not a multiple of 2 * parallel.context_parallel_size {cp}: each rank "
+            "has two chunks of it; change one of them"
+        )
+    tokens = training.micro_batch_size * length
+    if parallel.sequence_parallel and cp == 1 and tokens % tp:
         raise ValueError(
             f"training.micro_batch_size * data.sequence_length {tokens} is not a multiple of {tp_text}, which "
             "parallel.sequence_parallel needs: change one of them"
@@ -189,6 +194,41 @@ def check_config(config: RunConfig) -> None:
             )
 
 
+def pipeline_split(config: RunConfig) -> Split:
+    """[pipeline rank][model chunk] -> its number of layers. Raises ValueError where parallel.pipeline_layout does not
+    fit model and layout."""
+    model, parallel = config.model, config.parallel
+    return split_layers(
+        model,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size or 1,
+        parallel.pipeline_layout,
+        expected_flops(model, config.diffusion, config.data.sequence_length),
+    )
+
+
+def row_multiple(parallel: ParallelConfig) -> int:
+    """With context parallelism the tokens of a micro-batch's packed row are a multiple of this: each rank's, and with
+    sequence parallelism each tensor-parallel rank's, are one of 16, which FP8 products ask for."""
+    sequence = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return 16 * parallel.context_parallel_size * sequence
+
+
+def row_tokens(config: RunConfig) -> int | None:
+    """Tokens of a micro-batch's packed row, the padding of its segments included (diffusion/context.py); None: it
+    differs between micro-batches, as nobody knows how many documents one has."""
+    length, parallel, samples = config.data.sequence_length, config.parallel, config.training.micro_batch_size
+    if parallel.context_parallel_size == 1:
+        return samples * length
+    boundary = config.diffusion.attention_boundary
+    if boundary == "document":
+        return None
+    # two segments of a sequence that is a multiple of 2 * CP take that much more, where they have to be padded
+    cut = 0 if boundary == "none" else 2 * parallel.context_parallel_size
+    multiple = row_multiple(parallel)
+    return -(-samples * (length + cut) // multiple) * multiple
+
+
 def resolve_layout(config: RunConfig, world_size: int, padded: bool = True) -> Layout:
     """The layout on `world_size` ranks. Raises ValueError with the fields, the numbers and the fix.
 
@@ -196,23 +236,30 @@ def resolve_layout(config: RunConfig, world_size: int, padded: bool = True) -> L
     """
     parallel, training = config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    cp = parallel.context_parallel_size
+    replica = tp * cp * pp
+    if world_size % replica:
+        names, text, fields = "tensor * pipeline", f"{tp} * {pp}", "pipeline_model_parallel_size"
+        if cp > 1:
+            names, text = "tensor * context * pipeline", f"{tp} * {cp} * {pp}"
+            fields = "context_parallel_size / pipeline_model_parallel_size"
         raise ValueError(
-            f"world size {world_size} is not a multiple of tensor * pipeline parallel size {tp} * {pp} = {tp * pp}: "
-            "start that many ranks or change parallel.tensor_model_parallel_size / pipeline_model_parallel_size"
+            f"world size {world_size} is not a multiple of {names} parallel size {text} = {replica}: start that many "
+            f"ranks or change parallel.tensor_model_parallel_size / {fields}"
         )
-    dp = world_size // (tp * pp)
+    dp = world_size // replica
     if parallel.data_parallel_size not in (None, dp):
+        context = f" * CP {cp}" if cp > 1 else ""
         raise ValueError(
-            f"world size {world_size} = TP {tp} * PP {pp} * DP {dp}, but parallel.data_parallel_size is "
-            f"{parallel.data_parallel_size}: start {tp * pp * (parallel.data_parallel_size or 1)} ranks or change it"
+            f"world size {world_size} = TP {tp}{context} * PP {pp} * DP {dp}, but parallel.data_parallel_size is "
+            f"{parallel.data_parallel_size}: start {replica * (parallel.data_parallel_size or 1)} ranks or change it"
         )
     sizes = {"training.global_batch_size": training.global_batch_size}
     if training.rampup_batch_size:
         sizes["training.rampup_batch_size start"] = training.rampup_batch_size[0]
         sizes["training.rampup_batch_size increment"] = training.rampup_batch_size[1]
     virtual, micro = parallel.virtual_pipeline_model_parallel_size or 1, training.micro_batch_size
-    layout = Layout(world_size, tp, pp, virtual, dp, num_microbatches=0)
+    layout = Layout(world_size, tp, pp, virtual, cp, dp, num_microbatches=0)
     for name, size in sizes.items() if not (padded and training.pad_global_batch) else ():
         if size % (micro * dp):
             raise ValueError(
@@ -302,6 +349,7 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     return [
         ("world size", f"{layout.world_size}"),
         ("layout", layout_text(layout, config.parallel.sequence_parallel)),
+        *_stage_rows(config),
         *why,
         (
             "global batch",
@@ -314,6 +362,27 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     ]
 
 
+def _stage_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Where there is a pipeline, what each stage has; neighbours that have the same share a line."""
+    split = pipeline_split(config)
+    if len(split) == 1:
+        return []
+    flops = expected_flops(config.model, config.diffusion, config.data.sequence_length)
+    lines, first = [], 0
+    for rank, (stage, following) in enumerate(pairwise([*stages(config.model, split, flops), None])):
+        if stage == following:
+            continue
+        assert stage is not None
+        numbers = f"{first}" if first == rank else f"{first} to {rank}"
+        chunks = f" ({' + '.join(map(str, stage.layers))})" if len(stage.layers) > 1 else ""
+        lines.append(
+            f"{numbers}: {counted(sum(stage.layers), 'layer')}{chunks}, {100 * stage.flops_share:.1f} % of the FLOPs, "
+            f"{stage.parameters / 1e6:,.1f} million parameters"
+        )
+        first = rank + 1
+    return [("stages", "\n".join(lines))]
+
+
 def empty_places_text(chosen: ChosenLayout) -> str:
     """What of a step is filled up, to follow other words; nothing where nothing is."""
     empty = chosen.empty_places
@@ -324,4 +393,5 @@ def layout_text(layout: Layout, sequence_parallel: bool) -> str:
     """The sizes of the process groups in words."""
     sequence = " + sequence" if sequence_parallel else ""
     interleaved = f" x {layout.virtual} chunks" if layout.virtual > 1 else ""
-    return f"tensor {layout.tensor}{sequence}, pipeline {layout.pipeline}{interleaved}, data {layout.data}"
+    context = f"context {layout.context}, " if layout.context > 1 else ""
+    return f"tensor {layout.tensor}{sequence}, pipeline {layout.pipeline}{interleaved}, {context}data {layout.data}"

@@ -75,7 +75,12 @@ _FIELDS = [
         True,
     ),
     Option("--num-virtual-stages-per-pipeline-rank", "int", "parallel.virtual_pipeline_model_parallel_size"),
-    Option("--context-parallel-size", "int", "parallel.context_parallel_size", "a sequence is divided by TP alone"),
+    Option("--pipeline-model-parallel-layout", "text", "parallel.pipeline_layout", "with its virtual stages", True),
+    Option("--decoder-first-pipeline-num-layers", "int", "parallel.pipeline_layout", "in its notation", True),
+    Option("--decoder-last-pipeline-num-layers", "int", "parallel.pipeline_layout", "in its notation", True),
+    Option("--account-for-embedding-in-pipeline-split", "flag", "parallel.pipeline_layout", "in its notation", True),
+    Option("--account-for-loss-in-pipeline-split", "flag", "parallel.pipeline_layout", "in its notation", True),
+    Option("--context-parallel-size", "int", "parallel.context_parallel_size"),
     Option("--sequence-parallel", "flag", "parallel.sequence_parallel", "left out where TP is 1, as there", True),
     Option("--use-distributed-optimizer", "flag", "parallel.use_distributed_optimizer", default=False),
     Option("--overlap-grad-reduce", "flag", "parallel.overlap_grad_reduce"),
@@ -240,12 +245,11 @@ _NONE: dict[Group, dict[str, str]] = {
             --experimental-attention-* --mamba-* --hybrid-* --is-hybrid-model --gdp-* --gdn-* --heterogeneous-*
             --mhc-* --enable-mhc-connections --enable-experimental --spec --yaml-cfg
         """,
-        "there is no context parallelism": "--hierarchical-context-parallel-sizes --cp-comm-type",
-        "stages have the same number of layers each": """
-            --pipeline-model-parallel-layout --decoder-first-pipeline-num-layers
-            --decoder-last-pipeline-num-layers --account-for-embedding-in-pipeline-split
-            --account-for-loss-in-pipeline-split --standalone-embedding-stage
-            --pipeline-model-parallel-split-rank
+        "keys and values go round a ring (p2p), or are gathered where there is no Transformer Engine": """
+            --hierarchical-context-parallel-sizes --cp-comm-type
+        """,
+        "each stage has a layer, and there is no encoder": """
+            --standalone-embedding-stage --pipeline-model-parallel-split-rank
         """,
         "the optimizer's state is divided (ZeRO-1), gradients and weights are not": """
             --use-megatron-fsdp --use-torch-fsdp2 --data-parallel-sharding-strategy --outer-dp-* --fsdp-*
@@ -324,7 +328,6 @@ HARMLESS = {
     "--num-experts": ("1", "0"),
     "--expert-model-parallel-size": ("1",),
     "--expert-tensor-parallel-size": ("1",),
-    "--context-parallel-size": ("1",),
     "--dataloader-type": ("single", "cyclic"),
     "--vocab-extra-ids": ("0",),
     "--optimizer": ("adam",),

@@ -16,6 +16,7 @@ from illada_megatron.config.field_names import field_paths
 from illada_megatron.config.load import ConfigError, load_config
 from illada_megatron.config.megatron_names import BYTE_LEVEL_BPE, HARMLESS, OPTIONS, REQUIRED, TOKENIZER_TYPES
 from illada_megatron.config.megatron_options import Given
+from illada_megatron.config.pipeline_split import UNEVEN_OPTIONS, megatron_layout, split_of_megatron, unrolled
 from illada_megatron.config.schema import ScheduleConfig
 from illada_megatron.config.schema.data import weighted_paths
 
@@ -153,10 +154,28 @@ def _parallel(done: Translation) -> None:
                 f"--num-layers-per-virtual-pipeline-stage {each}"
             )
         done.put("parallel.virtual_pipeline_model_parallel_size", layers // pp // each)
+    _stages(done, pp)
     if given.get("--sequence-parallel"):
         done.put("parallel.sequence_parallel", tp > 1)
     if given.get("--overlap-grad-reduce") and "--ddp-bucket-size" in given.values:
         done.put("parallel.ddp_bucket_size", given.get("--ddp-bucket-size"))
+
+
+def _stages(done: Translation, pp: int) -> None:
+    """Stages with unlike numbers of layers."""
+    given, size = done.given, "parallel.virtual_pipeline_model_parallel_size"
+    written = given.get("--pipeline-model-parallel-layout")
+    if written is not None:
+        done.put("parallel.pipeline_layout", written)
+        done.put(size, max(1, (unrolled(written).count("|") + 1) // pp))
+        return
+    asked = {name: value for name in UNEVEN_OPTIONS if (value := given.get(f"--{name.replace('_', '-')}"))}
+    if asked and "--num-layers" in given.values:
+        try:
+            split = split_of_megatron(given.get("--num-layers"), pp, done.fields.get(size, 1), asked)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        done.put("parallel.pipeline_layout", megatron_layout(split))
 
 
 def _batch_size(done: Translation) -> int | None:

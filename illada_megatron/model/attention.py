@@ -5,12 +5,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from illada_megatron.model.packing import Segments
+from illada_megatron.ops.context_attention import context_attention
 from illada_megatron.ops.segment_attention import segment_attention
 
 
@@ -51,7 +53,8 @@ class SegmentSelfAttention(SelfAttention):
 
 
 class SegmentAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d)) v within each segment, every position seeing every other of its segment.
+    """softmax(q k^T / sqrt(d)) v within each segment, every position seeing every other of its segment, what other
+    context-parallel ranks have of it too.
 
     Heads are this tensor-parallel rank's; grouped KV heads are shared by consecutive query heads. Positions restart in
     each segment.
@@ -82,14 +85,12 @@ class SegmentAttention(torch.nn.Module):
         """
         tokens = qkv.shape[0]
         cos, sin = _cos_sin(rotary_pos_emb)
-        out = segment_attention(
-            qkv.view(tokens, -1, self.heads_per_group + 2, self.dim),
-            cos,
-            sin,
-            packed_seq_params.cu_seqlens_q,
-            self.scale,
-            packed_seq_params.lengths,
-        )
+        split, cu_seqlens = qkv.view(tokens, -1, self.heads_per_group + 2, self.dim), packed_seq_params.cu_seqlens_q
+        if (padded := packed_seq_params.cu_seqlens_q_padded) is None:
+            out = segment_attention(split, cos, sin, cu_seqlens, self.scale, packed_seq_params.lengths)
+        else:
+            group = parallel_state.get_context_parallel_group()
+            out = context_attention(split, cos, sin, cu_seqlens, padded, self.scale, group)
         return out.view(tokens, 1, -1)
 
 

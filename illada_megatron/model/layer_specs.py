@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from illada_megatron.config import ConfigError, RuntimeConfig
+from illada_megatron.config import ConfigError, RunConfig, RuntimeConfig
 from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
@@ -37,6 +37,16 @@ def choose_implementation(settings: RuntimeConfig, device: Device) -> str:
             missing = "needs a GPU, and this rank computes on a CPU"
         raise ConfigError(f"runtime.transformer_impl: transformer_engine {missing}; use auto or local")
     return "transformer_engine" if usable and wanted != "local" else "local"
+
+
+def check_context(config: RunConfig, implementation: str) -> None:
+    """Raises ConfigError where the layers of `implementation` cannot share sequences as the configuration wants."""
+    ranks, precision = config.parallel.context_parallel_size, config.training.precision
+    if ranks > 1 and implementation == "transformer_engine" and precision == "fp32":
+        raise ConfigError(
+            f"parallel.context_parallel_size {ranks}: Transformer Engine shares sequences in fused attention, which "
+            "takes bf16, found training.precision fp32: set training.precision=bf16, or runtime.transformer_impl=local"
+        )
 
 
 def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -13,7 +13,7 @@ from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.embedding import Embedding, TokenRows
 from illada_megatron.model.head import Head
-from illada_megatron.model.layer_specs import block_spec, choose_implementation
+from illada_megatron.model.layer_specs import block_spec, check_context, choose_implementation
 from illada_megatron.model.packing import Segments
 from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.model.transformer_config import transformer_config
@@ -150,6 +150,7 @@ def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]
     from megatron.core import parallel_state
 
     implementation = choose_implementation(config.runtime, device)
+    check_context(config, implementation)
     core = transformer_config(config, device, implementation)
     virtual = core.virtual_pipeline_model_parallel_size
     chunks = []

@@ -16,17 +16,22 @@ class Segments(PackedSeqParams):
     """Tokens of each, for those who have to know them where cu_seqlens are on a GPU."""
 
 
-def pack(cu_seqlens: Tensor, max_seqlen: int, lengths: Sequence[int] | None = None) -> Segments:
+def pack(
+    cu_seqlens: Tensor, max_seqlen: int, lengths: Sequence[int] | None = None, cu_seqlens_padded: Tensor | None = None
+) -> Segments:
     """Segments for a stage's layers.
 
     cu_seqlens: [n + 1] int32, offsets of the n segments in the flattened tokens; max_seqlen: the longest (tokens);
     lengths: of each. The last two are given so that nobody has to ask the GPU for them; it is asked once for lengths
-    that are not (None).
+    that are not (None). cu_seqlens_padded: with context parallelism their offsets in the row where each is padded;
+    max_seqlen is the longest padded one then.
     """
     return Segments(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens_padded,
+        cu_seqlens_kv_padded=cu_seqlens_padded,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
         lengths=tuple(cu_seqlens.diff().tolist() if lengths is None else lengths),

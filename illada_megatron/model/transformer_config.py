@@ -6,6 +6,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import pipeline_split, row_tokens
+from illada_megatron.config.pipeline_split import is_even, megatron_layout
 from illada_megatron.model.rotary import attention_scale
 from illada_megatron.runtime.device import Device, has_transformer_engine
 
@@ -46,7 +48,13 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        pipeline_model_parallel_layout=_uneven_layout(config),
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # stages then ask each other how long a micro-batch's row is; megatron-core wants the dispatcher of its experts,
+        # which this model has none of, to allow it
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and row_tokens(config) is None,
+        moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=device.is_cuda,  # gloo sends and receives one by one
         recompute_granularity=None if recompute == "none" else recompute,
@@ -62,6 +70,12 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         # In fp32, over micro-batches: TE's linears add to main_grad themselves, the local ones too (main_grad.py)
         gradient_accumulation_fusion=implementation == "transformer_engine",
     )
+
+
+def _uneven_layout(config: RunConfig) -> str | None:
+    """Megatron's notation of the layers of each stage; None: all have the same number."""
+    split = pipeline_split(config)
+    return None if is_even(split) else megatron_layout(split)
 
 
 def _untouched(weight: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Runtime:
     layout: Layout
     rank: int
     data_parallel_rank: int
+    context_parallel_rank: int
     is_first_stage: bool
     is_last_stage: bool
 
@@ -175,6 +176,7 @@ def _init_megatron(config: RunConfig, layout: Layout, device: Device) -> Runtime
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.runtime.distributed_timeout_minutes,
     )
@@ -185,6 +187,7 @@ def _init_megatron(config: RunConfig, layout: Layout, device: Device) -> Runtime
         layout=layout,
         rank=dist.get_rank(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
         is_first_stage=parallel_state.get_pipeline_model_parallel_rank() == 0,
         is_last_stage=parallel_state.get_pipeline_model_parallel_rank() == layout.pipeline - 1,
     )

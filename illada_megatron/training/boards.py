@@ -19,6 +19,7 @@ _HYPERPARAMETERS = (
     *("diffusion.", "optimizer.", "schedule.", "training.", "loss.z_loss", "data.sequence_length"),
     *("model.num_", "model.hidden_size", "model.ffn_hidden_size", "model.vocab_size", "model.tie_word_embeddings"),
     *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+    "parallel.context_parallel_size",
 )
 
 

@@ -35,8 +35,9 @@ def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) 
     and as much of its tensor parallelism as divides them, the rest data parallel. Stages that `overrides` name, and
     `wanted` has, stay. The global batch, which nobody trains on, divides nothing."""
     ranks, stages = world_size_from_environment(), wanted.pipeline_model_parallel_size
+    sizes = wanted.tensor_model_parallel_size * wanted.context_parallel_size * stages
     batch = ["training.pad_global_batch=true", "training.rampup_batch_size=null", "parallel.data_parallel_size=null"]
-    if ranks % (wanted.tensor_model_parallel_size * stages) == 0:
+    if ranks % sizes == 0:
         return batch
     asked = any(one.startswith("parallel.pipeline_model_parallel_size=") for one in overrides)
     tensor = math.gcd(wanted.tensor_model_parallel_size, max(1, ranks // stages) if asked else ranks)

@@ -10,12 +10,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import row_multiple, row_tokens
 from illada_megatron.data.corpus.blended_corpus import BlendedCorpus
 from illada_megatron.data.corpus.prefetch import Prefetcher
 from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segments, sample_t
+from illada_megatron.diffusion.context import ContextShare, context_share
 from illada_megatron.diffusion.work import SampleWork, work_of_samples
 from illada_megatron.model.embedding import TokenRows
-from illada_megatron.model.packing import pack
+from illada_megatron.model.packing import Segments, pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.ops.masked_rows import MaskedRows
 from illada_megatron.ops.tensor_fields import pinned
@@ -49,6 +51,14 @@ class Microbatch:
     """The last stage's."""
     token_rows: TokenRows | None
     """The first stage's."""
+    share: ContextShare | None = None
+    """What this context-parallel rank has of it, and what `masked` and `token_rows` are of; None: all."""
+
+    def segments(self) -> Segments:
+        """For the layers."""
+        if self.share is None:
+            return pack(self.cu_seqlens, self.max_seqlen, self.lengths)
+        return pack(self.cu_seqlens, self.share.max_seqlen, self.lengths, self.share.cu_seqlens_padded)
 
 
 class SampleMaker(Protocol):
@@ -123,27 +133,39 @@ class BatchSource(Generic[Maker]):
     def _build(self, part: BatchSlice) -> Microbatch:
         run, indices = self.runtime, self.samples(part)
         counted = sum(one < part.num_samples for one in self._places(part))
+        batch = masked = rows = None
         if run.is_first_stage or run.is_last_stage:
             batch = self.maker.batch(indices)
             batch.loss_weight[counted:] = 0.0
-            masked = self._masked_rows(batch) if run.is_last_stage else None
-            rows = self._token_rows(batch) if run.is_first_stage else None
-            lengths = batch.cu_seqlens.diff().tolist()
-            built = Microbatch(batch.cu_seqlens, batch.max_seqlen, lengths, batch, counted, masked, rows)
+            cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
         else:
             cu_seqlens, longest = self.maker.segments(indices)
-            built = Microbatch(cu_seqlens, longest, cu_seqlens.diff().tolist(), None, counted, None, None)
+        share = self._share(cu_seqlens, batch)
+        if batch is not None:
+            row = batch if share is None else share
+            masked = self._masked_rows(row.loss_weight.view(-1)) if run.is_last_stage else None
+            rows = self._token_rows(row.tokens.view(-1)) if run.is_first_stage else None
+        lengths = cu_seqlens.diff().tolist()
+        built = Microbatch(cu_seqlens, longest, lengths, batch, counted, masked, rows, share)
         return pinned(built) if run.device.is_cuda else built
 
-    def _masked_rows(self, batch: MaskedBatch) -> MaskedRows:
+    def _masked_rows(self, loss_weight: Tensor) -> MaskedRows:
         group = parallel_state.get_tensor_model_parallel_group()
-        return MaskedRows.locate(batch.loss_weight.view(-1), group, self.config.parallel.sequence_parallel)
+        return MaskedRows.locate(loss_weight, group, self.config.parallel.sequence_parallel)
 
-    def _token_rows(self, batch: MaskedBatch) -> TokenRows:
+    def _token_rows(self, tokens: Tensor) -> TokenRows:
         model, tensor = self.config.model, self.runtime.layout.tensor
         count = model.padded_vocab_size // tensor
         first = parallel_state.get_tensor_model_parallel_rank() * count
-        return TokenRows.locate(batch.tokens.view(-1), range(first, first + count), model.mask_token_id)
+        return TokenRows.locate(tokens, range(first, first + count), model.mask_token_id)
+
+    def _share(self, cu_seqlens: Tensor, batch: MaskedBatch | None) -> ContextShare | None:
+        """This context-parallel rank's. batch: None for a middle stage."""
+        ranks, rank = self.runtime.layout.context, self.runtime.context_parallel_rank
+        if ranks == 1:
+            return None
+        row, multiple = row_tokens(self.config), row_multiple(self.config.parallel)
+        return context_share(cu_seqlens, batch, rank, ranks, row, multiple)
 
 
 Sums = Callable[[MaskedLoss, MaskedBatch, int], Tensor]
@@ -160,29 +182,33 @@ def forward_step(
     what a micro-batch has, or less where the last ones are filled up; sums: what is to be kept of each.
     """
     microbatch = next(microbatches)
-    batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen, microbatch.lengths)
+    batch, share, segments = microbatch.batch, microbatch.share, microbatch.segments()
     if batch is None:
         return model(None, segments), _no_loss
+    row = batch if share is None else share
+    ranks = 1 if share is None else share.ranks
     output = model(
-        batch.tokens.view(1, -1),
+        row.tokens.view(1, -1),
         segments,
-        labels=batch.labels.view(-1),
-        loss_weight=batch.loss_weight.view(-1),
-        grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
+        labels=row.labels.view(-1),
+        loss_weight=row.loss_weight.view(-1),
+        grad_scale=ranks / (tokens * num_microbatches),  # what the schedule, and `_loss`, make of the loss
         masked=microbatch.masked,
         token_rows=microbatch.token_rows,
     )
-    return output, partial(_loss, batch, microbatch.counted, tokens, sums)
+    return output, partial(_loss, batch, share, microbatch.counted, tokens, sums)
 
 
 def _loss(
-    batch: MaskedBatch, counted: int, tokens: float, sums: Sums, output: MaskedLoss
+    batch: MaskedBatch, share: ContextShare | None, counted: int, tokens: float, sums: Sums, output: MaskedLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss of the micro-batch in nats/token, what is kept of it).
 
-    The schedule divides by the number of micro-batches and DDP averages over data parallel, which makes it
-    sum(weight * CE) / (tokens of the global batch), once.
+    The schedule divides by the number of micro-batches and multiplies by that of the context-parallel ranks, and DDP
+    averages over these and data parallel, which makes it sum(weight * CE) / (tokens of the global batch), once.
     """
+    if share is not None:  # what is kept is told by places in the whole batch
+        output = output._replace(rows=share.positions[output.rows])
     return output.loss_sum / tokens, {"sums": sums(output, batch, counted)}
 
 

@@ -70,13 +70,19 @@ def microbatch_sums(loss: MaskedLoss, batch: MaskedBatch, counted: int) -> Tenso
 
 
 def reduce_sums(
-    local: list[Tensor], counts: bool, device: torch.device, stop: bool = False, bad_gradient: bool = False
+    local: list[Tensor],
+    counts: bool,
+    device: torch.device,
+    stop: bool = False,
+    bad_gradient: bool = False,
+    context: int = 1,
 ) -> StepSums:
     """Sum over micro-batches and all ranks: the one collective of a step that metrics cost.
 
     local: the vectors of this rank's micro-batches (last stage), else empty; counts: whether this rank speaks for its
     tensor-parallel group, whose ranks all hold the same sums; stop: whether this rank wants to stop; bad_gradient:
-    whether it found a gradient norm that is not finite.
+    whether it found a gradient norm that is not finite; context: context-parallel ranks, each of which has counted its
+    own masked tokens, but all segments.
     """
     total = torch.zeros(len(_SCALARS) + 2 * T_BUCKETS, dtype=torch.float64, device=device)
     if counts and local:
@@ -90,7 +96,7 @@ def reduce_sums(
         bound=values[6],
         cross_entropy=values[1],
         masked=round(values[2]),
-        squared_lengths=round(values[3]),
+        squared_lengths=round(values[3] / context),
         stop=values[4] > 0,
         bad_gradient=values[5] > 0,
         bucket_cross_entropy=buckets[:T_BUCKETS],

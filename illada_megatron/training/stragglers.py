@@ -114,13 +114,13 @@ class ComputeTimes:
                 worst = own / others
                 text = (
                     f"straggler: rank {rank} on {self.hosts[rank]} computes {own:.3f} s of a step, "
-                    f"{worst:.2f} times the median of its {self.layout.data} data-parallel peers ({others:.3f} s)"
+                    f"{worst:.2f} times the median of its {len(self._peers(rank))} data-parallel peers ({others:.3f} s)"
                 )
         return text
 
     def _peers(self, rank: int) -> range:
-        """Ranks that differ in their data-parallel number alone, itself included; megatron-core counts tensor, then
-        data, then pipeline."""
-        tensor, data = self.layout.tensor, self.layout.data
+        """Ranks that differ in their data- or context-parallel number alone, itself included; megatron-core counts
+        tensor, then context, then data, then pipeline."""
+        tensor, data = self.layout.tensor, self.layout.data * self.layout.context
         first = rank // (tensor * data) * (tensor * data) + rank % tensor
         return range(first, first + tensor * data, tensor)

@@ -134,6 +134,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         run.device.torch_device,
         stop=stop_requested,
         bad_gradient=not math.isfinite(norm),
+        context=run.layout.context,
     )
     tokens = batch_size * config.data.sequence_length
     loss = sums.weighted / tokens

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
+from illada_megatron.config.layout import row_tokens
 from illada_megatron.data.corpus.text_bytes import TokenBytes, window_bytes
 from illada_megatron.diffusion import MaskedBatch
 from illada_megatron.diffusion.held_out import HeldOutSamples
@@ -88,8 +89,8 @@ def run_schedule(
         data_iterator=list(iterators) if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
-        # A micro-batch travels as one packed row.
-        seq_length=config.training.micro_batch_size * config.data.sequence_length,
+        # A micro-batch travels as one packed row; where its length differs, stages ask each other.
+        seq_length=row_tokens(config) or config.training.micro_batch_size * config.data.sequence_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -175,7 +176,8 @@ def _gather(local: list[Tensor], source: HeldOutSource, losses: Losses, first: i
         rows = torch.cat(local).cpu()
         indices = rows[:, 0].long()
         table[indices - first, :parts] = rows[:, 1:]
-        if not isinstance(source.token_bytes, str):
+        # context-parallel ranks have the same samples, each a part of their losses
+        if not isinstance(source.token_bytes, str) and source.batches.runtime.context_parallel_rank == 0:
             num_bytes = [source.bytes_of(index) for index in indices.tolist()]
             table[indices - first, parts] = torch.tensor(num_bytes, dtype=torch.float64)
     table = table.to(source.batches.runtime.device.torch_device)

@@ -123,8 +123,8 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "context parallel": (
         f"{_LLAMA} --context-parallel-size 2 --cp-comm-type p2p",
-        {"data.sequence_length": 8192},
-        ["--context-parallel-size: a sequence is divided by TP alone"],
+        {"data.sequence_length": 8192, "parallel.context_parallel_size": 2},
+        ["--cp-comm-type p2p: keys and values go round a ring"],
     ),
     "interleaved pipeline by layers": (
         f"{_LLAMA} --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4 "
@@ -144,8 +144,19 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "uneven pipeline": (
         f"{_LLAMA} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 15",
-        {"parallel.pipeline_model_parallel_size": 2},
-        ["--decoder-first-pipeline-num-layers 15: stages have the same number of layers"],
+        {"parallel.pipeline_model_parallel_size": 2, "parallel.pipeline_layout": f"E{'t' * 15}|{'t' * 17}L"},
+        [],
+    ),
+    "uneven pipeline as Megatron writes it": (
+        f"{_LLAMA} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'E(t*7|)*3,t*11L'",
+        {"parallel.virtual_pipeline_model_parallel_size": 2, "parallel.pipeline_layout": "E(t*7|)*3,t*11L"},
+        [],
+    ),
+    "embedding and loss as layers": (
+        f"{_LLAMA} --num-layers 30 --pipeline-model-parallel-size 4 --account-for-embedding-in-pipeline-split "
+        "--account-for-loss-in-pipeline-split",
+        {"parallel.pipeline_layout": f"E{'t' * 7}|{'t' * 8}|{'t' * 8}|{'t' * 7}L"},
+        [],
     ),
     "blend": (
         f"{_TINY} --data-path 0.3 /data/web_text_document 0.7 /data/code_text_document --split 98,2,0 --eval-iters 4",

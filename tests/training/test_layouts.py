@@ -16,9 +16,11 @@ SEQUENCE = "parallel.sequence_parallel=true"
 PLAIN = "parallel.use_distributed_optimizer=false"
 OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 BUCKETS = "parallel.ddp_bucket_size=1000"  # nearly one a weight
+UNEVEN = 'parallel.pipeline_layout="Ettt|tL"'
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 UNTIED = "model.tie_word_embeddings=false"
 RAMP_UP = "training.rampup_batch_size=[4,2,24]"
+CP2 = "parallel.context_parallel_size=2"
 BF16 = "training.precision=bf16"
 QKV_BIAS = "model.add_qkv_bias=true"
 PAD = "training.pad_global_batch=true"  # batches of 8 in 9 or 12 places
@@ -43,6 +45,9 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2, sequence parallel": (2, (TP2, SEQUENCE)),
     "PP2, interleaved, recomputed": (2, (PP2, INTERLEAVED, FULL)),
     "DP3, filled up": (3, (PAD,)),
+    "PP2, uneven": (2, (PP2, UNEVEN)),
+    "CP2": (2, (CP2,)),
+    "CP2 TP2, sequence parallel": (4, (CP2, TP2, SEQUENCE)),
     "TP2 PP2": (4, (TP2, PP2)),
 }
 MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -55,6 +60,11 @@ MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2, interleaved": (2, (PP2, INTERLEAVED)),
     "TP2 PP2 DP2": (8, (TP2, PP2)),
     "PP2 DP3, interleaved, filled up": (6, (PP2, INTERLEAVED, PAD)),
+    "CP2 PP2, overlapped": (4, (CP2, PP2, *OVERLAP)),
+    "CP2 DP2": (4, (CP2,)),
+    "CP4, plain optimizer": (4, ("parallel.context_parallel_size=4", PLAIN)),
+    "CP2 PP2 DP2, interleaved, recomputed": (8, (CP2, PP2, INTERLEAVED, FULL)),
+    "CP2, micro-batches of 4": (2, (CP2, "training.micro_batch_size=4")),
     "TP2, selective recomputation": (2, (TP2, SELECTIVE)),
     "TP2, sequence parallel, recomputed": (2, (TP2, SEQUENCE, FULL)),
     "TP2 PP2 DP2, plain optimizer": (8, (TP2, PP2, PLAIN)),
@@ -129,6 +139,18 @@ def test_same_losses_in_more_layouts(layout: str, train_once: TrainOnce) -> None
     run, reference = train_once(MORE_LAYOUTS[layout][0], *MORE_LAYOUTS[layout][1]), train_once(1)
     assert_same_training(run.steps, reference.steps, RELATIVE)
     assert_same_held_out(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ['"Et|tt|tt|tL"', "auto"])
+def test_uneven_and_interleaved_stages(layout: str, train_once: TrainOnce) -> None:
+    """Layers under other numbers would begin with other weights. auto: the head of a narrow model is several layers."""
+    reference = train_once(1, "model.num_layers=6")
+    split = (PP2, INTERLEAVED, f"parallel.pipeline_layout={layout}", "model.num_layers=6")
+    run = train_once(4, TP2, *split)
+    assert_same_training(run.steps, reference.steps, RELATIVE)
+    assert_same_held_out(run, reference)
+    assert "0: 3 layers (1 + 2)" in run.process.stdout or layout == "auto"
 
 
 def test_head_in_a_bucket_of_its_own(train_once: TrainOnce) -> None:

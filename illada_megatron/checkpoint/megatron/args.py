@@ -8,6 +8,8 @@ import torch
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.megatron.stage_parameters import Implementation
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import pipeline_split
+from illada_megatron.config.pipeline_split import UNEVEN_OPTIONS, is_even, megatron_layout, split_of_megatron
 from illada_megatron.config.schema import RopeScaling
 
 # our field -> Megatron's argument, where they mean the same
@@ -30,6 +32,7 @@ _SAME = {
         "tensor_model_parallel_size": "tensor_model_parallel_size",
         "pipeline_model_parallel_size": "pipeline_model_parallel_size",
         "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
+        "context_parallel_size": "context_parallel_size",
         "data_parallel_size": "data_parallel_size",
         "sequence_parallel": "sequence_parallel",
         "use_distributed_optimizer": "use_distributed_optimizer",
@@ -74,7 +77,7 @@ def namespace(config: RunConfig, iteration: int, consumed_samples: int, implemen
     dumped = config.model_dump(mode="python")
     for section, fields in _SAME.items():
         values |= {argument: dumped[section][field] for field, argument in fields.items()}
-    model, precision = config.model, config.training.precision
+    model, precision, split = config.model, config.training.precision, pipeline_split(config)
     return Namespace(
         **values
         | _rope_arguments(model.rope_scaling)
@@ -90,6 +93,7 @@ def namespace(config: RunConfig, iteration: int, consumed_samples: int, implemen
             "fp16": False,
             "params_dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
             "transformer_impl": implementation,
+            "pipeline_model_parallel_layout": None if is_even(split) else megatron_layout(split),
             "ckpt_format": "torch",
             "iteration": iteration,
             "consumed_train_samples": consumed_samples,
@@ -159,6 +163,7 @@ def config_values(args: Any, where: object) -> dict[str, Any]:
     model, tensor = values["model"], getattr(args, "tensor_model_parallel_size", 1)
     if "num_layers" not in model or "num_attention_heads" not in model:
         raise CheckpointError(f"{where}: args lack num_layers or num_attention_heads, expected Megatron's arguments")
+    values["parallel"]["pipeline_layout"] = _pipeline_layout(args, values, where)
     if model.get("kv_channels", 0) * model["num_attention_heads"] == model.get("hidden_size"):
         del model["kv_channels"]  # ours is None where it follows from the others
     padded = getattr(args, "padded_vocab_size", None)
@@ -181,6 +186,27 @@ def config_values(args: Any, where: object) -> dict[str, Any]:
         raise CheckpointError(f"{where}: args.fp16 is True, expected bf16 or fp32")
     values["training"]["precision"] = "bf16" if getattr(args, "bf16", False) else "fp32"
     return values
+
+
+def _pipeline_layout(args: Any, values: dict[str, Any], where: object) -> str:
+    """parallel.pipeline_layout of Megatron's arguments."""
+    written = getattr(args, "pipeline_model_parallel_layout", None)
+    if isinstance(written, str):
+        return written
+    asked = {name: value for name in UNEVEN_OPTIONS if (value := getattr(args, name, None))}
+    parallel, layers = values["parallel"], values["model"].get("num_layers")
+    pipeline, virtual = (parallel.get(f"{name}pipeline_model_parallel_size", 1) for name in ("", "virtual_"))
+    numbers = (layers, pipeline, virtual, *asked.values())
+    if written is not None or not all(isinstance(one, int) and one > 0 for one in numbers):
+        raise CheckpointError(
+            f"{where}: args.pipeline_model_parallel_layout is {written!r}, of {layers} layers, {pipeline} stages of "
+            f"{virtual} chunks and {asked or 'no other option'}: expected Megatron's notation or whole numbers"
+        )
+    try:
+        split = split_of_megatron(layers, pipeline, virtual, asked)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return "even" if is_even(split) else megatron_layout(split)
 
 
 def progress(args: Any, iteration: int, optimizer_step: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from illada_megatron.checkpoint.files.tensors import bytes_of
 from illada_megatron.checkpoint.megatron import legacy_layout as layout
 from illada_megatron.checkpoint.megatron.stage_parameters import HeldParameter, chunks_of_stages
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import pipeline_split
 from illada_megatron.config.parameters import Parameter, parameters
 
 _TE_MARK = "layer_norm_weight"
@@ -143,10 +144,11 @@ def find_slots(directory: Path, config: RunConfig) -> tuple[Slots, int]:
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    split = pipeline_split(config)
     slots: Slots = {}
     steps: set[int] = set()
     stages = {
-        implementation: chunks_of_stages(config.model, pipeline, virtual, implementation)
+        implementation: chunks_of_stages(config.model, split, implementation)
         for implementation in ("local", "transformer_engine")
     }
     for pipeline_rank in range(pipeline):

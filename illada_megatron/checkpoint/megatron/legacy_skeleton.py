@@ -13,6 +13,7 @@ from illada_megatron.checkpoint.megatron import legacy_layout as layout
 from illada_megatron.checkpoint.megatron.args import namespace
 from illada_megatron.checkpoint.megatron.stage_parameters import HeldParameter, Implementation, chunks_of_stages
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import pipeline_split
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,9 +32,9 @@ def write_skeleton(
     with_optimizer: also Adam's state, as megatron-core's plain or distributed optimizer (the configuration's) saves it.
     """
     parallel = config.parallel
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    pipeline = parallel.pipeline_model_parallel_size
     args = namespace(config, iteration, progress["consumed_samples"], implementation)
-    stages = chunks_of_stages(config.model, pipeline, virtual, implementation)
+    stages = chunks_of_stages(config.model, pipeline_split(config), implementation)
     for pipeline_rank, held in enumerate(stages):
         for rank in range(parallel.tensor_model_parallel_size):
             place = directory / layout.rank_directory(rank, pipeline_rank, pipeline)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, Parameter, parameters
+from illada_megatron.config.pipeline_split import Split, first_layers
 
 Implementation = Literal["local", "transformer_engine"]
 
@@ -55,21 +56,20 @@ class HeldParameter:
 
 
 def chunks_of_stages(
-    model: ModelConfig, pipeline: int, virtual: int, implementation: Implementation = "local"
+    model: ModelConfig, split: Split, implementation: Implementation = "local"
 ) -> list[list[list[HeldParameter]]]:
     """[pipeline rank][model chunk] -> its parameters, in the order of megatron-core's GPTModel.
 
-    Chunk v of rank p has the layers from v * L/virtual + p * L/(pipeline*virtual) on
-    (megatron-core's get_transformer_layer_offset). model.num_layers is a multiple of pipeline * virtual (RunConfig).
+    split: the numbers of their layers (config.layout.pipeline_split).
     """
     by_name = {parameter.name: parameter for parameter in parameters(model)}
-    count = model.num_layers // (pipeline * virtual)
+    first_layer, last = first_layers(split), (len(split) - 1, len(split[0]) - 1)
     stages: list[list[list[HeldParameter]]] = []
-    for rank in range(pipeline):
+    for rank, counts in enumerate(split):
         chunks = []
-        for chunk in range(virtual):
-            first = chunk * (model.num_layers // virtual) + rank * count
-            is_first, is_last = rank == chunk == 0, (rank, chunk) == (pipeline - 1, virtual - 1)
+        for chunk, count in enumerate(counts):
+            first = first_layer[rank][chunk]
+            is_first, is_last = rank == chunk == 0, (rank, chunk) == last
             held = [HeldParameter(EMBEDDING, by_name[EMBEDDING])] if is_first else []
             for index in range(count):
                 held += [
@@ -88,9 +88,9 @@ def chunks_of_stages(
     return stages
 
 
-def parameters_of_stages(model: ModelConfig, pipeline: int, virtual: int) -> list[list[Parameter]]:
+def parameters_of_stages(model: ModelConfig, split: Split) -> list[list[Parameter]]:
     """[pipeline rank] -> the parameters that it holds first or alone, all chunks of it; together each once."""
     return [
         [held.parameter for chunk in chunks for held in chunk if not held.is_tied_head]
-        for chunks in chunks_of_stages(model, pipeline, virtual)
+        for chunks in chunks_of_stages(model, split)
     ]

@@ -119,7 +119,9 @@ def _facts(opened: OpenCheckpoint, verify: bool) -> list[tuple[str, str]]:
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     layout = (
         f"tensor {parallel.tensor_model_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}"
-        f"{f' x {virtual} chunks' if virtual > 1 else ''}, data {parallel.data_parallel_size or 'any'}, "
+        f"{f' x {virtual} chunks' if virtual > 1 else ''}, "
+        f"{f'context {parallel.context_parallel_size}, ' if parallel.context_parallel_size > 1 else ''}"
+        f"data {parallel.data_parallel_size or 'any'}, "
         f"{'distributed' if parallel.use_distributed_optimizer else 'plain'} optimizer"
     )
     state = "checksums compared" if verify else "only sizes compared"

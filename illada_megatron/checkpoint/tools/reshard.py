@@ -81,16 +81,19 @@ def new_config(opened: OpenCheckpoint, change: LayoutChange, overrides: Sequence
         f"parallel.virtual_pipeline_model_parallel_size={virtual or 'null'}",
         f"parallel.data_parallel_size={change.data or 'null'}",
     ]
+    stages = (saved.pipeline_model_parallel_size, saved.virtual_pipeline_model_parallel_size or 1)
+    written = saved.pipeline_layout not in ("auto", "even")  # of the old stages
+    first = ["parallel.pipeline_layout=auto"] if written and (pipeline, virtual or 1) != stages else []
     if tensor == 1:
         values.append("parallel.sequence_parallel=false")
-    config = load_config(opened.info.config, [*overrides, *values], source=str(opened.info.path))
+    config = load_config(opened.info.config, [*first, *overrides, *values], source=str(opened.info.path))
     if config.model != opened.config.model:
         raise ConfigError(f"{opened.info.path}: a reshard leaves the model as it is; leave out overrides of model.*")
     if config.training.precision != opened.config.training.precision:
         raise ConfigError(f"{opened.info.path}: a reshard leaves training.precision as it is")
     if change.data:
         try:
-            resolve_layout(config, tensor * pipeline * change.data)
+            resolve_layout(config, tensor * config.parallel.context_parallel_size * pipeline * change.data)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return config

@@ -25,6 +25,7 @@ from illada_megatron.checkpoint.tools.copying import DistSink, LegacySink, Sink,
 from illada_megatron.checkpoint.tools.processes import default_processes, pool
 from illada_megatron.checkpoint.tools.sources import Source
 from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import pipeline_split
 from illada_megatron.config.parameters import EMBEDDING, Parameter
 
 Format = Literal["torch_dist", "legacy"]
@@ -161,17 +162,15 @@ def _copies(content: Content, states: Sequence[str]) -> list[_Copy]:
     """All tensors of the source in the order in which the new layout's ranks read them: a stage after the other, its
     weights before its optimizer's state."""
     source, config = content.source, content.config
-    parallel, held = config.parallel, source.tensors
+    held = source.tensors
     if states and "main" not in states and config.training.precision != "fp32":
         raise CheckpointError(
             f"{content.name}: holds Adam's moments of a {config.training.precision} model but no fp32 main weights: a "
             "run could not go on exactly from it; save it with main weights (in Megatron, without "
             "--use-precision-aware-optimizer), or without the optimizer"
         )
-    stages = parameters_of_stages(
-        config.model, parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    )
-    limit = _FILE_BYTES * parallel.tensor_model_parallel_size
+    stages = parameters_of_stages(config.model, pipeline_split(config))
+    limit = _FILE_BYTES * config.parallel.tensor_model_parallel_size
     tasks: list[_Copy] = []
     for stage in stages:
         ordered = [(tensor_name(one.name, WEIGHT), one) for one in stage]

@@ -163,6 +163,8 @@ class LayoutChoice(Section):
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    pipeline_layout: str = "even"
+    context_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
     micro_batch_size: PositiveInt | None = None
     """None: training.micro_batch_size."""
@@ -177,8 +179,14 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks on a pipeline rank (interleaved 1F1B); None or 1: not interleaved."""
+    pipeline_layout: str = "even"
+    """Layers of each stage. even: the same number; auto: by what they cost, the head and the embedding among them
+    (docs/pipeline_balance.md); else as Megatron's --pipeline-model-parallel-layout writes them: "Ettt|tttt|tttL"."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence's tokens: for long sequences (docs/long_sequences.md). They hold the same weights
+    and divide the optimizer's state, as data-parallel ranks do."""
     data_parallel_size: PositiveInt | None = None
-    """None: world size / (TP * PP). A number is checked against the world."""
+    """None: world size / (TP * CP * PP). A number is checked against the world."""
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks (ZeRO-1)."""

@@ -32,16 +32,16 @@ def test_names_and_order_are_gpt_models(more: dict[str, bool], tiny_config: RunC
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope",
     )
-    ((held,),) = chunks_of_stages(model, 1, 1, "local")
+    ((held,),) = chunks_of_stages(model, [[model.num_layers]], "local")
     assert [(one.local_name, one.parameter.shape) for one in held] == [
         (name, tuple(parameter.shape)) for name, parameter in gpt.named_parameters()
     ]
 
 
-@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (2, 2), (4, 1)])
-def test_stages_hold_each_parameter_once(pipeline: int, virtual: int, tiny_config: RunConfig) -> None:
+@pytest.mark.parametrize("split", [[[4]], [[2], [2]], [[1, 1], [1, 1]], [[1, 1, 1, 1]], [[3], [1]]], ids=str)
+def test_stages_hold_each_parameter_once(split: list[list[int]], tiny_config: RunConfig) -> None:
     model = tiny_config.model.model_copy(update={"num_layers": 4})
-    names = [one.name for stage in parameters_of_stages(model, pipeline, virtual) for one in stage]
+    names = [one.name for stage in parameters_of_stages(model, split) for one in stage]
     assert sorted(names) == sorted(one.name for one in parameters(model))
 
 

@@ -25,6 +25,7 @@ from illada_megatron.checkpoint.tools.copying import blocks
 from illada_megatron.checkpoint.tools.opening import open_checkpoint
 from illada_megatron.checkpoint.tools.reshard import LayoutChange, reshard
 from illada_megatron.config import load_config
+from illada_megatron.config.layout import pipeline_split
 from illada_megatron.config.parameters import parameters
 
 TINY = (
@@ -126,7 +127,7 @@ def test_ranks_read_their_files_from_front_to_back(tmp_path: Path) -> None:
     opened = open_checkpoint(str(tmp_path / "new"))
     tensors = opened.source.tensors
     readers: dict[str, set[tuple[int, int]]] = {}
-    for stage, held in enumerate(parameters_of_stages(opened.config.model, 2, 1)):
+    for stage, held in enumerate(parameters_of_stages(opened.config.model, pipeline_split(opened.config))):
         for rank in range(2):
             places = []
             for prefix in ("", "optimizer.exp_avg."):
