@@ -7,7 +7,9 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from illada_megatron.config import ConfigError
+from illada_megatron.cli.plan_layouts import Asked, show_layouts
+from illada_megatron.cli.run_commands import ConfigOption, Overrides
+from illada_megatron.config import ConfigError, load_config
 from illada_megatron.planning import (
     FaultModel,
     Measured,
@@ -15,6 +17,7 @@ from illada_megatron.planning import (
     best_interval,
     daly_interval,
     expected_goodput,
+    load_device,
     measured_in,
     simulate,
     young_interval,
@@ -28,49 +31,106 @@ _HOUR, _DAY = 3600.0, 86400.0
 _SWEEP = 60
 
 
+_LAYOUTS, _FAILURES = "Layouts", "Failures"
+# Of a save and a restart where nothing says more; the layouts' table names them.
+_STALL, _SAVE, _RESTART = 1.0, 30.0, 180.0
+
+
 def plan(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
     failures: Annotated[
-        bool, typer.Option("--failures", help="Goodput and the best checkpoint interval under failures.")
+        bool, typer.Option("--failures", help="Instead: goodput and the best checkpoint interval under failures.")
     ] = False,
-    gpus: Annotated[list[int], typer.Option(help="Size of the run; repeat for several.")] = [1024, 16384],  # noqa: B006
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(help="Size of the run; repeat for several. 1,024; of --failures 16,384 too.", min=1),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="h100, h200, b200, or a YAML file like theirs.", rich_help_panel=_LAYOUTS)
+    ] = "h100",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="bf16 or fp8; repeat for several. Both.", rich_help_panel=_LAYOUTS),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Show so many.", min=1, rich_help_panel=_LAYOUTS)] = 20,
+    explain: Annotated[
+        int | None,
+        typer.Option(
+            help="Show the arithmetic of this one of the list, line by line; 0: of the configuration's own layout.",
+            min=0,
+            rich_help_panel=_LAYOUTS,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All layouts as a line of JSON.", rich_help_panel=_LAYOUTS)
+    ] = False,
     log: Annotated[
         Path | None,
-        typer.Option(help="A run's logging.jsonl_path: medians of what is measured there, where no option says more."),
+        typer.Option(
+            help="A run's logging.jsonl_path: medians of what is measured there, where no option says more.",
+            rich_help_panel=_FAILURES,
+        ),
     ] = None,
-    save_stall: Annotated[float | None, typer.Option(help="Seconds that a save makes the run wait.")] = None,
-    save: Annotated[float | None, typer.Option(help="Seconds from its begin until the checkpoint is durable.")] = None,
+    save_stall: Annotated[
+        float | None, typer.Option(help="Seconds that a save makes the run wait.", rich_help_panel=_FAILURES)
+    ] = None,
+    save: Annotated[
+        float | None,
+        typer.Option(help="Seconds from its begin until the checkpoint is durable.", rich_help_panel=_FAILURES),
+    ] = None,
     restart: Annotated[
-        float | None, typer.Option(help="Seconds from the start of the ranks to the first new step.")
+        float | None,
+        typer.Option(help="Seconds from the start of the ranks to the first new step.", rich_help_panel=_FAILURES),
     ] = None,
-    detect: Annotated[float, typer.Option(help="Seconds until a failure is noticed.")] = 60.0,
+    detect: Annotated[
+        float, typer.Option(help="Seconds until a failure is noticed.", rich_help_panel=_FAILURES)
+    ] = 60.0,
     replacement: Annotated[
-        float, typer.Option(help="Seconds until a lost machine is replaced; 0: a spare is ready.")
+        float,
+        typer.Option(
+            help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_FAILURES
+        ),
     ] = 0.0,
     fewer: Annotated[
-        bool, typer.Option("--fewer", help="Train on the machines that are left until then, instead of waiting.")
+        bool,
+        typer.Option(
+            "--fewer",
+            help="Train on the machines that are left until then, instead of waiting.",
+            rich_help_panel=_FAILURES,
+        ),
     ] = False,
     gpu_mtbf_hours: Annotated[
-        float, typer.Option(help="Mean hours between failures of a GPU; 49,152: 1,024 GPUs fail every two days.")
+        float,
+        typer.Option(
+            help="Mean hours between failures of a GPU; 49,152: 1,024 GPUs fail every two days.",
+            rich_help_panel=_FAILURES,
+        ),
     ] = _GPU_MTBF_HOURS,
-    gpus_per_node: Annotated[int, typer.Option(help="What a failure takes away with --fewer.")] = 8,
-    days: Annotated[float, typer.Option(help="Simulated wall time.")] = 365.0,
-    seed: Annotated[int, typer.Option(help="Of the simulated failures.")] = 0,
+    gpus_per_node: Annotated[
+        int, typer.Option(help="What a failure takes away with --fewer.", rich_help_panel=_FAILURES)
+    ] = 8,
+    days: Annotated[float, typer.Option(help="Simulated wall time.", rich_help_panel=_FAILURES)] = 365.0,
+    seed: Annotated[int, typer.Option(help="Of the simulated failures.", rich_help_panel=_FAILURES)] = 0,
 ) -> None:
-    """Simulate a run of many GPUs that fail, and find the checkpoint interval that keeps most of its time; Young's and
-    Daly's formulas beside it. docs/faults.md has the model.
+    """Say before it is started what a run would do.
 
-    `illada plan --failures --log runs/illada_8b/steps.jsonl --detect 90 --restart 240`
+    With --config: every layout that fits on so many GPUs, the fastest first, with its memory, bubble, communication,
+    speed and days (docs/scaling.md): `illada plan --config illada-8b --gpus 1024 --device h100`
+
+    With --failures: a simulation of a run of GPUs that fail, and the checkpoint interval that keeps most of its time;
+    Young's and Daly's formulas beside it (docs/faults.md): `illada plan --failures --log runs/illada_8b/steps.jsonl`
     """
-    if not failures:
-        raise ConfigError("say what to plan: --failures")
+    if failures == (config is not None):
+        raise ConfigError("say what to plan: --config for its layouts, or --failures")
     measured = measured_in(log) if log is not None else Measured(None, None, None, None)
-    stall = _given("--save-stall", "save_stall_seconds", save_stall, measured.save_stall_seconds, log)
-    durable = _given("--save", "save_seconds", save, measured.save_seconds, log)
-    start = _given("--restart", "start_seconds", restart, measured.restart_seconds, log)
+    assumed = (None, None, None) if failures else (_STALL, _SAVE, _RESTART)
+    stall = _given("--save-stall", "save_stall_seconds", save_stall, measured.save_stall_seconds, log, assumed[0])
+    durable = _given("--save", "save_seconds", save, measured.save_seconds, log, assumed[1])
+    start = _given("--restart", "start_seconds", restart, measured.restart_seconds, log, assumed[2])
     if not days > 0:
         raise ConfigError(f"--days {days}: expected a positive number")
-    screen = made_console()
-    for count in gpus:
+    for count in gpus or ([1024, 16384] if failures else [1024]):
         try:
             model = FaultModel(
                 gpus=count,
@@ -85,12 +145,27 @@ def plan(
             )
         except ValueError as error:
             raise PlanError(str(error)) from error
-        screen.print(_table(model, days * _DAY, seed, measured.step_seconds))
+        if failures:
+            made_console().print(_table(model, days * _DAY, seed, measured.step_seconds))
+        else:
+            asked = Asked(_precisions(precision), top, explain, as_json)
+            show_layouts(load_config(config, overrides or ()), model, load_device(device), asked)
 
 
-def _given(option: str, key: str, value: float | None, measured: float | None, log: Path | None) -> float:
+def _precisions(given: list[str] | None) -> list[str]:
+    for one in given or ():
+        if one not in ("bf16", "fp8"):
+            raise ConfigError(f"--precision {one}: expected bf16 or fp8")
+    return given or ["bf16", "fp8"]
+
+
+def _given(
+    option: str, key: str, value: float | None, measured: float | None, log: Path | None, assumed: float | None
+) -> float:
     if value is not None:
         return value
+    if measured is None and assumed is not None:
+        return assumed
     if measured is None:
         where = f"{log} has no {key}: give {option} SECONDS" if log else f"give {option} SECONDS, or --log"
         raise ConfigError(f"{option} is not known: {where}")

@@ -111,6 +111,12 @@ def expected_goodput(model: FaultModel, interval_seconds: float) -> float:
     return kept / (mtbf * -math.expm1(-cycle / mtbf))
 
 
+def planned_goodput(model: FaultModel) -> tuple[float, float]:
+    """(Daly's interval in seconds, or as long as a save takes; the kept share of the time expected with it)."""
+    interval = max(daly_interval(model.save_stall_seconds, model.mtbf_seconds), model.save_seconds, 1.0)
+    return interval, expected_goodput(model, interval)
+
+
 def simulate(model: FaultModel, interval_seconds: float, wall_seconds: float, seed: int) -> SimulatedRun:
     """Event by event: failures, machines that come back, saves. The same seed meets the same sequence of luck.
 

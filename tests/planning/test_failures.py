@@ -179,7 +179,7 @@ def test_command_reads_a_log(illada: Illada, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--save", "3"], "say what to plan: --failures"),
+        (["--save", "3"], "say what to plan: --config for its layouts, or --failures"),
         (["--failures", "--save", "3", "--restart", "9"], "--save-stall is not known: give --save-stall SECONDS"),
         (["--failures", "--log", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--failures", "--log", "EMPTY"], "empty, expected the lines of a run's logging.jsonl_path"),

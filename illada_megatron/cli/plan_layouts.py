@@ -1,0 +1,165 @@
+"""`illada plan --config`: layouts that fit, the fastest first."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from illada_megatron.config import RunConfig
+from illada_megatron.config.layout import resolve_layout
+from illada_megatron.planning import (
+    MEMORY_COLUMNS,
+    MEMORY_SHARE,
+    Candidate,
+    Device,
+    FaultModel,
+    PlanError,
+    Planned,
+    Workload,
+    as_json,
+    even_split,
+    explained,
+    layout_words,
+    memory_gib,
+    planned,
+    planned_goodput,
+    search,
+    smallest,
+    workload,
+)
+from illada_megatron.system.console import made_console
+from illada_megatron.system.terminal import say
+
+_GIB = 2**30
+_TABLE_WIDTH = 200  # lines that a narrow terminal breaks are read more easily than columns without numbers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say of the layouts."""
+
+    precisions: list[str]
+    top: int
+    explain: int | None
+    """Which of the list, from 1; 0: the configuration's own."""
+    as_json: bool
+
+
+def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: Asked) -> None:
+    """Of one number of GPUs."""
+    work, gpus = workload(config), faults.gpus
+    found = search(work, gpus, device, asked.precisions)
+    interval, goodput = planned_goodput(faults)
+    own, problem = own_layout(config, work, gpus, device)
+    if asked.as_json:
+        layouts = [as_json(work, one, goodput) for one in found]
+        typer.echo(json.dumps({"gpus": gpus, "device": device.name, "save_interval_seconds": interval, "layouts": layouts}))
+        return
+    if asked.explain is not None:
+        _explain(work, _asked_for(found, own, problem, asked.explain), device, goodput)
+        return
+    say(
+        f"{gpus:,} x {device.name}, {work.model.num_parameters:,} parameters, {work.global_batch_size:,} sequences of "
+        f"{work.sequence_length:,}: {len(found):,} layouts fit into {MEMORY_SHARE:.0%} of "
+        f"{device.memory_bytes.value / _GIB:.1f} GiB"
+    )
+    say(
+        f"goodput {goodput:.2%}: a failure every {faults.mtbf_seconds / 3600:,.1f} h, a save every {interval:,.0f} s that "
+        f"the run waits {faults.save_stall_seconds:g} s for, durable after {faults.save_seconds:g} s; down "
+        f"{faults.outage_seconds:g} s"
+    )
+    if not found:
+        say(_nothing_fits(work, gpus, device, asked.precisions))
+        return
+    made_console(width=_TABLE_WIDTH).print(_table(work, found[: asked.top], goodput))
+    say(_own_text(found, own, problem, device))
+
+
+def own_layout(
+    config: RunConfig, work: Workload, gpus: int, device: Device
+) -> tuple[Planned | None, str]:
+    """The configuration's layout on so many GPUs; None with the reason where there is none."""
+    training = config.training
+    try:
+        layout = resolve_layout(config, gpus)
+    except ValueError as error:
+        return None, str(error)
+    split = even_split(config.model.num_layers, layout.pipeline, layout.virtual)
+    if split is None:
+        return None, "the layers are not divided evenly"
+    one = Candidate(
+        *(gpus, layout.tensor, layout.pipeline, layout.virtual, 1),
+        *(training.micro_batch_size, training.recompute, training.precision, split),
+    )
+    return planned(work, one, device), ""
+
+
+def _asked_for(found: list[Planned], own: Planned | None, problem: str, number: int) -> Planned:
+    if number == 0:
+        if own is None:
+            raise PlanError(f"--explain 0: the configuration has no layout here: {problem}")
+        return own
+    if number > len(found):
+        raise PlanError(f"--explain {number}: {len(found)} layouts fit; 0 is the configuration's own")
+    return found[number - 1]
+
+
+def _explain(work: Workload, one: Planned, device: Device, goodput: float) -> None:
+    lines = explained(work, one, device)
+    lines.append(("", f"{one.days / goodput:,.1f} days with a goodput of {goodput:.2%}"))
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        say(f"{name:{width}}  {text}" if name else f"\n{text}")
+
+
+def _nothing_fits(work: Workload, gpus: int, device: Device, precisions: list[str]) -> str:
+    least = smallest(work, gpus, device, precisions)
+    if least is None:
+        return (
+            f"no layout divides the batch of {work.global_batch_size:,} over {gpus:,} GPUs: change "
+            "training.global_batch_size or --gpus"
+        )
+    one, needed = least
+    return (
+        f"no layout fits: the smallest, {layout_words(one)} with {one.precision} and recompute {one.recompute}, needs "
+        f"{needed.total / _GIB:,.1f} GiB a GPU; take more GPUs"
+    )
+
+
+def _own_text(found: list[Planned], own: Planned | None, problem: str, device: Device) -> str:
+    if own is None:
+        return f"the configuration's own layout: {problem}"
+    places = [number for number, one in enumerate(found, 1) if one.candidate == own.candidate]
+    words = f"the configuration's own, {layout_words(own.candidate)} with {own.candidate.precision}"
+    if places:
+        return f"{words}: number {places[0]}, {own.tokens_per_second / found[0].tokens_per_second:.0%} of the first's speed"
+    share = own.memory.total / device.memory_bytes.value
+    return (
+        f"{words} and recompute {own.candidate.recompute}: {own.tokens_per_second:,.0f} tokens/s/GPU, "
+        f"{own.memory.total / _GIB:.1f} GiB ({share:.0%}); `--explain 0` has its arithmetic"
+    )
+
+
+def _table(work: Workload, found: list[Planned], goodput: float) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    left = ("", "layout", "recompute")
+    names = ("", "layout", "micro", "recompute", "", "tokens/s/GPU", "MFU", "days", "bubble", "sent GB", "hidden", "GiB")
+    for name in (*names, *MEMORY_COLUMNS):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for number, one in enumerate(found, 1):
+        table.add_row(*_row(work, number, one, goodput))
+    return table
+
+
+def _row(work: Workload, number: int, one: Planned, goodput: float) -> list[Any]:
+    layout, parts = one.candidate, memory_gib(one)
+    return [
+        *(str(number), layout_words(layout), f"{layout.microbatches(work.global_batch_size)} x {layout.micro_batch_size}"),
+        *(layout.recompute, layout.precision, f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}"),
+        *(f"{one.days / goodput:,.1f}", f"{one.step.bubble:.1%}", f"{sum(one.step.sent.values()) / 1e9:,.1f}"),
+        *(f"{one.step.hidden:.0%}", f"{one.memory.total / _GIB:.1f}"),
+        *(f"{parts[name]:.1f}" for name in MEMORY_COLUMNS),
+    ]

@@ -1,0 +1,273 @@
+"""Memory as it is planned against what megatron-core allocates for the same rank, whatever the number of ranks: torch's
+fake process group stands for the others, and the stages, gradient buffers and optimizers are the real ones."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from illada_megatron.config import RunConfig, load_config
+from illada_megatron.planning import Candidate, even_split, load_device, workload
+from illada_megatron.planning.memory import (
+    gradients,
+    layers_in_flight,
+    local_layer_bytes,
+    optimizer,
+    weights,
+)
+from illada_megatron.planning.workload import stage_elements
+from illada_megatron.runtime import cpu_adaptor
+from illada_megatron.runtime.device import Device, select_device
+from illada_megatron.runtime.megatron import import_megatron
+
+H100 = load_device("h100")
+SMALL = (
+    *("model.num_layers=8", "model.hidden_size=64", "model.ffn_hidden_size=192", "model.num_attention_heads=8"),
+    *("model.num_query_groups=4", "model.vocab_size=1000", "data.sequence_length=64", "model.max_sequence_length=64"),
+    *("training.micro_batch_size=1", "training.global_batch_size=64", "runtime.device=cpu"),
+)
+MIDDLE = (
+    *SMALL,
+    *("model.hidden_size=512", "model.ffn_hidden_size=1408", "model.vocab_size=32000", "data.sequence_length=128"),
+    "model.max_sequence_length=128",
+)
+# tensor, pipeline, virtual, data
+LAYOUTS = [(1, 1, 1, 1), (1, 1, 1, 8), (2, 1, 1, 4), (1, 4, 1, 2), (2, 2, 2, 4), (4, 2, 4, 32), (4, 8, 1, 64)]
+
+
+def configured(base: Iterable[str], layout: tuple[int, int, int, int], *more: str) -> RunConfig:
+    tensor, pipeline, virtual, _ = layout
+    parallel = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else "null",
+        "sequence_parallel": str(tensor > 1).lower(),
+    }
+    return load_config("tiny", [*base, *(f"parallel.{name}={value}" for name, value in parallel.items()), *more])
+
+
+def candidate_of(config: RunConfig, layout: tuple[int, int, int, int]) -> Candidate:
+    tensor, pipeline, virtual, data = layout
+    split = even_split(config.model.num_layers, pipeline, virtual)
+    assert split is not None
+    return Candidate(tensor * pipeline * data, tensor, pipeline, virtual, 1, 1, "none", config.training.precision, split)
+
+
+@contextmanager
+def rank_of(config: RunConfig, world: int, rank: int) -> Iterator[None]:
+    """This process as one rank of `world`; collectives leave their results as they are."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import_megatron()
+    cpu_adaptor.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel = config.parallel
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def rank_of_stage(layout: tuple[int, int, int, int], stage: int) -> int:
+    """The last rank of a stage: pipeline ranks lie furthest apart."""
+    tensor, _, _, data = layout
+    return (stage + 1) * tensor * data - 1
+
+
+def allocated(tensors: Iterable[Tensor]) -> int:
+    """Bytes of their storages, each once."""
+    return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def optimizer_tensors(built: Any) -> Iterator[Tensor]:
+    """Main weights that are no model's weights, and moments."""
+    for one in getattr(built, "chained_optimizers", [built]):
+        for group in one.optimizer.param_groups:
+            yield from group["params"]
+        for state in one.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+def built_bytes(config: RunConfig, world: int, rank: int) -> dict[str, int]:
+    """What a rank has allocated after a step."""
+    with rank_of(config, world, rank):
+        from illada_megatron.model import build_model_chunks
+        from illada_megatron.training.optimizer import apply_gradients, build_optimizer
+        from illada_megatron.training.setup import wrap_data_parallel
+
+        chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, select_device(config)))
+        built = build_optimizer(config, chunks)
+        built.prepare_grads()
+        apply_gradients(built, 1.0, 1.0)  # Adam's moments exist from the first step on
+        parameters = [one for chunk in chunks for one in chunk.parameters()]
+        held = allocated(parameters)
+        return {
+            "weights": held,
+            "gradients": allocated(one.main_grad for one in parameters),
+            "optimizer": allocated([*parameters, *optimizer_tensors(built)]) - held,
+        }
+
+
+def compare(config: RunConfig, layout: tuple[int, int, int, int]) -> None:
+    work, one = workload(config), candidate_of(config, layout)
+    for stage in sorted({0, layout[1] // 2, layout[1] - 1}):
+        found = built_bytes(config, one.gpus, rank_of_stage(layout, stage))
+        wanted = {
+            "weights": weights(work, one, stage, H100).value,
+            "gradients": gradients(work, one, stage).value,
+            "optimizer": optimizer(work, one, stage).value,
+        }
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=0.05), (name, stage, layout)
+        assert sum(found.values()) == pytest.approx(sum(wanted.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_gradients_and_optimizer(layout: tuple[int, int, int, int]) -> None:
+    compare(configured(MIDDLE, layout, "training.precision=bf16"), layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ((2, 2, 1, 2), ("training.precision=fp32",)),
+        ((1, 2, 1, 2), ("training.precision=bf16", "parallel.use_distributed_optimizer=false")),
+        ((2, 2, 2, 2), ("training.precision=bf16", "model.tie_word_embeddings=false")),
+        ((2, 1, 1, 2), ("training.precision=bf16", "model.add_qkv_bias=true", "model.qk_layernorm=true")),
+    ],
+)
+def test_small_and_otherwise(layout: tuple[int, int, int, int], more: tuple[str, ...]) -> None:
+    compare(configured(SMALL, layout, *more), layout)
+
+
+def kept_bytes(config: RunConfig, layout: tuple[int, int, int, int]) -> int:
+    """What a forward pass keeps for the backward pass of the only stage, but its weights."""
+    kept: list[Tensor] = []
+    with rank_of(config, layout[0] * layout[3], 0):
+        from illada_megatron.model import build_model_chunks, fill_initial_weights, pack
+
+        (model,) = build_model_chunks(config, select_device(config))
+        fill_initial_weights([model], config.model, seed=1)
+        owned = {one.untyped_storage()._cdata for one in model.parameters()}
+        length = config.data.sequence_length
+        lengths = [0, length // 3, length]
+        segments = pack(torch.tensor(lengths, dtype=torch.int32), max(b - a for a, b in pairwise(lengths)))
+        tokens = torch.randint(0, 900, (1, length))
+
+        def note(saved: Tensor) -> Tensor:
+            if saved.untyped_storage()._cdata not in owned:
+                kept.append(saved)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            output = model(tokens, segments, labels=tokens[0], loss_weight=torch.ones(length))
+        assert output.loss_sum.requires_grad
+        return allocated(kept)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("layout", "sequence"), [((1, 1, 1, 1), False), ((4, 1, 1, 1), True), ((4, 1, 1, 1), False)])
+def test_activations_of_a_layer(layout: tuple[int, int, int, int], sequence: bool, precision: str) -> None:
+    """Of a real forward pass: eight layers less four."""
+    more = (f"training.precision={precision}", f"parallel.sequence_parallel={str(sequence).lower()}")
+    eight, four = (configured(MIDDLE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
+    found = (kept_bytes(eight, layout) - kept_bytes(four, layout)) / 4
+    element = 4 if precision == "fp32" else 2
+    wanted = eight.data.sequence_length * local_layer_bytes(eight.model, layout[0], sequence, element)
+    assert found == pytest.approx(wanted, rel=0.05)
+
+
+def test_full_recomputation_keeps_the_layers_inputs() -> None:
+    layout = (1, 1, 1, 1)
+    more = ("training.precision=bf16", "training.recompute=full")
+    eight, four = (configured(MIDDLE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
+    found = (kept_bytes(eight, layout) - kept_bytes(four, layout)) / 4
+    assert found == pytest.approx(2 * eight.model.hidden_size * eight.data.sequence_length, rel=0.05)
+
+
+@pytest.mark.parametrize(("pipeline", "virtual", "microbatches"), [(4, 1, 8), (4, 1, 2), (4, 2, 8), (2, 4, 4), (8, 2, 8)])
+def test_passes_in_flight_are_the_schedules(pipeline: int, virtual: int, microbatches: int) -> None:
+    """megatron-core's own count of forward passes before the first backward pass, and its order of chunks."""
+    layout = (1, pipeline, virtual, 1)
+    config = configured(SMALL, layout, f"model.num_layers={pipeline * virtual}", f"training.global_batch_size={microbatches}")
+    one = candidate_of(config, layout)
+    for stage in range(pipeline):
+        with rank_of(config, pipeline, rank_of_stage(layout, stage)):
+            from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+            total, all_first, warmup, _ = get_pp_rank_microbatches(
+                microbatches, virtual, pipeline if virtual > 1 else None, forward_only=False
+            )
+        expected = total if all_first else min(warmup + 1, total)
+        assert layers_in_flight(one, stage, microbatches) == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout", "whole"),
+    [
+        ("illada-8b", (1, 1, 1, 8), 7_615_025_152),
+        ("illada-8b", (4, 2, 1, 128), 7_615_025_152),
+        ("illada-70b", (8, 4, 5, 32), None),
+        ("llada-8b", (2, 2, 1, 4), None),
+    ],
+)
+def test_presets_on_the_meta_device(preset: str, layout: tuple[int, int, int, int], whole: int | None) -> None:
+    """Parameters of every stage, and the shards of a real distributed optimizer of the first and the last."""
+    tensor, pipeline, virtual, data = layout
+    config = load_config(
+        preset,
+        [
+            f"parallel.tensor_model_parallel_size={tensor}",
+            f"parallel.pipeline_model_parallel_size={pipeline}",
+            f"parallel.virtual_pipeline_model_parallel_size={virtual if virtual > 1 else 'null'}",
+            f"parallel.sequence_parallel={str(tensor > 1).lower()}",
+        ],
+    )
+    work, one = workload(config), candidate_of(config, layout)
+    if whole is not None:
+        assert work.model.num_parameters == whole
+    for stage in sorted({0, pipeline // 2, pipeline - 1}):
+        with rank_of(config, one.gpus, rank_of_stage(layout, stage)):
+            held, shard = on_meta(config)
+        assert held == stage_elements(work, one, stage).total
+        assert 12 * shard == pytest.approx(optimizer(work, one, stage).value, rel=0.05)
+
+
+def on_meta(config: RunConfig) -> tuple[int, int]:
+    """(parameters of this rank, fp32 main weights of its optimizer)."""
+    from illada_megatron.model import mask_predictor
+    from illada_megatron.training.optimizer import build_optimizer
+    from illada_megatron.training.setup import wrap_data_parallel
+
+    meta = torch.device("meta")
+    plain = mask_predictor.transformer_config
+
+    def without_memory(*arguments: Any) -> Any:
+        core = plain(*arguments)
+        core.use_cpu_initialization = True  # the default device decides
+        return core
+
+    with pytest.MonkeyPatch.context() as patch, meta:
+        patch.setattr(mask_predictor, "transformer_config", without_memory)
+        patch.setattr(torch.cuda, "current_device", lambda: meta)
+        models = mask_predictor.build_model_chunks(config, Device(meta, "meta", None))
+        held = sum(parameter.numel() for model in models for parameter in model.parameters())
+        chunks = wrap_data_parallel(config.parallel, models)
+        built = build_optimizer(config, chunks)
+        groups = [group for one in getattr(built, "chained_optimizers", [built]) for group in one.optimizer.param_groups]
+        return held, sum(parameter.numel() for group in groups for parameter in group["params"])
