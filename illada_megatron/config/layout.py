@@ -7,12 +7,14 @@ from typing import Any, Self
 
 from pydantic import model_validator as validator
 
+from illada_megatron.config.fp8 import check_fp8
 from illada_megatron.config.places import check_places, with_places
 from illada_megatron.config.schema import (
     CheckpointConfig,
     DataConfig,
     DiffusionConfig,
     FaultsConfig,
+    Fp8Config,
     LayoutChoice,
     LoggingConfig,
     LossConfig,
@@ -41,6 +43,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
+    fp8: Fp8Config = Fp8Config()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
@@ -161,6 +164,8 @@ def check_config(config: RunConfig) -> None:
             f"training.micro_batch_size * data.sequence_length {tokens} is not a multiple of {tp_text}, which "
             "parallel.sequence_parallel needs: change one of them"
         )
+    if training.precision == "fp8":
+        check_fp8(config)
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ValueError(
             "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
