@@ -25,10 +25,17 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def saved_config(info: CheckpointInfo, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration a checkpoint was saved with, `section.field=value` overrides on top. Raises ConfigError."""
+    """The configuration a checkpoint was saved with, `section.field=value` overrides on top. Raises ConfigError.
+
+    A run in FP8 has left weights in bf16, and so they are used: on any device, and with sequences of any length.
+    """
     stored, schedule = dict(info.config), info.config.get("schedule")
     if isinstance(schedule, dict):  # a rule that is gone refuses to train by its fields; here nobody trains
         stored["schedule"] = {key: value for key, value in schedule.items() if key not in GONE_PLATEAU_FIELDS}
+    training = info.config.get("training")
+    if isinstance(training, dict) and training.get("precision") == "fp8":
+        stored["training"] = {**training, "precision": "bf16"}
+        stored["fp8"] = {**info.config.get("fp8", {}), "param_gather": False}
     return load_config(stored, overrides, source=str(info.path))
 
 

@@ -88,9 +88,7 @@ def plan(
     ] = 60.0,
     replacement: Annotated[
         float,
-        typer.Option(
-            help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_FAILURES
-        ),
+        typer.Option(help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_FAILURES),
     ] = 0.0,
     fewer: Annotated[
         bool,

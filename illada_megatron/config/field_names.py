@@ -39,6 +39,7 @@ _HUGGING_FACE = {
     "dtype": "training.precision",
     "bf16": "training.precision",
     "fp16": "training.precision",
+    "fp8": "training.precision",
     "learning_rate": "training.lr",
     "per_device_train_batch_size": "training.micro_batch_size",
     "train_batch_size": "training.global_batch_size",

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import model_validator as validator
 
+from illada_megatron.config.fp8 import check_fp8, token_multiple
 from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stages
 from illada_megatron.config.places import check_places, with_places
 from illada_megatron.config.schema import (
@@ -15,6 +16,7 @@ from illada_megatron.config.schema import (
     DataConfig,
     DiffusionConfig,
     FaultsConfig,
+    Fp8Config,
     LayoutChoice,
     LoggingConfig,
     LossConfig,
@@ -44,6 +46,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
+    fp8: Fp8Config = Fp8Config()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
@@ -166,6 +169,8 @@ def check_config(config: RunConfig) -> None:
             f"training.micro_batch_size * data.sequence_length {tokens} is not a multiple of {tp_text}, which "
             "parallel.sequence_parallel needs: change one of them"
         )
+    if training.precision == "fp8":
+        check_fp8(config)
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ValueError(
             "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
@@ -207,11 +212,12 @@ def pipeline_split(config: RunConfig) -> Split:
     )
 
 
-def row_multiple(parallel: ParallelConfig) -> int:
+def row_multiple(config: RunConfig) -> int:
     """With context parallelism the tokens of a micro-batch's packed row are a multiple of this: each rank's, and with
-    sequence parallelism each tensor-parallel rank's, are one of 16, which FP8 products ask for."""
+    sequence parallelism each tensor-parallel rank's, are one of what FP8 products ask for, 16 at least."""
+    parallel = config.parallel
     sequence = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return 16 * parallel.context_parallel_size * sequence
+    return max(16, token_multiple(config)) * parallel.context_parallel_size * sequence
 
 
 def row_tokens(config: RunConfig) -> int | None:
@@ -225,7 +231,7 @@ def row_tokens(config: RunConfig) -> int | None:
         return None
     # two segments of a sequence that is a multiple of 2 * CP take that much more, where they have to be padded
     cut = 0 if boundary == "none" else 2 * parallel.context_parallel_size
-    multiple = row_multiple(parallel)
+    multiple = row_multiple(config)
     return -(-samples * (length + cut) // multiple) * multiple
 
 

@@ -110,6 +110,14 @@ _FIELDS = [
     Option("--seed", "int", "training.seed"),
     Option("--bf16", "flag", "training.precision", "bf16; without it and --fp16 fp32", True),
     Option("--fp16", "flag", "training.precision", "bf16: there is no fp16", True),
+    Option("--fp8-format", "text", "training.precision", "fp8; the recipe has one format here", True),
+    Option("--fp8-recipe", "text", "fp8.recipe", "with --fp8-format, as all of FP8; without it delayed", True),
+    Option("--fp8-param-gather", "flag", "fp8.param_gather", "not with mxfp8", True),
+    Option("--first-last-layers-bf16", "flag", "fp8.num_layers_at_start_in_bf16", "1 each; without it 0", True),
+    Option("--num-layers-at-start-in-bf16", "int", "fp8.num_layers_at_start_in_bf16", "with the former", True),
+    Option("--num-layers-at-end-in-bf16", "int", "fp8.num_layers_at_end_in_bf16", "with the former", True),
+    Option("--fp8-amax-history-len", "int", "fp8.amax_history_len", "1 without it", True),
+    Option("--fp8-amax-compute-algo", "text", "fp8.amax_compute_algo", "most_recent without it", True),
     Option("--recompute-granularity", "text", "training.recompute"),
     Option("--recompute-activations", "flag", "training.recompute", "selective", True),
     Option("--checkpoint-activations", "flag", "training.recompute", "full", True),
@@ -277,9 +285,9 @@ _NONE: dict[Group, dict[str, str]] = {
         "weight decay is constant; norms have none": """
             --start-weight-decay --end-weight-decay --apply-wd-to-qk-layernorm --no-weight-decay-cond-type
         """,
-        "the matrix products are in bf16 or fp32": """
-            --fp8-* --fp4-* --first-last-layers-bf16 --num-layers-at-*-in-bf16 --te-precision-* --no-fp8-wgrad
-            --activation-func-fp8-* --keep-fp8-* --reuse-grad-buf-* --tp-only-amax-red
+        "of FP8 the linear layers' products, all three of them, by the recipes of fp8.*": """
+            --fp8-* --fp4-* --te-precision-* --no-fp8-wgrad --activation-func-fp8-* --keep-fp8-* --reuse-grad-buf-*
+            --tp-only-amax-red
         """,
         "costs or saves memory; optimizer state is in fp32 on the device": """
             --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-*

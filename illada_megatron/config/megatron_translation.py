@@ -230,9 +230,7 @@ def _training(done: Translation) -> None:
         _stepwise(done, given.get("--step-batch-size-schedule"))
     if "--train-samples" in given.values:
         done.put("training.train_steps", _steps(done, given.get("--train-samples")))
-    done.put("training.precision", "bf16" if given.get("--bf16") or given.get("--fp16") else "fp32")
-    if given.get("--fp16"):
-        done.differs("--fp16: bf16 here, without a loss scale")
+    _precision(done)
     if given.get("--recompute-activations"):
         done.put("training.recompute", "selective")
     if given.get("--checkpoint-activations"):
@@ -241,6 +239,27 @@ def _training(done: Translation) -> None:
         done.differs("--exit-interval: training.exit_steps is this step alone, not its multiples")
     if "training.rampup_batch_size" in done.fields:
         done.differs(f"while the batch grows to {batch} the learning rate goes by steps, in Megatron by samples")
+
+
+def _precision(done: Translation) -> None:
+    given = done.given
+    half, fp8 = given.get("--bf16") or given.get("--fp16"), given.get("--fp8-format")
+    done.put("training.precision", "fp8" if fp8 else "bf16" if half else "fp32")
+    if given.get("--fp16"):
+        done.differs("--fp16: bf16 here, without a loss scale")
+    if not fp8:
+        return
+    recipe, sixteen = given.get("--fp8-recipe", "delayed"), given.get("--first-last-layers-bf16")
+    done.put("fp8.recipe", recipe)
+    done.put("fp8.param_gather", bool(given.get("--fp8-param-gather")))
+    for where in ("start", "end"):
+        count = given.get(f"--num-layers-at-{where}-in-bf16", 1) if sixteen else 0
+        done.put(f"fp8.num_layers_at_{where}_in_bf16", count)
+    if recipe == "delayed":
+        done.put("fp8.amax_history_len", given.get("--fp8-amax-history-len", 1))
+        done.put("fp8.amax_compute_algo", given.get("--fp8-amax-compute-algo", "most_recent"))
+    if fp8 != (own := "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid"):
+        done.differs(f"--fp8-format {fp8}: {recipe} is {own} here")
 
 
 def _stepwise(done: Translation, text: str) -> None:

@@ -17,7 +17,7 @@ from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
 from illada_megatron.model.remade_input import ColumnLinear, RowLinear
-from illada_megatron.runtime.device import Device, has_transformer_engine, transformer_engine_problem
+from illada_megatron.runtime.device import Device, fp8_problem, has_transformer_engine, transformer_engine_problem
 
 # Bidirectional: with packed segments no_mask means "every position of the segment".
 _BIDIRECTIONAL = {"attn_mask_type": AttnMaskType.no_mask}
@@ -47,6 +47,20 @@ def check_context(config: RunConfig, implementation: str) -> None:
             f"parallel.context_parallel_size {ranks}: Transformer Engine shares sequences in fused attention, which "
             "takes bf16, found training.precision fp32: set training.precision=bf16, or runtime.transformer_impl=local"
         )
+
+
+def check_precision(config: RunConfig, device: Device) -> None:
+    """Raises ConfigError where training.precision fp8 finds no Transformer Engine or a device without this FP8."""
+    if config.training.precision != "fp8":
+        return
+    mend = "set training.precision=bf16"
+    if choose_implementation(config.runtime, device) == "local":
+        found = f"{transformer_engine_problem() or 'it is not installed'}" if device.is_cuda else f"found {device.name}"
+        raise ConfigError(
+            f"training.precision fp8 needs Transformer Engine on a GPU: {found}; install it (README.md), or {mend}"
+        )
+    if (problem := fp8_problem(config.fp8.recipe)) is not None:
+        raise ConfigError(f"fp8.recipe {config.fp8.recipe} cannot run on {device.name}: {problem}, or {mend}")
 
 
 def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> TransformerBlockSubmodules:

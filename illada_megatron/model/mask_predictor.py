@@ -13,7 +13,7 @@ from illada_megatron.config import ModelConfig, RunConfig
 from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.embedding import Embedding, TokenRows
 from illada_megatron.model.head import Head
-from illada_megatron.model.layer_specs import block_spec, check_context, choose_implementation
+from illada_megatron.model.layer_specs import block_spec, check_context, check_precision, choose_implementation
 from illada_megatron.model.packing import Segments
 from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.model.transformer_config import transformer_config
@@ -145,10 +145,12 @@ class MaskPredictor(LanguageModule):
 def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]:
     """This rank's part of the model: one chunk, or `virtual_pipeline_model_parallel_size` of them.
 
-    The weights are not filled yet (`fill_initial_weights`, or a checkpoint).
+    The weights are not filled yet (`fill_initial_weights`, or a checkpoint). Raises ConfigError where the device has
+    not what the configuration asks for.
     """
     from megatron.core import parallel_state
 
+    check_precision(config, device)
     implementation = choose_implementation(config.runtime, device)
     check_context(config, implementation)
     core = transformer_config(config, device, implementation)

@@ -1,5 +1,7 @@
 """The run's configuration in megatron-core's words."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,7 +13,8 @@ from illada_megatron.config.pipeline_split import is_even, megatron_layout
 from illada_megatron.model.rotary import attention_scale
 from illada_megatron.runtime.device import Device, has_transformer_engine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of weights and activations, by training.precision; with fp8 that of what the products in FP8 take and give."""
 
 
 def transformer_config(config: RunConfig, device: Device, implementation: str) -> TransformerConfig:
@@ -45,6 +48,7 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        **_fp8_options(config),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
@@ -76,6 +80,25 @@ def _uneven_layout(config: RunConfig) -> str | None:
     """Megatron's notation of the layers of each stage; None: all have the same number."""
     split = pipeline_split(config)
     return None if is_even(split) else megatron_layout(split)
+
+
+def _fp8_options(config: RunConfig) -> dict[str, Any]:
+    """fp8: megatron-core's name of the format; None is its default, and means that nothing is done in FP8. Its
+    attention stays bf16 (fp8_dot_product_attention), and its head in 0.19 (fp8_output_proj)."""
+    if config.training.precision != "fp8":
+        return {}
+    fp8 = config.fp8
+    first, last = fp8.bf16_layers
+    return {
+        "fp8": "e4m3" if fp8.recipe in ("blockwise", "mxfp8") else "hybrid",
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.param_gather,
+        "fp8_amax_history_len": fp8.amax_history_len,
+        "fp8_amax_compute_algo": fp8.amax_compute_algo,
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
 
 
 def _untouched(weight: Tensor) -> Tensor:

@@ -71,9 +71,7 @@ def step_time(work: Workload, candidate: Candidate, device: Device) -> Step:
     open_ = parts["gradients"].value + parts["weights"].value + exchange.value
     open_ += count * (slowest.forward.tensor + slowest.backward.tensor)
     open_ += count * (slowest.forward.context + slowest.backward.context)
-    return Step(
-        parts, sent, fill / (fill + count * slowest.total), max(0.0, 1 - open_ / spent) if spent else 1.0
-    )
+    return Step(parts, sent, fill / (fill + count * slowest.total), max(0.0, 1 - open_ / spent) if spent else 1.0)
 
 
 def _layer(work: Workload, candidate: Candidate, device: Device) -> Passes:

@@ -185,7 +185,4 @@ def stage_elements(work: Workload, candidate: Candidate, stage: int) -> StageEle
     held = held_elements(work, candidate.tensor)
     layers, first, last = sum(candidate.split[stage]), stage == 0, stage == candidate.pipeline - 1
     head = last and not (work.model.tie_word_embeddings and first)
-    return StageElements(
-        layers * held.linear, layers * held.rest + last * held.final_norm, (first + head) * held.table
-    )
-
+    return StageElements(layers * held.linear, layers * held.rest + last * held.final_norm, (first + head) * held.table)

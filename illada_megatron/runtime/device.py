@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from illada_megatron.config import ConfigError, RunConfig, RuntimeConfig
+from illada_megatron.config.schema.precision import Recipe
 from illada_megatron.ops import kernels
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name; the first match counts. NVIDIA's pages print twice as
@@ -78,14 +79,35 @@ def select_device(config: RunConfig) -> Device:
         )
     name = torch.cuda.get_device_name(index)
     peak = config.runtime.peak_tflops
-    if peak is None and config.training.precision == "bf16":
-        peak = bf16_peak_tflops(name)
+    if peak is None and config.training.precision != "fp32":
+        # of all GPUs that do FP8 products, they are twice as fast as bf16 ones
+        peak = (bf16_peak_tflops(name) or 0.0) * (2 if config.training.precision == "fp8" else 1) or None
     return Device(torch.device("cuda", index), name, peak)
 
 
 def bf16_peak_tflops(name: str) -> float | None:
     """Dense bf16 peak (TFLOP/s) of a GPU by the name that CUDA gives it; None: not known."""
     return next((value for part, value in _BF16_PEAK_TFLOPS.items() if part in name), None)
+
+
+def fp8_problem(recipe: Recipe) -> str | None:
+    """Why this GPU cannot train with a recipe, and what to do; None: it can. Transformer Engine's own conditions
+    (`pytorch/quantization.py`: check_recipe_support, 2.11.0 and 2.20.2)."""
+    major, minor = torch.cuda.get_device_capability()
+    found = f"its compute capability is {major}.{minor}"
+    if recipe == "mxfp8" and not (10, 0) <= (major, minor) < (12, 0):
+        return f"{found}, expected 10.x (Blackwell): set fp8.recipe=tensorwise"
+    if recipe == "blockwise" and (major, minor) < (9, 0):
+        return f"{found}, expected 9.0 (Hopper) or newer: set fp8.recipe=tensorwise where it is 8.9"
+    if recipe == "blockwise" and _cuda_version() < (12, 9):
+        return f"torch was built for CUDA {torch.version.cuda}, expected 12.9 or newer: set fp8.recipe=tensorwise"
+    if (major, minor) < (8, 9):
+        return f"{found}, expected 8.9 or newer: take an H100 or newer"
+    return None
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in (torch.version.cuda or "0").split("."))
 
 
 def set_threads(settings: RuntimeConfig) -> None:

@@ -164,7 +164,7 @@ class BatchSource(Generic[Maker]):
         ranks, rank = self.runtime.layout.context, self.runtime.context_parallel_rank
         if ranks == 1:
             return None
-        row, multiple = row_tokens(self.config), row_multiple(self.config.parallel)
+        row, multiple = row_tokens(self.config), row_multiple(self.config)
         return context_share(cu_seqlens, batch, rank, ranks, row, multiple)
 
 

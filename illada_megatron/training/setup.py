@@ -149,14 +149,15 @@ def held_out_source(
 
 def wrap_data_parallel(parallel: ParallelConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:
     """megatron-core's DDP around each chunk, and the hooks its schedules look for in the model's configuration."""
+    core = models[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         bucket_size=parallel.ddp_bucket_size,
+        fp8_param_gather=core.fp8_param,
     )
-    core = models[0].config
     chunks = [
         DistributedDataParallel(core, ddp_config, model, disable_bucketing=index > 0)
         for index, model in enumerate(models)

@@ -32,6 +32,7 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
     layers = _local_rows(dtype, device) if implementation == "local" else _TRANSFORMER_ENGINE
     return [
         ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
+        *_fp8_rows(config),
         ("layers", implementation),
         *layers,
         *_model_rows(config.model),
@@ -40,6 +41,16 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
         *_problem_rows(device),
     ]
+
+
+def _fp8_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """What of the layers is in FP8."""
+    if config.training.precision != "fp8":
+        return []
+    first, last = config.fp8.bf16_layers
+    but = f" but the first {first} and the last {last}" if first + last else ""
+    weights = ", weights kept and gathered in FP8" if config.fp8.param_gather else ""
+    return [("FP8", f"{config.fp8.recipe}, linear layers{but}{weights}; attention and head bf16, loss fp32")]
 
 
 def _problem_rows(device: Device) -> list[tuple[str, str]]:

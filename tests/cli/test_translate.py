@@ -28,7 +28,7 @@ MODEL=(
 )
 TRAINING=(--micro-batch-size 1 --global-batch-size 64 --lr 1e-3 --train-iters 100 --bf16)
 if [ -n "$FP8" ]; then
-    TRAINING+=(--fp8-format hybrid)
+    TRAINING+=(--fp4-format e2m1)
 fi
 torchrun $LAUNCH pretrain_gpt.py \\
     "${MODEL[@]}" \\
@@ -58,7 +58,7 @@ def test_a_script_with_its_arguments(script: Path, tmp_path: Path, illada: Illad
     assert config.data.tokenizer_path == str(model)
     assert (config.model.num_layers, config.model.vocab_size, config.model.mask_token_id) == (4, 300, 5)
     assert "`if` is not decided" in outcome.err
-    assert "\nnot supported:\n  --fp8-format hybrid: " in outcome.err
+    assert "\nnot supported:\n  --fp4-format e2m1: " in outcome.err
     assert "start it with: illada train --nproc 8 --nnodes 4 --rdzv-endpoint HOST:29500 --config FILE" in outcome.err
     (tmp_path / "my.yaml").write_text(outcome.out)
     dry = illada("train", "--config", tmp_path / "my.yaml", "--dry-run", "runtime.device=cpu")

@@ -101,9 +101,25 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         [],
     ),
     "FP8": (
-        f"{_LLAMA} --fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --fp8-param-gather",
-        {"training.precision": "bf16"},
-        ["--fp8-format hybrid: the matrix products are in bf16 or fp32"],
+        f"{_LLAMA} --fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --fp8-param-gather "
+        "--use-distributed-optimizer --no-fp8-wgrad",
+        {
+            "training.precision": "fp8",
+            "fp8.recipe": "delayed",
+            "fp8.amax_history_len": 1024,
+            "fp8.param_gather": True,
+            "fp8.num_layers_at_start_in_bf16": 0,
+        },
+        ["--no-fp8-wgrad: of FP8 the linear layers' products, all three of them"],
+    ),
+    "FP8 of this machine's own": (
+        f"{_LLAMA} --fp8-format hybrid --fp8-recipe blockwise --first-last-layers-bf16 --num-layers-at-end-in-bf16 2",
+        {
+            "fp8.recipe": "blockwise",
+            "fp8.num_layers_at_start_in_bf16": 1,
+            "fp8.num_layers_at_end_in_bf16": 2,
+        },
+        ["--fp8-format hybrid: blockwise is e4m3 here"],
     ),
     "decoupled rates": (
         f"{_LLAMA} --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr 1.5e-4 --grad-reduce-in-bf16",

@@ -6,7 +6,7 @@ Out: sections, each checked by itself.
 Never imported here: anything else of the package, torch.
 """
 
-from illada_megatron.config.schema.base import Dtype, Probability, Recompute, Section, Seed
+from illada_megatron.config.schema.base import Dtype, Precision, Probability, Recompute, Section, Seed
 from illada_megatron.config.schema.data import BlendEntry, BlendPhase, CorpusName, DataConfig, DiffusionConfig
 from illada_megatron.config.schema.learning import (
     LossConfig,
@@ -18,6 +18,7 @@ from illada_megatron.config.schema.learning import (
     ValidationConfig,
 )
 from illada_megatron.config.schema.model import LayoutChoice, ModelConfig, ParallelConfig, RopeScaling
+from illada_megatron.config.schema.precision import Fp8Config
 from illada_megatron.config.schema.running import CheckpointConfig, FaultsConfig, LoggingConfig, RuntimeConfig
 
 __all__ = [
@@ -29,12 +30,14 @@ __all__ = [
     "DiffusionConfig",
     "Dtype",
     "FaultsConfig",
+    "Fp8Config",
     "LayoutChoice",
     "LoggingConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Precision",
     "Probability",
     "RateChange",
     "Recompute",

@@ -8,6 +8,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 """A word of the keys that noise is drawn with (`diffusion/noise.py`)."""
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
-from illada_megatron.config.schema.base import Dtype, Probability, Recompute, Section, Seed
+from illada_megatron.config.schema.base import Precision, Probability, Recompute, Section, Seed
 
 
 class LossConfig(Section):
@@ -147,7 +147,9 @@ class TrainingConfig(Section):
     train_steps: PositiveInt = 1000
     exit_steps: PositiveInt | None = None
     """Save and stop at this step although the schedule is made for train_steps."""
-    precision: Dtype = "bf16"
+    precision: Precision = "bf16"
+    """Of weights and activations. fp8: bf16, with the layers' linear products as the section `fp8` says. Adam, main
+    weights, gradients and the loss are fp32 in all of them."""
     seed: Seed = 1234
     init_seed: Seed | None = None
     data_seed: Seed | None = None
