@@ -7,6 +7,7 @@ are over its samples, so that the losses stay what they are.
 """
 
 import heapq
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -73,7 +74,8 @@ def divide(costs: NDArray[np.float64], ranks: int, microbatches: int, size: int,
         groups = np.sort(_equal_groups(costs, own, microbatches), axis=1)  # [microbatches, size]
         order = np.argsort(groups[:, 0])
         if pipelined:
-            rising = np.argsort(costs[groups].sum(1), kind="stable")
+            # added exactly: in the last bit numpy's sums may differ between the machines of a pipeline
+            rising = np.argsort([math.fsum(one) for one in costs[groups].tolist()], kind="stable")
             order = np.concatenate([rising[::2], rising[1::2][::-1]])
         divided[rank] = groups[order]
     return divided
