@@ -84,6 +84,7 @@ def row_workload(row: Row) -> Workload:
         attended=SEQUENCE_LENGTH / 2,
         masked_share=1.0,
         gradient_bytes=2,
+        sent_gradient_bytes=2,
         fp8_param_gather=True,
         fp8_bf16_layers=0,
     )
@@ -148,7 +149,11 @@ def main() -> None:
         figures.append({"model": row.model, "device": row.device, "batch": row.global_batch_size, "miss": miss})
     made_console().print(table)
     held = all(abs(one["miss"]) <= 0.15 for one in figures)
-    print(json.dumps({"rows": figures, "shares": {row.device: fitted_share(row) for row in ROWS if row.fitted}, "holds": held}))
+    print(
+        json.dumps(
+            {"rows": figures, "shares": {row.device: fitted_share(row) for row in ROWS if row.fitted}, "holds": held}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def plan(
     ] = False,
     gpus: Annotated[
         list[int] | None,
-        typer.Option(help="Size of the run; repeat for several. 1,024; of --failures 16,384 too.", min=1),
+        typer.Option(help="Size of the run; repeat for several. 1,024; of --failures 16,384 too."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="h100, h200, b200, or a YAML file like theirs.", rich_help_panel=_LAYOUTS)
@@ -88,9 +88,7 @@ def plan(
     ] = 60.0,
     replacement: Annotated[
         float,
-        typer.Option(
-            help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_FAILURES
-        ),
+        typer.Option(help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_FAILURES),
     ] = 0.0,
     fewer: Annotated[
         bool,

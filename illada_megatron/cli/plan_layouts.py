@@ -56,7 +56,9 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
     own, problem = own_layout(config, work, gpus, device)
     if asked.as_json:
         layouts = [as_json(work, one, goodput) for one in found]
-        typer.echo(json.dumps({"gpus": gpus, "device": device.name, "save_interval_seconds": interval, "layouts": layouts}))
+        typer.echo(
+            json.dumps({"gpus": gpus, "device": device.name, "save_interval_seconds": interval, "layouts": layouts})
+        )
         return
     if asked.explain is not None:
         _explain(work, _asked_for(found, own, problem, asked.explain), device, goodput)
@@ -78,9 +80,7 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
     say(_own_text(found, own, problem, device))
 
 
-def own_layout(
-    config: RunConfig, work: Workload, gpus: int, device: Device
-) -> tuple[Planned | None, str]:
+def own_layout(config: RunConfig, work: Workload, gpus: int, device: Device) -> tuple[Planned | None, str]:
     """The configuration's layout on so many GPUs; None with the reason where there is none."""
     training = config.training
     try:
@@ -146,7 +146,20 @@ def _own_text(found: list[Planned], own: Planned | None, problem: str, device: D
 def _table(work: Workload, found: list[Planned], goodput: float) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     left = ("", "layout", "recompute")
-    names = ("", "layout", "micro", "recompute", "", "tokens/s/GPU", "MFU", "days", "bubble", "sent GB", "hidden", "GiB")
+    names = (
+        "",
+        "layout",
+        "micro",
+        "recompute",
+        "",
+        "tokens/s/GPU",
+        "MFU",
+        "days",
+        "bubble",
+        "sent GB",
+        "hidden",
+        "GiB",
+    )
     for name in (*names, *MEMORY_COLUMNS):
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     for number, one in enumerate(found, 1):
@@ -157,7 +170,11 @@ def _table(work: Workload, found: list[Planned], goodput: float) -> Table:
 def _row(work: Workload, number: int, one: Planned, goodput: float) -> list[Any]:
     layout, parts = one.candidate, memory_gib(one)
     return [
-        *(str(number), layout_words(layout), f"{layout.microbatches(work.global_batch_size)} x {layout.micro_batch_size}"),
+        *(
+            str(number),
+            layout_words(layout),
+            f"{layout.microbatches(work.global_batch_size)} x {layout.micro_batch_size}",
+        ),
         *(layout.recompute, layout.precision, f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}"),
         *(f"{one.days / goodput:,.1f}", f"{one.step.bubble:.1%}", f"{sum(one.step.sent.values()) / 1e9:,.1f}"),
         *(f"{one.step.hidden:.0%}", f"{one.memory.total / _GIB:.1f}"),

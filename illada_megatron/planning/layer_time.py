@@ -126,9 +126,7 @@ def elementwise_bytes(work: Workload, candidate: Candidate, precision: str, back
     return (tokens * bytes_ + summed) / candidate.tensor
 
 
-def elementwise_seconds(
-    work: Workload, candidate: Candidate, device: Device, precision: str, backward: bool
-) -> float:
+def elementwise_seconds(work: Workload, candidate: Candidate, device: Device, precision: str, backward: bool) -> float:
     """At the memory's speed."""
     return elementwise_bytes(work, candidate, precision, backward) / device.memory_rate
 

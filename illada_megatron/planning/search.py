@@ -52,9 +52,7 @@ def search(
     return sorted(found, key=lambda one: (-one.tokens_per_second, one.memory.total))
 
 
-def smallest(
-    work: Workload, gpus: int, device: Device, precisions: Sequence[str]
-) -> tuple[Candidate, Memory] | None:
+def smallest(work: Workload, gpus: int, device: Device, precisions: Sequence[str]) -> tuple[Candidate, Memory] | None:
     """The layout that needs least memory, recomputed in full, and what that is; None: there is no layout at all."""
     all_ = (one._replace(recompute="full") for one in candidates(work, gpus, device, precisions))
     needed = ((one, memory(work, one, device)) for one in all_)

@@ -34,7 +34,9 @@ class Workload:
     weight_bytes: int = 2
     """bf16; 4: fp32."""
     gradient_bytes: int = 4
-    """Of a gradient in megatron-core's buffer, as it is sent."""
+    """Of a gradient in megatron-core's buffer..."""
+    sent_gradient_bytes: int = 4
+    """...and on its way to the other ranks."""
     shards_optimizer: bool = True
     """Over the data-parallel ranks."""
     fp8_recipe: Recipe = "tensorwise"
@@ -185,7 +187,4 @@ def stage_elements(work: Workload, candidate: Candidate, stage: int) -> StageEle
     held = held_elements(work, candidate.tensor)
     layers, first, last = sum(candidate.split[stage]), stage == 0, stage == candidate.pipeline - 1
     head = last and not (work.model.tie_word_embeddings and first)
-    return StageElements(
-        layers * held.linear, layers * held.rest + last * held.final_norm, (first + head) * held.table
-    )
-
+    return StageElements(layers * held.linear, layers * held.rest + last * held.final_norm, (first + head) * held.table)

@@ -97,7 +97,9 @@ def test_every_layout_is_one_that_the_configuration_takes() -> None:
 def test_recomputation_trades_speed_for_memory() -> None:
     work = workload(load_config("illada-8b"))
     first = next(candidates(work, 8, H100, ["bf16"]))
-    none, selective, full = (planned(work, first._replace(recompute=one), H100) for one in ("none", "selective", "full"))
+    none, selective, full = (
+        planned(work, first._replace(recompute=one), H100) for one in ("none", "selective", "full")
+    )
     assert none.memory.total > selective.memory.total > full.memory.total
     assert none.step.seconds < selective.step.seconds < full.step.seconds
     # a third of forward and backward, but for the head, communication and what is no product

@@ -55,7 +55,9 @@ def candidate_of(config: RunConfig, layout: tuple[int, int, int, int]) -> Candid
     tensor, pipeline, virtual, data = layout
     split = even_split(config.model.num_layers, pipeline, virtual)
     assert split is not None
-    return Candidate(tensor * pipeline * data, tensor, pipeline, virtual, 1, 1, "none", config.training.precision, split)
+    return Candidate(
+        tensor * pipeline * data, tensor, pipeline, virtual, 1, 1, "none", config.training.precision, split
+    )
 
 
 @contextmanager
@@ -200,11 +202,15 @@ def test_full_recomputation_keeps_the_layers_inputs() -> None:
     assert found == pytest.approx(2 * eight.model.hidden_size * eight.data.sequence_length, rel=0.05)
 
 
-@pytest.mark.parametrize(("pipeline", "virtual", "microbatches"), [(4, 1, 8), (4, 1, 2), (4, 2, 8), (2, 4, 4), (8, 2, 8)])
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "microbatches"), [(4, 1, 8), (4, 1, 2), (4, 2, 8), (2, 4, 4), (8, 2, 8)]
+)
 def test_passes_in_flight_are_the_schedules(pipeline: int, virtual: int, microbatches: int) -> None:
     """megatron-core's own count of forward passes before the first backward pass, and its order of chunks."""
     layout = (1, pipeline, virtual, 1)
-    config = configured(SMALL, layout, f"model.num_layers={pipeline * virtual}", f"training.global_batch_size={microbatches}")
+    config = configured(
+        SMALL, layout, f"model.num_layers={pipeline * virtual}", f"training.global_batch_size={microbatches}"
+    )
     one = candidate_of(config, layout)
     for stage in range(pipeline):
         with rank_of(config, pipeline, rank_of_stage(layout, stage)):
@@ -269,5 +275,7 @@ def on_meta(config: RunConfig) -> tuple[int, int]:
         held = sum(parameter.numel() for model in models for parameter in model.parameters())
         chunks = wrap_data_parallel(config.parallel, models)
         built = build_optimizer(config, chunks)
-        groups = [group for one in getattr(built, "chained_optimizers", [built]) for group in one.optimizer.param_groups]
+        groups = [
+            group for one in getattr(built, "chained_optimizers", [built]) for group in one.optimizer.param_groups
+        ]
         return held, sum(parameter.numel() for group in groups for parameter in group["params"])
