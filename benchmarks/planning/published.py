@@ -84,6 +84,7 @@ def row_workload(row: Row) -> Workload:
         attended=SEQUENCE_LENGTH / 2,
         masked_share=1.0,
         gradient_bytes=2,
+        sent_gradient_bytes=2,
         fp8_param_gather=True,
         fp8_bf16_layers=0,
     )

@@ -44,7 +44,7 @@ def plan(
     ] = False,
     gpus: Annotated[
         list[int] | None,
-        typer.Option(help="Size of the run; repeat for several. 1,024; of --failures 16,384 too.", min=1),
+        typer.Option(help="Size of the run; repeat for several. 1,024; of --failures 16,384 too."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="h100, h200, b200, or a YAML file like theirs.", rich_help_panel=_LAYOUTS)

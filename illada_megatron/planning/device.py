@@ -1,6 +1,5 @@
 """GPUs as data files: what a layout's memory and speed are computed from, each figure with its source."""
 
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -69,7 +68,6 @@ def device_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in _DEVICES.iterdir() if path.name.endswith(".yaml"))
 
 
-@cache
 def load_device(name: str) -> Device:
     """A device by its name here, or from a YAML file with the same fields. Raises PlanError."""
     own = name.endswith((".yaml", ".yml"))

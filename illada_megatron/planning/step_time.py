@@ -62,13 +62,13 @@ def step_time(work: Workload, candidate: Candidate, device: Device) -> Step:
             (pipeline, candidate.virtual, 1e3 * mean),
         ),
         "pipeline exchange": exchange,
-        "gradients": exposed(gradient / rate, first.backward.total, buckets(work, candidate), gradient, rate),
-        "weights": exposed(weight / rate, first.forward.total, buckets(work, candidate), weight, rate),
-        "optimizer": optimizer_seconds(work, candidate, device),
+        "gradient exchange": exposed(gradient / rate, first.backward.total, buckets(work, candidate), gradient, rate),
+        "weight exchange": exposed(weight / rate, first.forward.total, buckets(work, candidate), weight, rate),
+        "optimizer step": optimizer_seconds(work, candidate, device),
     }
     sent = _sent(work, candidate, gradient, weight)
     spent = sent["gradients"] / rate + sent["weights"] / rate + _model_parallel_seconds(candidate, device, sent)
-    open_ = parts["gradients"].value + parts["weights"].value + exchange.value
+    open_ = parts["gradient exchange"].value + parts["weight exchange"].value + exchange.value
     open_ += count * (slowest.forward.tensor + slowest.backward.tensor)
     open_ += count * (slowest.forward.context + slowest.backward.context)
     return Step(parts, sent, fill / (fill + count * slowest.total), max(0.0, 1 - open_ / spent) if spent else 1.0)
@@ -135,7 +135,7 @@ def group_rate(candidate: Candidate, device: Device) -> float:
 def gradient_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
     """A rank's part of the reduce-scatter over n ranks: (n - 1) / n of its gradients."""
     total, ranks = stage_elements(work, candidate, stage).total, candidate.gradient_ranks
-    return work.gradient_bytes * total * (ranks - 1) / ranks
+    return work.sent_gradient_bytes * total * (ranks - 1) / ranks
 
 
 def gathered_bytes(work: Workload, candidate: Candidate, stage: int) -> float:

@@ -34,7 +34,9 @@ class Workload:
     weight_bytes: int = 2
     """bf16; 4: fp32."""
     gradient_bytes: int = 4
-    """Of a gradient in megatron-core's buffer, as it is sent."""
+    """Of a gradient in megatron-core's buffer..."""
+    sent_gradient_bytes: int = 4
+    """...and on its way to the other ranks."""
     shards_optimizer: bool = True
     """Over the data-parallel ranks."""
     fp8_recipe: Recipe = "tensorwise"
