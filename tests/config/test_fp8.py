@@ -3,6 +3,7 @@
 import pytest
 
 from illada_megatron.config import ConfigError, load_config
+from illada_megatron.config.layout import row_multiple, row_tokens
 
 FP8 = "training.precision=fp8"
 TP = "parallel.tensor_model_parallel_size"
@@ -94,3 +95,12 @@ def test_presets_train_in_fp8(preset: str, recipe: str) -> None:
 def test_counts_of_layers_in_bf16_may_differ() -> None:
     fields = ["fp8.num_layers_at_start_in_bf16=0", "fp8.num_layers_at_end_in_bf16=2"]
     assert load_config(None, [FP8, *fields]).fp8.bf16_layers == (0, 2)
+
+
+@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("blockwise", 128), ("mxfp8", 32)])
+def test_rows_that_context_parallel_ranks_share_are_padded_for_the_products(recipe: str, multiple: int) -> None:
+    fields = ["data.sequence_length=1000", "parallel.context_parallel_size=2", f"{TP}=2", f"fp8.recipe={recipe}"]
+    config = load_config("illada-8b", [FP8, "parallel.sequence_parallel=true", *fields])
+    assert row_multiple(config) == multiple * 2 * 2
+    tokens = row_tokens(config)
+    assert tokens is not None and tokens % (multiple * 2 * 2) == 0
