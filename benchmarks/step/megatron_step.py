@@ -11,6 +11,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from benchmarks.step.step_batches import count_work, global_batch
@@ -32,7 +35,7 @@ class MegatronStep:
         self.config = config
         self._batches = [moved_to(batch, run.device.torch_device) for batch in global_batch(config, run)]
         self.work = count_work(config, self._batches)
-        model = _gpt_model(config, run, setting)
+        model = self._model(config, run, setting)
         self._chunk = DistributedDataParallel(
             model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
         )
@@ -64,27 +67,35 @@ class MegatronStep:
         self._steps += 1
         return sum(float(loss["loss"]) for loss in losses) / len(losses)
 
+    def _model(self, config: RunConfig, run: Runtime, setting: dict[str, Any]) -> GPTModel:
+        # use_te_activation_func: our own layer spec brings its activation, megatron-core's does not
+        fused = {"use_te_activation_func": False, "bias_activation_fusion": run.device.is_cuda}
+        core = replace(transformer_config(config, run.device, "local"), **(fused | setting))
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
+        return gpt_model(config, run, core, layer)
+
     def _forward_step(self, batches: Iterator[MaskedBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
-        return model(batch.tokens, self._positions, None, labels=batch.labels), partial(_loss, batch.loss_weight)
+        return model(batch.tokens, self._positions, None, labels=batch.labels), partial(
+            weighted_loss, batch.loss_weight
+        )
 
 
-def _loss(loss_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def weighted_loss(loss_weight: Tensor, cross_entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """loss_weight and cross_entropy [b, s] -> nats/token."""
     loss = (loss_weight * cross_entropy).sum() / loss_weight.numel()
     return loss, {"loss": loss.detach().clone()}  # the schedule divides it in place
 
 
-def _gpt_model(config: RunConfig, run: Runtime, setting: dict[str, Any]) -> GPTModel:
+def gpt_model(
+    config: RunConfig, run: Runtime, core: TransformerConfig, layers: ModuleSpec | TransformerBlockSubmodules
+) -> GPTModel:
+    """megatron-core's model with our initial weights, on the device."""
     shape = config.model
-    # use_te_activation_func: our own layer spec brings its activation, megatron-core's does not
-    fused = {"use_te_activation_func": False, "bias_activation_fusion": run.device.is_cuda}
-    core = replace(transformer_config(config, run.device, "local"), **(fused | setting))
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
     model = GPTModel(
         core,
-        layer,
+        layers,
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_sequence_length,
         share_embeddings_and_output_weights=shape.tie_word_embeddings,

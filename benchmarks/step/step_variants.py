@@ -18,7 +18,9 @@ PEER_SETTINGS: dict[str, dict[str, Any]] = {
     f"{MEGATRON}, compiled loss": _SOFTMAX | _LOSS,
     f"{MEGATRON}, compiled": _SOFTMAX | _LAYERS | _LOSS,
 }
-SUBJECTS = (OURS, *PEER_SETTINGS, BARE)
+SAME_LAYERS = "megatron-core's model of our layers"
+"""Its GPTModel, head and loss around the layers that we train: what the head alone makes of it."""
+SUBJECTS = (OURS, *PEER_SETTINGS, SAME_LAYERS, BARE)
 
 
 @dataclass(frozen=True)

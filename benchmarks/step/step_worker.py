@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from benchmarks.measuring.processes import timed
 from benchmarks.step.step_figures import Figures, Part, Work
-from benchmarks.step.step_variants import BARE, OURS, PEER_SETTINGS, Settings, Variant
+from benchmarks.step.step_variants import BARE, OURS, PEER_SETTINGS, SAME_LAYERS, Settings, Variant
 from benchmarks.step.workloads import Workload, write_corpus
 from illada_megatron.config import RunConfig, load_config
 
@@ -81,6 +81,10 @@ def open_subject(who: str, config: RunConfig, run: "Runtime") -> Subject:
         from benchmarks.step.bare_gemms import BareGemms
 
         return BareGemms(config, run)
+    if who == SAME_LAYERS:
+        from benchmarks.step.same_layers_step import SameLayersStep
+
+        return SameLayersStep(config, run)
     from benchmarks.step.megatron_step import MegatronStep
 
     return MegatronStep(config, run, PEER_SETTINGS[who])

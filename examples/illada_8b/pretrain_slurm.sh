@@ -16,14 +16,19 @@
 #
 #     mkdir -p runs/illada_8b && sbatch examples/illada_8b/pretrain_slurm.sh training.lr=1e-4
 #
+# Other runs of this size, in FP8 and of 70B parameters:
+#
+#     CONFIG=examples/illada_8b/config_1024_gpus_fp8.yaml sbatch examples/illada_8b/pretrain_slurm.sh
+#     CONFIG=examples/illada_70b/config_1024_gpus.yaml sbatch --job-name=illada-70b examples/illada_8b/pretrain_slurm.sh
+#
 # What happens when something fails; each time the run goes on from its newest complete checkpoint:
 # - a rank dies: all ranks start again where they are (--max-restarts);
 # - a node is lost: a spare one takes its place; when none is left, the others go on without it, as cheaply as the
-#   layouts of config_1024_gpus.yaml allow. Where the first node is the lost one, the job ends; Slurm queues it again
+#   layouts of the configuration allow. Where the first node is the lost one, the job ends; Slurm queues it again
 #   where it knows of the failed node (--requeue);
 # - the time limit is near: 15 minutes before it Slurm sends USR1 to this script: the ranks save, the job is queued again.
 # What the run does on each number of nodes: `illada train --dry-run --nproc 8 --nnodes 64:128 --config FILE`.
-# Not run under Slurm or on GPUs yet: `bash -n` and that dry run are all that was checked.
+# Not run under Slurm or on GPUs yet: shellcheck and that dry run are all that was checked.
 set -euo pipefail
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # kernels start in the order in which they were issued, so collectives overlap
@@ -47,6 +52,6 @@ trap save_and_requeue USR1
 srun --no-kill --kill-on-bad-exit=0 "${PYTHON:-python3}" -m illada_megatron train \
     --nproc 8 --nnodes 64:128 --max-restarts 100 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head_node:29500" \
-    --config examples/illada_8b/config_1024_gpus.yaml "$@" &
+    --config "${CONFIG:-examples/illada_8b/config_1024_gpus.yaml}" "$@" &
 step=$!
 wait "$step" # returns as soon as the trap has to run; the status is the run's otherwise

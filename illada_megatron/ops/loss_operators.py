@@ -1,16 +1,19 @@
 """The masked loss as operators of torch.library, with meta and autograd registrations: `torch.compile`, FakeTensor and
 `opcheck` see one operator; the chunk loop is inside."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import register_flop_formula
 
 from illada_megatron.ops.chunked_loss import Gradients, Head, chunk_rows, losses_and_gradients
 from illada_megatron.ops.logit_passes import statistics_dtype
 from illada_megatron.ops.logit_sweeps import chosen_sweeps
+
+if TYPE_CHECKING:  # torch 2.11 has no such type
+    from torch.distributed.distributed_c10d import GroupName
 
 
 class Rows(NamedTuple):
@@ -41,7 +44,7 @@ class Settings(NamedTuple):
             self.z_loss,
             self.softcap,
             chosen_sweeps(hidden, weight, self.fused, self.excluded_row),
-            None if self.group is None else _resolve_process_group(GroupName(self.group)),
+            None if self.group is None else _resolve_process_group(cast("GroupName", self.group)),
         )
 
 

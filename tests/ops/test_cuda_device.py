@@ -1,13 +1,6 @@
 """torch.ops.illada on a real GPU, compared with fp64: skipped without one.
 
-Memory errors, races and uninitialised reads are looked for by running this file under each tool of compute-sanitizer
-(of the CUDA toolkit); without torch's cache every tensor is an allocation of its own, so that overruns are seen:
-
-    for tool in memcheck racecheck synccheck initcheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \\
-            python -m pytest tests/ops/test_cuda_device.py -k "not large"
-    done
-
+test_compute_sanitizer.py looks for memory errors, races and uninitialised reads by running it under each tool.
 What needs no device, every alignment and special value among it, is in test_cuda_kernels_on_host.py.
 """
 
@@ -26,6 +19,7 @@ importlib.import_module("illada_megatron.ops._kernels")
 if not torch._C._dispatch_has_kernel_for_dispatch_key("illada::logit_statistics", "CUDA"):
     pytest.skip("illada_megatron.ops._kernels was built without its CUDA part", allow_module_level=True)
 
+pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SOFTCAPS = (0.0, 30.0)
 LAYOUTS = ("contiguous", "misaligned", "every other column", "transposed")

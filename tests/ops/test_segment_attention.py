@@ -63,8 +63,8 @@ def test_error_against_float64_is_no_larger_than_torch_s(
     torch.manual_seed(1)
     qkv = torch.randn(sum(lengths), groups, heads_per_group + 2, dim).to(dtype)
     grad = torch.randn(sum(lengths), groups * heads_per_group, dim).to(dtype)
-    exact = _with_gradient(segment_attention_reference, qkv.double(), grad, [n for n in lengths if n])
-    torchs = _with_gradient(segment_attention_reference, qkv, grad, [n for n in lengths if n])
+    exact = _with_gradient(segment_attention_reference, qkv.double(), grad, lengths)
+    torchs = _with_gradient(segment_attention_reference, qkv, grad, lengths)
     ours = _with_gradient(segment_attention, qkv, grad, lengths)
     for name, found, other, target in zip(("out", "grad"), ours, torchs, exact, strict=True):
         assert found.dtype == dtype

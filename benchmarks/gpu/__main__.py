@@ -1,0 +1,143 @@
+"""What a machine with one GPU says: is the code right there, and how fast is it?
+
+    make gpu                              # on such a machine, in less than 8 minutes
+    python -m benchmarks.gpu --dry        # on a CPU, in miniature: all that needs no GPU
+
+First the tests marked gpu, then training steps of iLLaDA-8B's layers in bf16 and FP8, beside megatron-core's own model
+of the same layers, then the masked loss beside its matrix products and other packages. What there is no time for is
+left out and named. The last line is JSON. Ends with 1 where a test failed or a step could not run; whether the figures reach
+what is asked of them is in "holds".
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.gpu.device_tests import run_device_tests
+from benchmarks.gpu.layer_shape import layers_that_fit
+from benchmarks.gpu.loss_run import measure_loss
+from benchmarks.gpu.step_runs import measure_run, runs_on, show_steps, step_bars, step_results
+from benchmarks.measuring.bars import show_bars, verdict
+from benchmarks.measuring.machine import commit, cpu_model, prepare_environment
+from benchmarks.step.step_figures import Figures
+from benchmarks.step.step_variants import Variant
+from illada_megatron.runtime.device import bf16_peak_tflops, capabilities, fp8_problem, has_transformer_engine
+
+_RUN_MINUTES, _LOSS_MINUTES = 1.0, 1.0
+"""What a run, and the loss, is given at least; a guess until they have run on a GPU."""
+
+
+def main(
+    dry: Annotated[bool, typer.Option("--dry", help="On a CPU, in miniature: to try the script.")] = False,
+    minutes: Annotated[float, typer.Option(min=0.0, help="For all of it; what no longer fits is left out.")] = 8.0,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each run.")] = 5,
+    test: Annotated[list[str] | None, typer.Option(help="Files or folders of tests; again for more.")] = None,
+    tests: Annotated[bool, typer.Option(help="Run the tests.")] = True,
+) -> None:
+    """Tests marked gpu, then the training step and the masked loss on this machine's GPU.
+
+    Example: python -m benchmarks.gpu --no-tests --steps 10
+    """
+    end = time.monotonic() + 60 * minutes
+    if not dry and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: torch finds no GPU; --dry tries the script on a CPU, in miniature")
+    _prepare(dry)
+    console = Console(highlight=False)
+    console.width = max(console.width, 140)
+    report = _machine(dry)
+    console.print(f"{report['device']}, " + ", ".join(f"{name} {found}" for name, found in report["installed"].items()))
+    if tests:
+        report["tests"] = run_device_tests(test or ["tests"])
+        _show_tests(console, report["tests"])
+    figures, layers, report["left_out"] = _measure_steps(console, dry, steps, end)
+    report["steps"] = step_results(figures, layers, None if dry else bf16_peak_tflops(report["device"]))
+    show_steps(console, report["steps"])
+    bars = step_bars(report["steps"], figures) | _loss_bars(report, dry, end)
+    for what, why in report["left_out"].items():
+        console.print(f"left out: {what}: {why}")
+    report |= verdict(bars)
+    show_bars(console, bars)
+    print(json.dumps(report))
+    sys.exit(
+        1 if report.get("tests", {}).get("failed") or any("error" in why for why in report["left_out"].values()) else 0
+    )
+
+
+def _prepare(dry: bool) -> None:
+    """The environment of all that is started from here, as the launch scripts of examples/ set it."""
+    prepare_environment(False)
+    os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _machine(dry: bool) -> dict[str, Any]:
+    return {
+        "benchmark": "gpu",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "dry": dry,
+        "device": cpu_model() if dry else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "installed": {one.name: one.text() for one in capabilities()},
+    }
+
+
+def _show_tests(console: Console, found: dict[str, Any]) -> None:
+    console.print(f"tests: {found['passed']} passed, {len(found['failed'])} failed")
+    for reason, number in found["skipped"].items():
+        console.print(f"  skipped {number}: {reason}")
+    for name in found["failed"]:
+        console.print(f"  failed: {name}")
+
+
+def _measure_steps(
+    console: Console, dry: bool, steps: int, end: float
+) -> tuple[dict[Variant, Figures], dict[Variant, int], dict[str, str]]:
+    """The figures of each run, its layers, and what was left out for which reason."""
+    figures: dict[Variant, Figures] = {}
+    layers: dict[Variant, int] = {}
+    left_out: dict[str, str] = {}
+    fitting = None if dry else layers_that_fit(torch.cuda.get_device_properties(0).total_memory)
+    for variant, workload in runs_on(fitting):
+        reason = _no_fp8(dry) if variant.precision == "fp8" else None
+        found = reason or _no_time(end, _RUN_MINUTES) or measure_run(variant, workload, steps)
+        if isinstance(found, str):
+            left_out[variant.name] = found
+        else:
+            figures[variant], layers[variant] = found, workload.num_layers
+            console.print(f"{variant.name}: {found.seconds:.3f} s a step")
+    return figures, layers, left_out
+
+
+def _loss_bars(report: dict[str, Any], dry: bool, end: float) -> dict[str, dict[str, Any]]:
+    """The loss's own bars; what it found goes into the report."""
+    found = _no_time(end, _LOSS_MINUTES) or measure_loss(dry)
+    if isinstance(found, str):
+        report["left_out"]["masked loss"] = found
+        return {}
+    report["loss"] = {"results": found["results"], "missing": found["missing"]}
+    return found["bars"]
+
+
+def _no_fp8(dry: bool) -> str | None:
+    if dry:
+        return "needs a GPU"
+    return fp8_problem("tensorwise") if has_transformer_engine() else "no TE"
+
+
+def _no_time(end: float, minutes: float) -> str | None:
+    left = (end - time.monotonic()) / 60
+    return None if left >= minutes else f"{left:.1f} minutes were left, expected {minutes:g}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

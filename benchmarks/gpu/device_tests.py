@@ -1,0 +1,43 @@
+"""The tests marked gpu, in a pytest of their own, and what became of each."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).parents[2]
+_NOTHING_COLLECTED = 5  # pytest's exit code
+
+
+def run_device_tests(places: list[str]) -> dict[str, Any]:
+    """Of `places` (files and folders). Their output goes to stderr; returns numbers, the reasons of skips with how many
+    they are of, and the names of what failed."""
+    with tempfile.TemporaryDirectory(prefix="illada-gpu-") as folder:
+        xml = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={xml}", *places]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
+        ended = subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr)
+        cases = list(ElementTree.parse(xml).getroot().iter("testcase")) if xml.exists() else []
+    if not cases and ended.returncode not in (0, _NOTHING_COLLECTED):
+        return {"exit_code": ended.returncode, "passed": 0, "skipped": {}, "failed": ["pytest did not start"]}
+    return {"exit_code": ended.returncode, **_counted(cases)}
+
+
+def _path() -> list[str]:
+    return [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+
+
+def _counted(cases: list[ElementTree.Element]) -> dict[str, Any]:
+    skipped: Counter[str] = Counter()
+    failed = []
+    for case in cases:
+        if (skip := case.find("skipped")) is not None:
+            skipped[skip.get("message") or "no reason given"] += 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+    passed = len(cases) - skipped.total() - len(failed)
+    return {"passed": passed, "skipped": dict(skipped), "failed": failed}
