@@ -21,7 +21,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.gpu.device_tests import run_device_tests
+from benchmarks.gpu.device_tests import NOTHING_COLLECTED, run_device_tests
 from benchmarks.gpu.layer_shape import layers_that_fit
 from benchmarks.gpu.loss_run import measure_loss
 from benchmarks.gpu.step_runs import measure_run, runs_on, show_steps, step_bars, step_results
@@ -66,9 +66,9 @@ def main(
     report |= verdict(bars)
     show_bars(console, bars)
     print(json.dumps(report))
-    sys.exit(
-        1 if report.get("tests", {}).get("failed") or any("error" in why for why in report["left_out"].values()) else 0
-    )
+    found = report.get("tests", {"failed": [], "exit_code": 0})
+    broken = found["failed"] or found["exit_code"] not in (0, NOTHING_COLLECTED)
+    sys.exit(1 if broken or any("ended with" in why for why in report["left_out"].values()) else 0)
 
 
 def _prepare(dry: bool) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
-_NOTHING_COLLECTED = 5  # pytest's exit code
+NOTHING_COLLECTED = 5
+"""pytest's exit code."""
 
 
 def run_device_tests(places: list[str]) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def run_device_tests(places: list[str]) -> dict[str, Any]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
         ended = subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr)
         cases = list(ElementTree.parse(xml).getroot().iter("testcase")) if xml.exists() else []
-    if not cases and ended.returncode not in (0, _NOTHING_COLLECTED):
+    if not cases and ended.returncode not in (0, NOTHING_COLLECTED):
         return {"exit_code": ended.returncode, "passed": 0, "skipped": {}, "failed": ["pytest did not start"]}
     return {"exit_code": ended.returncode, **_counted(cases)}
 

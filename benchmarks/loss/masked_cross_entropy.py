@@ -29,6 +29,7 @@ from benchmarks.measuring.machine import commit, cpu_model, prepare_environment
 from benchmarks.measuring.processes import Fp32Precision, MeasuringProcess
 
 Dtype = StrEnum("Dtype", {name: name for name in DTYPES})
+Who = StrEnum("Who", {name: name for name in VARIANTS})
 DeviceName = StrEnum("DeviceName", {name: name for name in SHAPES})
 MASKED_SHARES = (0.15, 0.5, 0.85)
 # bf16: cross-entropies that F.cross_entropy rounds to bf16, summed
@@ -41,6 +42,7 @@ def main(
     ] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option(help="bf16, fp32; again for more. Default: all.")] = None,
     device: Annotated[DeviceName | None, typer.Option(help="Default: the GPU if there is one.")] = None,
+    who: Annotated[list[Who] | None, typer.Option(help="Again for more. Default: all.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed repetitions of each variant and share.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: the cores.")] = None,
     fp32_precision: Annotated[
@@ -69,7 +71,7 @@ def main(
     }
     bars: dict[str, dict[str, Any]] = {}
     for kind in dtype or list(Dtype):
-        cases = [LossCase(one, place, kind, shape, threads, fp32_precision) for one in VARIANTS]
+        cases = [LossCase(one, place, kind, shape, threads, fp32_precision) for one in who or list(Who)]
         figures, missing, environment = _measure_in_turns(console, cases, masked_share or list(MASKED_SHARES), rounds)
         report["results"] += [one.to_json() for one in figures]
         report["missing"] |= missing
