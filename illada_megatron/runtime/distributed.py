@@ -21,6 +21,7 @@ from illada_megatron.config.layout import Layout, choose_layout, resolve_layout
 from illada_megatron.runtime import cpu_adaptor, loopback
 from illada_megatron.runtime.device import Device, select_device, set_threads
 from illada_megatron.runtime.megatron import import_megatron
+from illada_megatron.runtime.process_groups import own_groups
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LEFT = "illada/ranks that have left"
@@ -160,7 +161,7 @@ def _init_torch_distributed(config: RunConfig, device: Device) -> None:
             rank=int(os.environ["RANK"]),
             world_size=world_size_from_environment(),
             timeout=timeout,
-            device_id=device.torch_device if device.is_cuda else None,
+            # no device_id: NCCL would make every group at once, and all ranks would take part in each
         )
     else:
         loopback.keep_gloo_on_this_machine()
@@ -171,13 +172,14 @@ def _init_megatron(config: RunConfig, layout: Layout, device: Device) -> Runtime
     # Imported here: the CPU adaptor has to be in place before megatron-core binds names of torch.cuda.
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=config.runtime.distributed_timeout_minutes,
-    )
+    with own_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=config.runtime.distributed_timeout_minutes,
+        )
     # No layer draws random numbers (no dropout, weights from `initial_weights`); megatron-core wants its states set.
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     return Runtime(

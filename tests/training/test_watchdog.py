@@ -33,7 +33,7 @@ def test_a_stopped_rank_is_reported_by_the_one_that_waits(small: tuple[str, ...]
     assert int(found[1]) == run.steps[-1]["step"] + 1
     assert 3 <= int(found[2]) < 60
     assert re.search(r'trainer.py", line \d+ in train_step', report)
-    assert re.search(r"gloo:\w+ number \d+ of group \d+ \(\w+\), input .* not finished", report)
+    assert re.search(r"gloo:\w+ number \d+ of group \w+ \(\w+\), input .* not finished", report)
     assert "rank 0 failed first, with exit code 75" in report
     trace = (tmp_path / "run" / "traces" / f"rank_00000_step_{found[1]}.txt").read_text()
     assert found[0] in trace
