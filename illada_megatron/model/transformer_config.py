@@ -47,8 +47,12 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
+        deterministic_mode=config.training.deterministic,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=device.is_cuda,  # gloo sends and receives one by one
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        overlap_p2p_comm=parallel.overlaps_p2p,
+        batch_p2p_comm=device.is_cuda and not parallel.overlaps_p2p,  # gloo sends and receives one by one
+        batch_p2p_sync=False,  # for a race of older versions of torch: the host would wait at each exchange
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

@@ -7,7 +7,7 @@ On a CPU the compiled operator `illada::segment_attention` (csrc/layer_kernels) 
 queries, keys or values; elsewhere torch's own operators do the same.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -73,8 +73,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+@lru_cache(maxsize=4)
 def _runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
-    """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run."""
+    """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run. All
+    layers are given the same tensor: a GPU is asked for it once a micro-batch."""
     runs: list[tuple[int, int, int]] = []
     for start, end in pairwise(cu_seqlens.tolist()):
         if runs and runs[-1][2] == end - start:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.config.layout import Layout, choose_layout, resolve_layout
 from illada_megatron.runtime import cpu_adaptor, loopback
+from illada_megatron.runtime.determinism import make_deterministic
 from illada_megatron.runtime.device import Device, select_device, set_threads
 from illada_megatron.runtime.megatron import import_megatron
 from illada_megatron.runtime.process_groups import own_groups
@@ -92,6 +94,8 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
         layout = resolve_layout(config, world_size_from_environment())
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.training.deterministic:
+        make_deterministic()
     import_megatron()
     device = select_device(config)
     if device.is_cuda:
@@ -151,6 +155,11 @@ def _init_torch_distributed(config: RunConfig, device: Device) -> None:
     if config.faults.watchdog_seconds is not None:
         # torch keeps so many collectives for the watchdog's report; read when the first process group is made
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        if device.is_cuda and config.run_dir is not None:
+            # where NCCL's own watchdog leaves the same when a collective takes longer than its timeout
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{config.run_dir}/traces/nccl_rank_")
+            with contextlib.suppress(OSError):
+                Path(config.run_dir, "traces").mkdir(parents=True, exist_ok=True)
     if is_rank():
         store = loopback.store_of_one_machine(timeout)  # None: torch makes it, of the same variables
         if store is not None:

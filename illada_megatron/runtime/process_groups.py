@@ -60,21 +60,14 @@ def own_groups() -> Iterator[None]:
 
     create, made = parallel_state.create_group, dict[tuple[Any, ...], Any]()
 
-    def create_own(
-        ranks: Sequence[int],
-        timeout: Any = None,
-        backend: str | None = None,
-        pg_options: Any = None,
-        use_local_synchronization: bool = False,  # of the caller's: it is always
-        group_desc: str | None = None,
-    ) -> Any:
+    def create_own(ranks: Sequence[int], **options: Any) -> Any:
         if dist.get_rank() not in ranks:
             return dist.GroupMember.NON_GROUP_MEMBER
-        key = (tuple(ranks), backend)
-        if pg_options is not None:  # a communicator that is configured is nobody else's
-            key = (*key, group_desc)
+        key: tuple[Any, ...] = (tuple(ranks), options.get("backend"))
+        if options.get("pg_options") is not None:  # a communicator that is configured is nobody else's
+            key = (*key, options.get("group_desc"))
         if key not in made:
-            made[key] = create(list(ranks), timeout, backend, pg_options, True, group_desc)
+            made[key] = create(list(ranks), **(options | {"use_local_synchronization": True}))
         return made[key]
 
     parallel_state.create_group = create_own

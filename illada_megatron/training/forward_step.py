@@ -15,6 +15,7 @@ from illada_megatron.diffusion import MaskedBatch, make_masked_batch, make_segme
 from illada_megatron.model.packing import pack
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.runtime import Runtime
+from illada_megatron.runtime.spans import span
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,19 @@ def forward_step(
     num_microbatches: of a rank's step; tokens: those of the global batch by the micro-batches of all ranks, which is
     what a micro-batch has, or less where the last ones are filled up; sums: what is to be kept of each.
     """
-    microbatch = next(microbatches)
+    with span("wait for a micro-batch"):
+        microbatch = next(microbatches)
     batch, segments = microbatch.batch, pack(microbatch.cu_seqlens, microbatch.max_seqlen)
-    if batch is None:
-        return model(None, segments), _no_loss
-    output = model(
-        batch.tokens.view(1, -1),
-        segments,
-        labels=batch.labels.view(-1),
-        loss_weight=batch.loss_weight.view(-1),
-        grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
-    )
+    with span("forward pass of a micro-batch"):
+        if batch is None:
+            return model(None, segments), _no_loss
+        output = model(
+            batch.tokens.view(1, -1),
+            segments,
+            labels=batch.labels.view(-1),
+            loss_weight=batch.loss_weight.view(-1),
+            grad_scale=1 / (tokens * num_microbatches),  # what `_loss` and the schedule divide by
+        )
     return output, partial(_loss, batch, microbatch.counted, tokens, sums)
 
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+from launch import Illada
 
 from illada_megatron.config import load_config
 from illada_megatron.config.layout import resolve_layout
@@ -88,3 +89,14 @@ def test_groups_of_1024_ranks(preset: str, tp: int, pp: int, made: dict[Any, Any
     assert count.on_a_rank <= 9
     numbers = {rank: number for rank, (number, _) in made[1024, tp, pp].items()}
     assert numbers == {rank: count.on_a_rank - 1 - (pp > 2 and rank == 511) for rank in _RANKS}
+
+
+def test_the_dry_run_prints_them(illada: Illada) -> None:
+    done = illada(
+        *("train", "--config", "illada-8b", "--dry-run", "--nproc", "8", "--nnodes", "128"),
+        *("parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"),
+    )
+    assert done.code == 0, done.err
+    assert "in the whole run" in done.out
+    assert "1,286" in done.out
+    assert "5 at most" in done.out

@@ -82,7 +82,9 @@ def new_config(opened: OpenCheckpoint, change: LayoutChange, overrides: Sequence
         f"parallel.data_parallel_size={change.data or 'null'}",
     ]
     if tensor == 1:
-        values.append("parallel.sequence_parallel=false")
+        values += ["parallel.sequence_parallel=false", "parallel.tp_comm_overlap=false"]
+    if virtual is None or pipeline == 2:
+        values.append("parallel.overlap_p2p_comm=null")
     config = load_config(opened.info.config, [*overrides, *values], source=str(opened.info.path))
     if config.model != opened.config.model:
         raise ConfigError(f"{opened.info.path}: a reshard leaves the model as it is; leave out overrides of model.*")

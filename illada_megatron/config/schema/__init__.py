@@ -11,6 +11,7 @@ from illada_megatron.config.schema.data import BlendEntry, BlendPhase, CorpusNam
 from illada_megatron.config.schema.learning import (
     LossConfig,
     OptimizerConfig,
+    ProfileConfig,
     RateChange,
     ScheduleConfig,
     Shape,
@@ -36,6 +37,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Probability",
+    "ProfileConfig",
     "RateChange",
     "Recompute",
     "RopeScaling",
