@@ -58,6 +58,7 @@ class Shard:
     """Of the rank's own tensor, flattened."""
     main: Tensor
     """[stop - start] fp32 (or the shape of the whole tensor); the weight itself where that is fp32."""
+    moments_dtype: torch.dtype
     state: dict[str, Any]
     """The inner optimizer's: the moments in the shape of `main`; empty before the first step. Beside them the weight's
     moving average, where the run keeps one (`start_ema`)."""
@@ -135,7 +136,7 @@ def _distributed(one: DistributedOptimizer, item: Held) -> Shard | None:
     owned = one._get_model_param_range_map(item.tensor)["param"]
     group, order = one.model_param_group_index_map[item.tensor]
     main = one.optimizer.param_groups[group]["params"][order]
-    return Shard(owned.start, owned.end, main, one.optimizer.state[main])
+    return Shard(owned.start, owned.end, main, _moments_dtype(one), one.optimizer.state[main])
 
 
 def _plain(one: Any, item: Held) -> Shard | None:
@@ -143,14 +144,18 @@ def _plain(one: Any, item: Held) -> Shard | None:
     inner = one.optimizer
     if not any(main is parameter for group in inner.param_groups for parameter in group["params"]):
         return None
-    return Shard(0, item.tensor.numel(), main, inner.state[main])
+    return Shard(0, item.tensor.numel(), main, _moments_dtype(one), inner.state[main])
+
+
+def _moments_dtype(one: Any) -> torch.dtype:
+    return getattr(one.optimizer, "moments_dtype", torch.float32)  # fp32: TE's and Apex's, as they are used here
 
 
 def fill_moments(shard: Shard) -> None:
     """Give a shard the moments that its first step would have made."""
     for moment in MOMENTS:
         if moment not in shard.state:
-            shard.state[moment] = torch.zeros_like(shard.main, dtype=torch.float32)
+            shard.state[moment] = torch.zeros_like(shard.main, dtype=shard.moments_dtype)
 
 
 def start_ema(shard: Shard) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import model_validator as validator
 
+from illada_megatron.config.communication import check_gradients, check_overlap
 from illada_megatron.config.fp8 import check_fp8, token_multiple
 from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stages
 from illada_megatron.config.places import check_places, with_places
@@ -119,6 +120,11 @@ def check_config(config: RunConfig) -> None:
     """The checks that do not need the world size. Raises ValueError with the fields, the numbers and the fix."""
     model, parallel, training = config.model, config.parallel, config.training
     check_places(config.run_dir, config.logging)
+    if training.profile is not None and training.profile.tool == "torch" and config.run_dir is None:
+        raise ValueError(
+            "training.profile needs run_dir, found null: traces are written into its folder traces; set run_dir, or "
+            "leave profile out"
+        )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tp_text = f"parallel.tensor_model_parallel_size {tp}"
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "padded_vocab_size"):
@@ -171,15 +177,13 @@ def check_config(config: RunConfig) -> None:
         )
     if training.precision == "fp8":
         check_fp8(config)
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+    check_gradients(parallel)
+    check_overlap(parallel, training, config.runtime, config.fp8)
+    if parallel.tp_comm_overlap and row_tokens(config) is None:
         raise ValueError(
-            "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
-            f"{parallel.use_distributed_optimizer} and {parallel.overlap_grad_reduce}"
-        )
-    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
-        raise ValueError(
-            f"parallel.ddp_bucket_size {parallel.ddp_bucket_size} needs overlap_grad_reduce true, without which all "
-            "gradients are exchanged at once: set it, or leave ddp_bucket_size out"
+            f"parallel.tp_comm_overlap true with context_parallel_size {parallel.context_parallel_size} and "
+            "diffusion.attention_boundary document: each micro-batch's row has a length of its own, and buffers have "
+            "one; set tp_comm_overlap=false"
         )
     if config.data.sequence_length > model.max_sequence_length:
         raise ValueError(

@@ -59,8 +59,12 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         # which this model has none of, to allow it
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and row_tokens(config) is None,
         moe_token_dispatcher_type="alltoall",
+        deterministic_mode=config.training.deterministic,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=device.is_cuda,  # gloo sends and receives one by one
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        overlap_p2p_comm=parallel.overlaps_p2p,
+        batch_p2p_comm=device.is_cuda and not parallel.overlaps_p2p,  # gloo sends and receives one by one
+        batch_p2p_sync=False,  # for a race of older versions of torch: the host would wait at each exchange
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from illada_megatron.config import CheckpointConfig, FaultsConfig, ModelConfig, RunConfig
+from illada_megatron.config import CheckpointConfig, FaultsConfig, ModelConfig, ParallelConfig, RunConfig
 from illada_megatron.config.layout import layout_rows
 from illada_megatron.config.learning_rate import schedule_rows
 from illada_megatron.config.schema import BlendPhase, DiffusionConfig, LossConfig
@@ -36,7 +36,8 @@ def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
         ("layers", implementation),
         *layers,
         *_model_rows(config.model),
-        ("optimizer", _optimizer_text(config)),
+        *([("sums", "in one order each time (training.deterministic)")] if config.training.deterministic else []),
+        ("optimizer", _optimizer_text(config, device)),
         ("loss", _loss_text(config.loss, dtype, device)),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
         *_problem_rows(device),
@@ -70,8 +71,8 @@ def _model_rows(model: ModelConfig) -> list[tuple[str, str]]:
     return [("model", "; ".join(parts))] if parts else []
 
 
-def _optimizer_text(config: RunConfig) -> str:
-    settings, parts = config.optimizer, [optimizer_name(config.parallel)]
+def _optimizer_text(config: RunConfig, device: Device) -> str:
+    settings, parts = config.optimizer, [optimizer_name(config, device.torch_device)]
     if settings.embedding_weight_decay is not None:
         parts.append(f"embedding's weight decay {settings.embedding_weight_decay:g}")
     if settings.embedding_lr_mult != 1.0:
@@ -108,6 +109,7 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
     return [
         *choice_rows(config, state.runtime.device),
         *layout_rows(config, state.runtime.layout),
+        ("exchanges", _exchanges_text(config.parallel)),
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", _noise_text(diffusion)),
         *([] if diffusion.loss_is_bound else [("objective", _objective_text(diffusion))]),
@@ -117,6 +119,22 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
         ("checkpoints", _checkpoints_text(config.checkpoint)),
         ("faults", _faults_text(config.faults)),
     ]
+
+
+def _exchanges_text(parallel: ParallelConfig) -> str:
+    """What ranks send each other while they compute."""
+    gradients = "gradients in bf16, summed in fp32" if parallel.grad_reduce_in_bf16 else "gradients in fp32"
+    overlapped = [
+        name
+        for name, overlaps in (
+            ("gradients", parallel.overlap_grad_reduce),
+            ("weights", parallel.overlap_param_gather),
+            ("tensor parallel", parallel.tp_comm_overlap),
+            ("stages", parallel.overlaps_p2p),
+        )
+        if overlaps
+    ]
+    return f"{gradients}; overlapped: {', '.join(overlapped) or 'nothing'}"
 
 
 def _noise_text(diffusion: DiffusionConfig) -> str:

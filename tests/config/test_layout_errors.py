@@ -47,6 +47,49 @@ IMPOSSIBLE = {
         ["parallel.ddp_bucket_size=1000"],
         ["ddp_bucket_size 1000 needs overlap_grad_reduce true", "leave ddp_bucket_size out"],
     ),
+    "bf16 gradients without shards": (
+        ["parallel.grad_reduce_in_bf16=true", "parallel.use_distributed_optimizer=false"],
+        ["grad_reduce_in_bf16 true needs use_distributed_optimizer true", "or grad_reduce_in_bf16=false"],
+    ),
+    "padded buckets without shards": (
+        ["parallel.ddp_pad_buckets_for_high_nccl_busbw=true", "parallel.use_distributed_optimizer=false"],
+        ["ddp_pad_buckets_for_high_nccl_busbw true needs use_distributed_optimizer true"],
+    ),
+    "averaged bf16 gradients": (
+        ["parallel.grad_reduce_in_bf16=true", "parallel.ddp_average_in_collective=true"],
+        ["grad_reduce_in_bf16 and ddp_average_in_collective are both true", "set one of them to false"],
+    ),
+    "overlap without what it overlaps": (
+        [f"{TP}=2", "parallel.tp_comm_overlap=true"],
+        ["tp_comm_overlap true needs parallel.sequence_parallel true", "found false", "or set tp_comm_overlap=false"],
+    ),
+    "overlap in one order": (
+        [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true", "training.deterministic=true"],
+        ["tp_comm_overlap true needs training.deterministic false", "found true"],
+    ),
+    "overlap in fp32": (
+        [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true", "training.precision=fp32"],
+        ["tp_comm_overlap true needs training.precision bf16 or lower, found fp32"],
+    ),
+    "overlap of local layers": (
+        [
+            *(f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"),
+            *("training.precision=bf16", "runtime.transformer_impl=local"),
+        ],
+        ["tp_comm_overlap true needs Transformer Engine on GPUs", "transformer_impl local"],
+    ),
+    "overlap of plain stages": (
+        [f"{PP}=2", "parallel.overlap_p2p_comm=true"],
+        ["overlap_p2p_comm true needs virtual_pipeline_model_parallel_size > 1, found None", "leave overlap_p2p_comm"],
+    ),
+    "two neighbours that are one": (
+        [f"{PP}=2", f"{VP}=2", "parallel.overlap_p2p_comm=false"],
+        ["overlap_p2p_comm false with interleaved stages needs pipeline_model_parallel_size > 2, found 2"],
+    ),
+    "bf16 moments of a slow average": (
+        ["optimizer.moments_dtype=bf16", "optimizer.adam_beta2=0.999"],
+        ["moments_dtype bf16 needs adam_beta2 of 0.99 at most, found 0.999", "set moments_dtype=fp32"],
+    ),
     "too long": (
         ["data.sequence_length=9000"],
         ["data.sequence_length 9000", "model.max_sequence_length 8192", "change one of them"],

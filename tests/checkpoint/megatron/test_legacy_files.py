@@ -211,8 +211,8 @@ def _megatrons_files(config: RunConfig, ours: Path, directory: Path) -> None:
     """What Megatron's save_checkpoint writes for one rank, made of megatron-core's own state dicts."""
     from illada_megatron.checkpoint.sharded import load_checkpoint
     from illada_megatron.model import build_model_chunks
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     with runtime(config) as run:
         chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
@@ -330,8 +330,8 @@ def _load_as_megatron(config: RunConfig, legacy: Path, again: Path) -> None:
     """Into a new model and optimizer of megatron-core, and what they hold then as Megatron's files of one rank."""
     from illada_megatron.checkpoint.state import optimizers
     from illada_megatron.model import build_model_chunks
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     place = legacy / f"iter_{STEP:07d}" / "mp_rank_00"
     with runtime(config) as run:
