@@ -358,8 +358,20 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
             f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank"
             f"{empty_places_text(chosen)}",
         ),
+        *_context_rows(config),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
+
+
+def _context_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Where sequences are shared, what a rank has of a micro-batch."""
+    ranks, row = config.parallel.context_parallel_size, row_tokens(config)
+    if ranks == 1:
+        return []
+    chunks = f"segments padded to multiples of {2 * ranks}, two chunks of each a rank"
+    if row is None:
+        return [("micro-batch", f"{chunks}; its length differs")]
+    return [("micro-batch", f"{row:,} tokens with padding, {row // ranks:,} a context-parallel rank; {chunks}")]
 
 
 def _stage_rows(config: RunConfig) -> list[tuple[str, str]]:
