@@ -12,7 +12,7 @@ def pack(cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_padded: Tensor | None =
     given so that nobody has to ask the GPU for it. cu_seqlens_padded: with context parallelism their offsets in the row
     where each is padded; max_seqlen is the longest padded one then.
     """
-    return PackedSeqParams(
+    segments = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -21,6 +21,10 @@ def pack(cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_padded: Tensor | None =
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
+    if cu_seqlens_padded is not None and hasattr(segments, "pad_between_seqs"):
+        # of megatron-core 0.19: without it Transformer Engine compares the two offsets on the GPU, in every layer
+        segments.pad_between_seqs = True
+    return segments
 
 
 def equal_segments(batch: int, length: int, device: torch.device | str) -> PackedSeqParams:
