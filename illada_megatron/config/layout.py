@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Self
 
 from pydantic import model_validator as validator
 
 from illada_megatron.config.communication import check_gradients, check_overlap
 from illada_megatron.config.fp8 import check_fp8, token_multiple
-from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stages
+from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stage_lines, stages
 from illada_megatron.config.places import check_places, with_places
 from illada_megatron.config.schema import (
     CheckpointConfig,
@@ -30,7 +29,6 @@ from illada_megatron.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
-from illada_megatron.system.terminal import counted
 
 
 class RunConfig(Section):
@@ -368,29 +366,29 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
             f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank"
             f"{empty_places_text(chosen)}",
         ),
+        *_context_rows(config),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
 
 
+def _context_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Where sequences are shared, what a rank has of a micro-batch."""
+    ranks, row = config.parallel.context_parallel_size, row_tokens(config)
+    if ranks == 1:
+        return []
+    chunks = f"segments padded to multiples of {2 * ranks}, two chunks of each a rank"
+    if row is None:
+        return [("micro-batch", f"{chunks}; its length differs")]
+    return [("micro-batch", f"{row:,} tokens with padding, {row // ranks:,} a context-parallel rank; {chunks}")]
+
+
 def _stage_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """Where there is a pipeline, what each stage has; neighbours that have the same share a line."""
+    """Where there is a pipeline, what each stage has."""
     split = pipeline_split(config)
     if len(split) == 1:
         return []
     flops = expected_flops(config.model, config.diffusion, config.data.sequence_length)
-    lines, first = [], 0
-    for rank, (stage, following) in enumerate(pairwise([*stages(config.model, split, flops), None])):
-        if stage == following:
-            continue
-        assert stage is not None
-        numbers = f"{first}" if first == rank else f"{first} to {rank}"
-        chunks = f" ({' + '.join(map(str, stage.layers))})" if len(stage.layers) > 1 else ""
-        lines.append(
-            f"{numbers}: {counted(sum(stage.layers), 'layer')}{chunks}, {100 * stage.flops_share:.1f} % of the FLOPs, "
-            f"{stage.parameters / 1e6:,.1f} million parameters"
-        )
-        first = rank + 1
-    return [("stages", "\n".join(lines))]
+    return [("stages", "\n".join(stage_lines(stages(config.model, split, flops))))]
 
 
 def empty_places_text(chosen: ChosenLayout) -> str:

@@ -18,18 +18,13 @@ from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.plateau import PlateauDetector
 from illada_megatron.training.setup import TrainingState, count_held_parameters
 
-_TRANSFORMER_ENGINE = [
-    ("attention", "Transformer Engine, packed segments"),
-    ("norm", "RMSNorm (Transformer Engine)"),
-    ("activation", "SwiGLU (megatron-core)"),
-]
-
 
 def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
     """What was chosen on this device."""
     dtype = DTYPES[config.training.precision]
     implementation = choose_implementation(config.runtime, device)
-    layers = _local_rows(dtype, device) if implementation == "local" else _TRANSFORMER_ENGINE
+    context = config.parallel.context_parallel_size
+    layers = _local_rows(dtype, device, context) if implementation == "local" else _transformer_engine_rows(context)
     return [
         ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
         *_fp8_rows(config),
@@ -89,7 +84,16 @@ def _loss_text(loss: LossConfig, dtype: torch.dtype, device: Device) -> str:
     return f"masked linear cross-entropy, {text}; head on masked positions only{penalty}"
 
 
-def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
+def _transformer_engine_rows(context: int) -> list[tuple[str, str]]:
+    ring = f", keys and values round a ring of {context} context-parallel ranks" if context > 1 else ""
+    return [
+        ("attention", f"Transformer Engine, packed segments{ring}"),
+        ("norm", "RMSNorm (Transformer Engine)"),
+        ("activation", "SwiGLU (megatron-core)"),
+    ]
+
+
+def _local_rows(dtype: torch.dtype, device: Device, context: int) -> list[tuple[str, str]]:
     """Which of the local layers' operators are compiled ones, and why the others are not."""
     rows = [
         ("attention", "packed segments", "torch scaled_dot_product_attention", segment_attention),
@@ -97,6 +101,9 @@ def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
         ("activation", "SwiGLU", "torch", swiglu),
     ]
     found = [(name, what, other, operator.missing(device.torch_device, dtype)) for name, what, other, operator in rows]
+    if context > 1:
+        gathered = f"the compiled operator has no keys of other ranks; {context} context-parallel ranks gather them"
+        found[0] = (*found[0][:3], gathered)
     return [
         (name, f"{what}: illada kernel" if reason is None else f"{what}: {other} ({reason})")
         for name, what, other, reason in found

@@ -146,6 +146,14 @@ def test_same_losses_in_more_layouts(layout: str, train_once: TrainOnce) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [(2, CP2), (4, CP2, PP2), (4, CP2, TP2, SEQUENCE)], ids=str)
+def test_documents_over_context_parallel_ranks(layout: tuple[Any, ...], train_once: TrainOnce) -> None:
+    """Rows of unlike length, which stages ask each other for; segments shorter than a rank's chunks."""
+    reference = train_once(1, *COSINE)
+    assert_same_training(train_once(*layout, *COSINE).steps, reference.steps, RELATIVE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ['"Et|tt|tt|tL"', "auto"])
 def test_uneven_and_interleaved_stages(layout: str, train_once: TrainOnce) -> None:
     """Layers under other numbers would begin with other weights. auto: the head of a narrow model is several layers."""
