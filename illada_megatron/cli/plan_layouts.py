@@ -69,9 +69,9 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
         f"{device.memory_bytes.value / _GIB:.1f} GiB"
     )
     say(
-        f"goodput {goodput:.2%}: a failure every {faults.mtbf_seconds / 3600:,.1f} h, a save every {interval:,.0f} s that "
-        f"the run waits {faults.save_stall_seconds:g} s for, durable after {faults.save_seconds:g} s; down "
-        f"{faults.outage_seconds:g} s"
+        f"goodput {goodput:.2%}: a failure every {faults.mtbf_seconds / 3600:,.1f} h, down {faults.outage_seconds:g} s; "
+        f"a save every {interval:,.0f} s, waited for {faults.save_stall_seconds:g} s, durable after "
+        f"{faults.save_seconds:g} s"
     )
     if not found:
         say(_nothing_fits(work, gpus, device, asked.precisions))
@@ -135,7 +135,8 @@ def _own_text(found: list[Planned], own: Planned | None, problem: str, device: D
     places = [number for number, one in enumerate(found, 1) if one.candidate == own.candidate]
     words = f"the configuration's own, {layout_words(own.candidate)} with {own.candidate.precision}"
     if places:
-        return f"{words}: number {places[0]}, {own.tokens_per_second / found[0].tokens_per_second:.0%} of the first's speed"
+        speed = own.tokens_per_second / found[0].tokens_per_second
+        return f"{words}: number {places[0]}, {speed:.0%} of the first's speed"
     share = own.memory.total / device.memory_bytes.value
     return (
         f"{words} and recompute {own.candidate.recompute}: {own.tokens_per_second:,.0f} tokens/s/GPU, "

@@ -234,7 +234,7 @@ def test_passes_in_flight_are_the_schedules(pipeline: int, virtual: int, microba
 )
 def test_presets_on_the_meta_device(preset: str, layout: tuple[int, int, int, int], whole: int | None) -> None:
     """Parameters of every stage, and the shards of a real distributed optimizer of the first and the last."""
-    tensor, pipeline, virtual, data = layout
+    tensor, pipeline, virtual, _ = layout
     config = load_config(
         preset,
         [
