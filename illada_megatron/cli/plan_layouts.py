@@ -70,8 +70,8 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
     )
     say(
         f"goodput {goodput:.2%}: a failure every {faults.mtbf_seconds / 3600:,.1f} h, down "
-        f"{faults.outage_seconds:g} s; a save every {interval:,.0f} s, waited for {faults.save_stall_seconds:g} s, durable after "
-        f"{faults.save_seconds:g} s"
+        f"{faults.outage_seconds:g} s; a save every {interval:,.0f} s, waited for {faults.save_stall_seconds:g} s, "
+        f"durable after {faults.save_seconds:g} s"
     )
     if not found:
         say(_nothing_fits(work, gpus, device, asked.precisions))
