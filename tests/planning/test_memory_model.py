@@ -21,6 +21,7 @@ from illada_megatron.planning.memory import (
     weights,
 )
 from illada_megatron.planning.workload import stage_elements
+from illada_megatron.ops import segment_attention
 from illada_megatron.runtime import cpu_adaptor
 from illada_megatron.runtime.device import Device, select_device
 from illada_megatron.runtime.megatron import import_megatron
@@ -31,11 +32,12 @@ SMALL = (
     *("model.num_query_groups=4", "model.vocab_size=1000", "data.sequence_length=64", "model.max_sequence_length=64"),
     *("training.micro_batch_size=1", "training.global_batch_size=64", "runtime.device=cpu"),
 )
-MIDDLE = (
+WIDE = (
     *SMALL,
-    *("model.hidden_size=512", "model.ffn_hidden_size=1408", "model.vocab_size=32000", "data.sequence_length=128"),
+    *("model.hidden_size=512", "model.ffn_hidden_size=1408", "data.sequence_length=128"),
     "model.max_sequence_length=128",
 )
+MIDDLE = (*WIDE, "model.vocab_size=32000")
 # tensor, pipeline, virtual, data
 LAYOUTS = [(1, 1, 1, 1), (1, 1, 1, 8), (2, 1, 1, 4), (1, 4, 1, 2), (2, 2, 2, 4), (4, 2, 4, 32), (4, 8, 1, 64)]
 
@@ -161,10 +163,11 @@ def kept_bytes(config: RunConfig, layout: tuple[int, int, int, int]) -> int:
     """What a forward pass keeps for the backward pass of the only stage, but its weights."""
     kept: list[Tensor] = []
     with rank_of(config, layout[0] * layout[3], 0):
-        from illada_megatron.model import build_model_chunks, fill_initial_weights, pack
+        from illada_megatron.model import build_model_chunks, pack
 
         (model,) = build_model_chunks(config, select_device(config))
-        fill_initial_weights([model], config.model, seed=1)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
         owned = {one.untyped_storage()._cdata for one in model.parameters()}
         length = config.data.sequence_length
         lengths = [0, length // 3, length]
@@ -186,8 +189,10 @@ def kept_bytes(config: RunConfig, layout: tuple[int, int, int, int]) -> int:
 @pytest.mark.parametrize(("layout", "sequence"), [((1, 1, 1, 1), False), ((4, 1, 1, 1), True), ((4, 1, 1, 1), False)])
 def test_activations_of_a_layer(layout: tuple[int, int, int, int], sequence: bool, precision: str) -> None:
     """Of a real forward pass: eight layers less four."""
+    if precision == "bf16" and (reason := segment_attention.missing(torch.device("cpu"), torch.bfloat16)) is not None:
+        pytest.skip(f"attention keeps more without its compiled operator: {reason}")
     more = (f"training.precision={precision}", f"parallel.sequence_parallel={str(sequence).lower()}")
-    eight, four = (configured(MIDDLE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
+    eight, four = (configured(WIDE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
     found = (kept_bytes(eight, layout) - kept_bytes(four, layout)) / 4
     element = 4 if precision == "fp32" else 2
     wanted = eight.data.sequence_length * local_layer_bytes(eight.model, layout[0], sequence, element)
@@ -197,7 +202,7 @@ def test_activations_of_a_layer(layout: tuple[int, int, int, int], sequence: boo
 def test_full_recomputation_keeps_the_layers_inputs() -> None:
     layout = (1, 1, 1, 1)
     more = ("training.precision=bf16", "training.recompute=full")
-    eight, four = (configured(MIDDLE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
+    eight, four = (configured(WIDE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
     found = (kept_bytes(eight, layout) - kept_bytes(four, layout)) / 4
     assert found == pytest.approx(2 * eight.model.hidden_size * eight.data.sequence_length, rel=0.05)
 
