@@ -273,14 +273,20 @@ def on_meta(config: RunConfig) -> tuple[int, int]:
         core.use_cpu_initialization = True  # the default device decides
         return core
 
-    with pytest.MonkeyPatch.context() as patch, meta:
+    plain_type = torch.Tensor.type
+
+    def cuda_type(self: Tensor, *arguments: Any, **named: Any) -> Any:
+        """megatron-core recognises parameters by this name."""
+        return plain_type(self, *arguments, **named) if arguments or named else "torch.cuda.BFloat16Tensor"
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mask_predictor, "transformer_config", without_memory)
-        patch.setattr(torch.cuda, "current_device", lambda: meta)
-        models = mask_predictor.build_model_chunks(config, Device(meta, "meta", None))
+        with meta:
+            models = mask_predictor.build_model_chunks(config, Device(meta, "meta", None))
         held = sum(parameter.numel() for model in models for parameter in model.parameters())
-        chunks = wrap_data_parallel(config.parallel, models)
-        built = build_optimizer(config, chunks)
-        groups = [
-            group for one in getattr(built, "chained_optimizers", [built]) for group in one.optimizer.param_groups
-        ]
+        patch.setattr(torch.cuda, "current_device", lambda: meta)
+        patch.setattr(torch.Tensor, "type", cuda_type)
+        built = build_optimizer(config, wrap_data_parallel(config.parallel, models))
+        optimizers = getattr(built, "chained_optimizers", [built])
+        groups = [group for one in optimizers for group in one.optimizer.param_groups]
         return held, sum(parameter.numel() for group in groups for parameter in group["params"])
