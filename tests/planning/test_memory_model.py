@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada_megatron.config import RunConfig, load_config
+from illada_megatron.ops import segment_attention
 from illada_megatron.planning import Candidate, even_split, load_device, workload
 from illada_megatron.planning.memory import (
     gradients,
@@ -21,7 +22,6 @@ from illada_megatron.planning.memory import (
     weights,
 )
 from illada_megatron.planning.workload import stage_elements
-from illada_megatron.ops import segment_attention
 from illada_megatron.runtime import cpu_adaptor
 from illada_megatron.runtime.device import Device, select_device
 from illada_megatron.runtime.megatron import import_megatron
