@@ -51,6 +51,11 @@ class Asked:
 def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: Asked) -> None:
     """Of one number of GPUs."""
     work, gpus = workload(config), faults.gpus
+    if "fp8" in asked.precisions and work.fp8_recipe not in device.fp8_recipes:
+        raise PlanError(
+            f"FP8's recipe {work.fp8_recipe}: {device.name} has {', '.join(device.fp8_recipes)}; change it, or ask for "
+            "--precision bf16"
+        )
     found = search(work, gpus, device, asked.precisions)
     interval, goodput = planned_goodput(faults)
     own, problem = own_layout(config, work, gpus, device)
