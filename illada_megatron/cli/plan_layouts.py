@@ -88,6 +88,8 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
 def own_layout(config: RunConfig, work: Workload, gpus: int, device: Device) -> tuple[Planned | None, str]:
     """The configuration's layout on so many GPUs; None with the reason where there is none."""
     training = config.training
+    if training.precision == "fp32":
+        return None, "training.precision fp32 is for CPUs, and not planned"
     try:
         layout = resolve_layout(config, gpus)
     except ValueError as error:
