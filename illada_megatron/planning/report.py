@@ -24,7 +24,7 @@ def memory_gib(planned: Planned) -> dict[str, float]:
     return parts
 
 
-def overrides(work: Workload, one: Candidate) -> list[str]:
+def overrides(one: Candidate) -> list[str]:
     """What a configuration has to say for this layout."""
     fields = {
         "parallel.tensor_model_parallel_size": one.tensor,
@@ -52,7 +52,7 @@ def explained(work: Workload, planned: Planned, device: Device) -> list[tuple[st
             f"{work.global_batch_size:,} sequences of {work.sequence_length:,}: {count} micro-batches of "
             f"{one.micro_batch_size} on {one.data} data-parallel ranks",
         ),
-        ("overrides", " ".join(overrides(work, one))),
+        ("overrides", " ".join(overrides(one))),
         ("", f"memory of pipeline rank {needed.stage}, which needs most"),
         *((name, f"{part.value / _GIB:8.2f} GiB = {part.text}") for name, part in needed.parts.items()),
         (
