@@ -98,7 +98,7 @@ def install() -> None:
         setattr(module, name, enum.IntEnum(name, values, start=0))
     for name in _KERNELS:
         setattr(module, name, getattr(kernels, name))
-    module.get_cudnn_version = lambda: 91002  # 9.10.2; asked for when attention is made
+    setattr(module, "get_cudnn_version", lambda: 91002)  # noqa: B010 (9.10.2; asked for when attention is made)
     for source in (FOLDER / "transformer_engine" / "pytorch").rglob("*.py"):
         for name in re.findall(r"\btex\.([a-z]\w*)", source.read_text()):
             getattr(module, name)  # `import *` of it takes what is there
@@ -107,7 +107,7 @@ def install() -> None:
         if importlib.util.find_spec(name.partition(".")[0]) is None or name.startswith("transformer_engine"):
             sys.modules[name] = _any_module(name)
     tell_of_an_h100()
-    common = importlib.import_module("transformer_engine.common")
+    common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda _: None
 
 
@@ -126,7 +126,7 @@ def tell_of_an_h100() -> None:
     )
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
-    torch.cuda.get_device_properties = lambda *_: properties  # type: ignore[assignment,return-value]
+    torch.cuda.get_device_properties = lambda *_: properties
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_name = lambda *_: properties.name
     torch.cuda.is_current_stream_capturing = lambda: False

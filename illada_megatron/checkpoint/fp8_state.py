@@ -50,7 +50,7 @@ def load(reader: TensorReader, chunks: Sequence[nn.Module], model: ModelConfig) 
     core = chunks[0].config if chunks else None
     if core is None or core.fp8 is None or core.fp8_recipe != Fp8Recipe.delayed:  # type: ignore[union-attr]
         return
-    recipe = get_fp8_recipe(core)  # type: ignore[arg-type]
+    recipe = get_fp8_recipe(core)
     for name, module in _linear_layers(chunks, model):
         for key, direction in _DIRECTIONS.items():
             factors = tensor_name(name, f"{FP8}scale_{direction}")

@@ -51,7 +51,7 @@ def _fill(found: torch.Tensor, module: Any, direction: str, number: int) -> None
 
 def _named(found: torch.Tensor) -> dict[str, float]:
     """Without layers that stay bf16, and what has not been seen yet."""
-    figures = {}
+    figures: dict[str, float] = {}
     for layer, linears in enumerate(found.tolist()):
         for linear, tensors in zip(LINEARS, linears, strict=True):
             for (tensor, _, _), (amax, inverse) in zip(TENSORS, tensors, strict=True):
