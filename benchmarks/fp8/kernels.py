@@ -37,7 +37,7 @@ def _quantize_whole(rows: Tensor, quantizer: Any, out: Any) -> None:
     if hasattr(quantizer, "use_existing_amax"):
         quantizer.amax.copy_(amax)
         quantizer.scale.copy_(_factors(amax, name, quantizer.force_pow_2_scales))
-    else:
+    elif quantizer.amax.numel():
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
     data = _rounded(rows * quantizer.scale, name)
     out._scale_inv.copy_(1.0 / quantizer.scale)
@@ -218,6 +218,27 @@ def rmsnorm_bwd(
     scaled = given * gain
     dx = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * inverse.view(*rows.shape[:-1], 1)
     return dx.to(x.dtype), (given * normal).reshape(-1, rows.shape[-1]).sum(0).to(weight.dtype)
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    """Its largest value."""
+    amax.copy_(tensor.abs().amax())
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    _chunk: int, _overflow: Tensor, lists: Any, largest: float, powers_of_2: bool, _epsilon: float
+) -> None:
+    """lists: largest values of tensors, and where their factors and the inverses go."""
+    name = next(name for name, value in _LARGEST.items() if value == largest)
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(_factors(amax, name, powers_of_2))
+        inverse.copy_(1.0 / scale)
+
+
+def multi_tensor_scale(_chunk: int, _overflow: Tensor, lists: Any, scale: float) -> None:
+    """lists: from, to."""
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
 
 
 def multi_tensor_l2norm(_chunk: int, _overflow: Tensor, lists: Any, _per_tensor: bool) -> tuple[Tensor, None]:

@@ -42,7 +42,7 @@ _ENUMERATIONS = {
 }
 _KERNELS = (
     *("quantize", "dequantize", "fp8_transpose", "generic_gemm", "rmsnorm_fwd", "rmsnorm_bwd"),
-    "multi_tensor_l2norm",
+    *("compute_amax", "multi_tensor_compute_scale_and_scale_inv", "multi_tensor_scale", "multi_tensor_l2norm"),
 )
 # exports, and kernels in Triton that nobody calls here; torch is not to find a Triton that is none
 _UNUSED = (
