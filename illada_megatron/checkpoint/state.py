@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ class Held:
     tensor: nn.Parameter
     first_copy: bool
     """No other tensor- or pipeline-parallel rank writes it: it is divided, or this rank is the first to hold it."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Its elements are FP8 and their factors (fp8.param_gather); what is saved of it comes from the main weight."""
+        return is_float8tensor(self.tensor)
 
     def boxes(self, start: int = 0, stop: int | None = None) -> list[Box]:
         """Where the elements [start, stop) of this rank's flattened tensor lie in the whole tensor."""

@@ -24,6 +24,10 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
     dtype = DTYPES[config.training.precision]
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     recompute = config.training.recompute
+    # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel. Those made in FP8
+    # are quantised at once, and delayed scaling would remember the largest value of fresh memory.
+    kept_in_fp8 = config.training.precision == "fp8" and config.fp8.param_gather
+    initial = torch.nn.init.zeros_ if kept_in_fp8 else _untouched
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -41,9 +45,8 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         softmax_scale=attention_scale(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel.
-        init_method=_untouched,
-        output_layer_init_method=_untouched,
+        init_method=initial,
+        output_layer_init_method=initial,
         embedding_init_method=_untouched,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -17,6 +17,7 @@ from illada_megatron.runtime.spans import span
 from illada_megatron.runtime.tables import tell
 from illada_megatron.training.bad_steps import BadStep
 from illada_megatron.training.flops import training_flops
+from illada_megatron.training.fp8_figures import fp8_figures
 from illada_megatron.training.metrics import StepSums, reduce_sums
 from illada_megatron.training.optimizer import apply_gradients, gradient_norm, set_learning_rate
 from illada_megatron.training.profiling import Profiler
@@ -83,6 +84,7 @@ def train(config: RunConfig) -> TrainResult:
                     tell(note)
                 if _due(config.logging.interval_steps, state.step):
                     reporter.compute_times(state.step, state.clock.gather(run))
+                    reporter.scalars(state.step, fp8_figures(state.chunks, config, run.device.torch_device))
                 if state.bad_steps.too_many:
                     watchdog.now("rollback", state.step)
                     reporter.saves(saver.wait())
