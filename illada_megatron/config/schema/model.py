@@ -197,8 +197,8 @@ class ParallelConfig(Section):
     tp_comm_overlap: bool = False
     """Sequence parallel exchanges run beside the products that need them, through Transformer Engine's userbuffers."""
     overlap_p2p_comm: bool | None = None
-    """Interleaved stages exchange while they compute. None: where stages are interleaved, on GPUs (gloo computes what it
-    sends and receives on the same cores)."""
+    """Interleaved stages exchange while they compute. None: where stages are interleaved, on GPUs (gloo sends and
+    receives on the cores that compute)."""
     layouts: list[LayoutChoice] = []
     """Layouts that the run may take, in order of preference: at each start the first that fits the number of ranks
     replaces the fields above, with the global batch unchanged. Empty: only the fields above."""
