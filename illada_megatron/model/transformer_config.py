@@ -23,6 +23,7 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.precision]
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    overlaps_p2p = parallel.overlaps_p2p(device.is_cuda)
     recompute = config.training.recompute
     # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel. Those made in FP8
     # are quantised at once, and delayed scaling would remember the largest value of fresh memory.
@@ -63,10 +64,11 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and row_tokens(config) is None,
         moe_token_dispatcher_type="alltoall",
         deterministic_mode=config.training.deterministic,
-        deallocate_pipeline_outputs=True,
+        # not while gloo is sending it: NCCL's streams keep memory until they have read it
+        deallocate_pipeline_outputs=device.is_cuda or not overlaps_p2p,
         tp_comm_overlap=parallel.tp_comm_overlap,
-        overlap_p2p_comm=parallel.overlaps_p2p,
-        batch_p2p_comm=device.is_cuda and not parallel.overlaps_p2p,  # gloo sends and receives one by one
+        overlap_p2p_comm=overlaps_p2p,
+        batch_p2p_comm=device.is_cuda and not overlaps_p2p,  # gloo sends and receives one by one
         batch_p2p_sync=False,  # for a race of older versions of torch: the host would wait at each exchange
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,

@@ -116,7 +116,7 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
     return [
         *choice_rows(config, state.runtime.device),
         *layout_rows(config, state.runtime.layout),
-        ("exchanges", _exchanges_text(config.parallel)),
+        ("exchanges", _exchanges_text(config.parallel, state.runtime.device)),
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", _noise_text(diffusion)),
         *([] if diffusion.loss_is_bound else [("objective", _objective_text(diffusion))]),
@@ -128,7 +128,7 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
     ]
 
 
-def _exchanges_text(parallel: ParallelConfig) -> str:
+def _exchanges_text(parallel: ParallelConfig, device: Device) -> str:
     """What ranks send each other while they compute."""
     gradients = "gradients in bf16, summed in fp32" if parallel.grad_reduce_in_bf16 else "gradients in fp32"
     overlapped = [
@@ -137,7 +137,7 @@ def _exchanges_text(parallel: ParallelConfig) -> str:
             ("gradients", parallel.overlap_grad_reduce),
             ("weights", parallel.overlap_param_gather),
             ("tensor parallel", parallel.tp_comm_overlap),
-            ("stages", parallel.overlaps_p2p),
+            ("stages", parallel.overlaps_p2p(device.is_cuda)),
         )
         if overlaps
     ]

@@ -191,6 +191,12 @@ def test_implementations_of_the_loss(train_once: TrainOnce) -> None:
     assert_same_training(run.steps, train_once(1).steps, RELATIVE)
 
 
+def test_exchanges_beside_computing(train_once: TrainOnce) -> None:
+    """What is sent must stay as it is until it has arrived, and what is received is waited for."""
+    run = train_once(2, PP2, INTERLEAVED, "parallel.overlap_p2p_comm=true")
+    assert_same_training(run.steps, train_once(1).steps, RELATIVE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overlapped", ["true", "false"])
 def test_exchanges_of_interleaved_stages(overlapped: str, train_once: TrainOnce) -> None:

@@ -205,13 +205,13 @@ class ParallelConfig(Section):
     tp_comm_overlap: bool = False
     """Sequence parallel exchanges run beside the products that need them, through Transformer Engine's userbuffers."""
     overlap_p2p_comm: bool | None = None
-    """Interleaved stages exchange while they compute. None: where stages are interleaved."""
+    """Interleaved stages exchange while they compute. None: where stages are interleaved, on GPUs (gloo sends and
+    receives on the cores that compute)."""
     layouts: list[LayoutChoice] = []
     """Layouts that the run may take, in order of preference: at each start the first that fits the number of ranks
     replaces the fields above, with the global batch unchanged. Empty: only the fields above."""
 
-    @property
-    def overlaps_p2p(self) -> bool:
+    def overlaps_p2p(self, on_gpu: bool) -> bool:
         """overlap_p2p_comm, chosen."""
         interleaved = (self.virtual_pipeline_model_parallel_size or 1) > 1
-        return interleaved if self.overlap_p2p_comm is None else self.overlap_p2p_comm
+        return interleaved and on_gpu if self.overlap_p2p_comm is None else self.overlap_p2p_comm
