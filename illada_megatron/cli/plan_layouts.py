@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from illada_megatron.config import RunConfig
-from illada_megatron.config.layout import resolve_layout
+from illada_megatron.config.layout import pipeline_split, resolve_layout
 from illada_megatron.planning import (
     MEMORY_COLUMNS,
     MEMORY_SHARE,
@@ -20,7 +20,7 @@ from illada_megatron.planning import (
     Planned,
     Workload,
     as_json,
-    even_split,
+    as_split,
     explained,
     layout_words,
     memory_gib,
@@ -94,12 +94,10 @@ def own_layout(config: RunConfig, work: Workload, gpus: int, device: Device) -> 
         layout = resolve_layout(config, gpus)
     except ValueError as error:
         return None, str(error)
-    split = even_split(config.model.num_layers, layout.pipeline, layout.virtual)
-    if split is None:
-        return None, "the layers are not divided evenly"
+    split = as_split(pipeline_split(config))
     one = Candidate(
-        *(gpus, layout.tensor, layout.pipeline, layout.virtual, 1),
-        *(training.micro_batch_size, training.recompute, training.precision, split),
+        *(gpus, layout.tensor, layout.pipeline, layout.virtual, layout.context),
+        *(training.micro_batch_size, training.recompute, training.precision, split, config.parallel.pipeline_layout),
     )
     return planned(work, one, device), ""
 

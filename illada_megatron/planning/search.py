@@ -6,7 +6,7 @@ from typing import NamedTuple
 from illada_megatron.planning.device import Device
 from illada_megatron.planning.memory import Memory, memory
 from illada_megatron.planning.step_time import Step, step_time
-from illada_megatron.planning.workload import Candidate, Split, Workload, even_split
+from illada_megatron.planning.workload import Candidate, Split, Workload, splits
 
 MEMORY_SHARE = 0.94
 """Of a GPU's memory, what a layout may fill: the allocator's holes and what the parts leave out take the rest. A
@@ -82,10 +82,10 @@ def candidates(
     ranks stay in a machine, and are sequence parallel too."""
     for tensor, pipeline, context in _group_sizes(work, gpus, device, contexts):
         data = gpus // (tensor * pipeline * context)
-        for virtual, split in _splits(work.model.num_layers, pipeline):
+        for virtual, layout, split in _splits(work, pipeline):
             for micro in _micro_batch_sizes(work, data, pipeline if virtual > 1 else 1):
                 for precision in precisions:
-                    one = Candidate(gpus, tensor, pipeline, virtual, context, micro, "none", precision, split)
+                    one = Candidate(gpus, tensor, pipeline, virtual, context, micro, "none", precision, split, layout)
                     if precision != "fp8" or _fp8_fits(work, one):
                         yield one
 
@@ -101,11 +101,14 @@ def _group_sizes(
                     yield tensor, pipeline, context
 
 
-def _splits(num_layers: int, pipeline: int) -> Iterator[tuple[int, Split]]:
-    """(model chunks of a pipeline rank, layers of each)."""
-    for virtual in range(1, num_layers // pipeline + 1) if pipeline > 1 else (1,):
-        if (split := even_split(num_layers, pipeline, virtual)) is not None:
-            yield virtual, split
+def _splits(work: Workload, pipeline: int) -> list[tuple[int, str, Split]]:
+    """(model chunks of a pipeline rank, parallel.pipeline_layout, layers of each)."""
+    if pipeline not in work.splits:
+        most = work.model.num_layers // pipeline if pipeline > 1 else 1
+        work.splits[pipeline] = [
+            (virtual, layout, split) for virtual in _divisors(most) for layout, split in splits(work, pipeline, virtual)
+        ]
+    return work.splits[pipeline]
 
 
 def _divisors(number: int) -> list[int]:

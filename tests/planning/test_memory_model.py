@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada_megatron.config import RunConfig, load_config
+from illada_megatron.config.layout import pipeline_split
 from illada_megatron.ops import segment_attention
-from illada_megatron.planning import Candidate, even_split, load_device, workload
+from illada_megatron.planning import Candidate, as_split, load_device, workload
 from illada_megatron.planning.memory import (
     gradients,
     layers_in_flight,
@@ -55,8 +56,7 @@ def configured(base: Iterable[str], layout: tuple[int, int, int, int], *more: st
 
 def candidate_of(config: RunConfig, layout: tuple[int, int, int, int]) -> Candidate:
     tensor, pipeline, virtual, data = layout
-    split = even_split(config.model.num_layers, pipeline, virtual)
-    assert split is not None
+    split = as_split(pipeline_split(config))
     return Candidate(
         tensor * pipeline * data, tensor, pipeline, virtual, 1, 1, "none", config.training.precision, split
     )
@@ -111,8 +111,8 @@ def built_bytes(config: RunConfig, world: int, rank: int) -> dict[str, int]:
     """What a rank has allocated after a step."""
     with rank_of(config, world, rank):
         from illada_megatron.model import build_model_chunks
+        from illada_megatron.training.gradient_reduction import wrap_data_parallel
         from illada_megatron.training.optimizer import apply_gradients, build_optimizer
-        from illada_megatron.training.setup import wrap_data_parallel
 
         chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, select_device(config)))
         built = build_optimizer(config, chunks)
@@ -262,8 +262,8 @@ def test_presets_on_the_meta_device(preset: str, layout: tuple[int, int, int, in
 def on_meta(config: RunConfig) -> tuple[int, int]:
     """(parameters of this rank, fp32 main weights of its optimizer)."""
     from illada_megatron.model import mask_predictor
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     meta = torch.device("meta")
     plain = mask_predictor.transformer_config
