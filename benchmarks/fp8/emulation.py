@@ -63,7 +63,7 @@ def _name_types() -> None:
         found = adapted(self, *arguments, **options)
         return found.replace("torch.cuda.cuda.", "torch.cuda.") if isinstance(found, str) else found
 
-    torch.Tensor.type = once
+    setattr(torch.Tensor, "type", once)  # noqa: B010 (a method to mypy)
 
 
 def _take_cpu_tensors() -> None:
