@@ -9,10 +9,14 @@ WORKERS ?= 2
 # What `make test` runs: make TESTS="tests/ops tests/model" test
 TESTS ?= tests
 
-.PHONY: help demo test test-all check format fuzz fuzz-formats clean
+# Transformer Engine's Python alone (0.7 MB), for tests/te on a machine without it; not where megatron-core would find it
+TE_PYTHON := $(VENV)/share/transformer-engine
+
+.PHONY: help demo test test-all test-te check format fuzz fuzz-formats clean
 help:
 	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
 	@echo "make test      the test suite;  make test-all: with the slow tests"
+	@echo "make test-te   the tests of the Transformer Engine path on the real package, without a GPU (Python 3.12)"
 	@echo "make check     ruff, mypy, clang-format"
 	@echo "make fuzz      libFuzzer on the parser of shard indexes (needs clang; FUZZ_SECONDS=600)"
 	@echo "make fuzz-formats  atheris on what is read of checkpoints, exports, corpora, templates and configurations"
@@ -28,6 +32,8 @@ $(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	test -d $(TE_PYTHON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $(TE_PYTHON) transformer-engine==2.11.0 einops==0.8.2
 	touch $@
 
 demo: $(VENV)/.runtime
@@ -38,6 +44,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# makes .venv-te: Python 3.12, the CUDA build of torch, Transformer Engine built from its source (17 CPU minutes)
+test-te:
+	tools/test_te.sh
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from illada_megatron.config.schema import ModelConfig
 from illada_megatron.planning.device import Device, Figure, load_device
 from illada_megatron.planning.memory import memory
 from illada_megatron.planning.step_time import step_time
-from illada_megatron.planning.workload import Candidate, Split, Workload, even_split
+from illada_megatron.planning.workload import Candidate, Split, Workload
 from illada_megatron.system.console import made_console
 
 SEQUENCE_LENGTH = 8192
@@ -97,7 +97,8 @@ def row_candidate(row: Row) -> Candidate:
         tuple(1 if (rank, chunk) in ((0, 0), last) else 2 for chunk in range(row.virtual))
         for rank in range(row.pipeline)
     )
-    split = even_split(layers, row.pipeline, row.virtual) or uneven
+    each, left = divmod(layers, row.pipeline * row.virtual)
+    split = uneven if left else ((each,) * row.virtual,) * row.pipeline
     return Candidate(
         row.gpus, row.tensor, row.pipeline, row.virtual, row.context, row.micro_batch_size, "none", "fp8", split
     )

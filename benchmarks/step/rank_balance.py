@@ -23,6 +23,7 @@ from benchmarks.step.pipeline_time import one_forward_one_backward
 from benchmarks.step.step_worker import run_config, silence_known_warnings
 from benchmarks.step.workloads import Workload
 from illada_megatron.config import RunConfig, load_config
+from illada_megatron.config.layout import resolve_layout
 from illada_megatron.diffusion import sample_boundary, sample_spans
 from illada_megatron.diffusion.masking import sample_masks
 from illada_megatron.diffusion.work import SampleWork, work_of_samples
@@ -69,7 +70,7 @@ def main(
     """The last line of standard output is JSON. It holds where the spread falls at least threefold and dividing takes
     less than 1 % of a step."""
     silence_known_warnings()
-    config, console = load_config(preset), Console(stderr=True)
+    config, console = load_config(preset, ["training.pad_global_batch=true"]), Console(stderr=True)
     drawn = [_drawn(config, step) for step in range(steps)]
     before, after = (_spread(config, drawn, ranks, divided) for divided in (False, True))
     large = _dividing_seconds(config, ranks, config.training.global_batch_size)
@@ -171,11 +172,9 @@ def _pipeline(config: RunConfig, drawn: SampleWork, ranks: int, stages: int) -> 
 
 def _dividing_seconds(config: RunConfig, ranks: int, count: int) -> float:
     """CPU time of dividing a step's samples, the median of 20."""
-    from illada_megatron.config.layout import Layout
     from illada_megatron.training.division import Division
 
-    layout = Layout(ranks, tensor=1, pipeline=1, virtual=1, data=ranks, num_microbatches=0)
-    size = config.training.micro_batch_size
+    layout, size = resolve_layout(config, ranks), config.training.micro_batch_size
     division = Division(lambda first, number: _expected(config, first, number), config.model, layout, size)
     seconds = []
     for step in range(20):

@@ -34,9 +34,7 @@ void add_product_(at::Tensor& total, const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(illada, library) {
-  library.def("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()");
-}
+TORCH_LIBRARY_FRAGMENT(illada, library) { library.def("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()"); }
 
 TORCH_LIBRARY_IMPL(illada, CPU, library) { library.impl("add_product_", &add_product_); }
 

@@ -17,13 +17,13 @@ inline namespace CPU_CAPABILITY {
 
 using c10::BFloat16;
 
-constexpr int64_t kBlockRows = 64;    // of a
-constexpr int64_t kCopyRows = 256;    // of a are copied at a time where they have to be
-constexpr int64_t kBlockInner = 512;  // columns of a, rows of b: with 512 columns of b 512 kB
-constexpr int64_t kPackRows = 8192;   // of b, and
+constexpr int64_t kBlockRows = 64;     // of a
+constexpr int64_t kCopyRows = 256;     // of a are copied at a time where they have to be
+constexpr int64_t kBlockInner = 512;   // columns of a, rows of b: with 512 columns of b 512 kB
+constexpr int64_t kPackRows = 8192;    // of b, and
 constexpr int64_t kPackColumns = 512;  // of it: what its packed copy may take is bounded
-constexpr int64_t kTile = 32;         // what at::vec transposes at once
-constexpr int64_t kMultiple = 32;     // of inner columns: with AMX, oneDNN reads to the end of the last 32
+constexpr int64_t kTile = 32;          // what at::vec transposes at once
+constexpr int64_t kMultiple = 32;      // of inner columns: with AMX, oneDNN reads to the end of the last 32
 
 int64_t padded(int64_t count) { return (count + kMultiple - 1) / kMultiple * kMultiple; }
 

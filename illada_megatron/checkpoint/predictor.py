@@ -18,6 +18,7 @@ ONE_STAGE_LAYOUT = (
     *("parallel.pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model_parallel_size=null"),
     *("parallel.pipeline_layout=even", "parallel.context_parallel_size=1"),
     *("parallel.data_parallel_size=null", "parallel.sequence_parallel=false"),
+    *("parallel.tp_comm_overlap=false", "parallel.overlap_p2p_comm=null"),
 )
 ONE_STAGE = (*ONE_STAGE_LAYOUT, "training.micro_batch_size=1", "training.rampup_batch_size=null")
 

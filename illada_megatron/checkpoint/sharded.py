@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from illada_megatron.checkpoint import fp8_state
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.names import EMA, MOMENTS, has_ema, tensor_name, weights_state
 from illada_megatron.checkpoint.files.patience import patiently
@@ -64,7 +66,10 @@ def parts_to_save(
         if sharded and shard is None:
             continue
         start, stop = (shard.start, shard.stop) if sharded and shard else _own_share(item.tensor.numel())
-        yield from _parts(item, name, item.tensor.detach().view(-1), 0, start, stop)
+        if item.is_quantized and shard is not None:  # always sharded: fp8.param_gather asks for it
+            yield from _parts(item, name, shard.main.detach().view(-1).to(item.tensor.dtype), start, start, stop)
+        else:
+            yield from _parts(item, name, item.tensor.detach().view(-1), 0, start, stop)
         if shard is None:
             continue
         if shard.main.dtype != item.tensor.dtype:
@@ -73,6 +78,8 @@ def parts_to_save(
             if state in shard.state:
                 flat = shard.state[state].detach().view(-1)
                 yield from _parts(item, tensor_name(name, state), flat, shard.start, start, stop)
+    for name, tensor in fp8_state.tensors_to_save(chunks, model):
+        yield Part(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
 def _parts(item: Held, name: str, flat: Tensor, begins_at: int, start: int, stop: int) -> Iterator[Part]:
@@ -113,24 +120,24 @@ def load_checkpoint(
     saved with, None where the checkpoint is of weights alone (a run begins with them).
     """
     end_gathers(chunks)
-    if info.progress is None:
-        load_weights(info, config, chunks)
-        optimizer.reload_model_params()
-        _start_averages(optimizer_shards(optimizer, _held(chunks, config.model)).values())
-        return None
     check_model(info, config)
     reader, held = TensorReader(info.path), _held(chunks, config.model)
     shards = optimizer_shards(optimizer, held)
+    steps = None if info.progress is None else info.progress["optimizer_step"]
     wanted = []
     for item in held:
         if (shard := shards.get(item.parameter.name)) is not None:
-            fill_moments(shard)
-            wanted += _optimizer_parts(reader, item, shard, info.progress["optimizer_step"])
+            if steps is not None:
+                fill_moments(shard)
+            wanted += _optimizer_parts(reader, item, shard, steps or 0)
     _read_all(reader, wanted)
     if not has_ema(reader.tensors):
         _start_averages(shards.values())
+    # before weights are quantised with its factors
+    fp8_state.load(reader, [getattr(chunk, "module", chunk) for chunk in chunks], config.model)
     spread_main_weights(chunks, optimizer)
-    set_adam_steps(optimizer, info.progress["optimizer_step"])
+    if steps is not None:
+        set_adam_steps(optimizer, steps)
     return info.progress
 
 
@@ -145,6 +152,10 @@ def _held(chunks: Sequence[nn.Module], model: ModelConfig) -> list[Held]:
 
 
 def _weights(item: Held, state: str) -> list[Part]:
+    if item.is_quantized:
+        raise CheckpointError(
+            f"{item.parameter.name} is kept in FP8 and has no main weight to be loaded into: set fp8.param_gather=false"
+        )
     saved = tensor_name(item.parameter.name, state)
     return list(_parts(item, saved, item.tensor.detach().view(-1), 0, 0, item.tensor.numel()))
 
@@ -200,6 +211,10 @@ def spread_main_weights(chunks: Sequence[nn.Module], optimizer: MegatronOptimize
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:  # type: ignore[union-attr]
             chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+        # megatron-core transposes gathered FP8 weights for the backward pass behind each gather but a forced one of
+        # overlap_param_gather
+        if quantized := [one for one in chunk.parameters() if is_float8tensor(one)]:
+            post_all_gather_processing(quantized)
 
 
 def check_model(info: CheckpointInfo, config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class Held:
     first_copy: bool
     """No other tensor- or pipeline-parallel rank writes it: it is divided, or this rank is the first to hold it."""
 
+    @property
+    def is_quantized(self) -> bool:
+        """Its elements are FP8 and their factors (fp8.param_gather); what is saved of it comes from the main weight."""
+        return is_float8tensor(self.tensor)
+
     def boxes(self, start: int = 0, stop: int | None = None) -> list[Box]:
         """Where the elements [start, stop) of this rank's flattened tensor lie in the whole tensor."""
         rank = parallel_state.get_tensor_model_parallel_rank()
@@ -58,6 +64,7 @@ class Shard:
     """Of the rank's own tensor, flattened."""
     main: Tensor
     """[stop - start] fp32 (or the shape of the whole tensor); the weight itself where that is fp32."""
+    moments_dtype: torch.dtype
     state: dict[str, Any]
     """The inner optimizer's: the moments in the shape of `main`; empty before the first step. Beside them the weight's
     moving average, where the run keeps one (`start_ema`)."""
@@ -135,7 +142,7 @@ def _distributed(one: DistributedOptimizer, item: Held) -> Shard | None:
     owned = one._get_model_param_range_map(item.tensor)["param"]
     group, order = one.model_param_group_index_map[item.tensor]
     main = one.optimizer.param_groups[group]["params"][order]
-    return Shard(owned.start, owned.end, main, one.optimizer.state[main])
+    return Shard(owned.start, owned.end, main, _moments_dtype(one), one.optimizer.state[main])
 
 
 def _plain(one: Any, item: Held) -> Shard | None:
@@ -143,14 +150,18 @@ def _plain(one: Any, item: Held) -> Shard | None:
     inner = one.optimizer
     if not any(main is parameter for group in inner.param_groups for parameter in group["params"]):
         return None
-    return Shard(0, item.tensor.numel(), main, inner.state[main])
+    return Shard(0, item.tensor.numel(), main, _moments_dtype(one), inner.state[main])
+
+
+def _moments_dtype(one: Any) -> torch.dtype:
+    return getattr(one.optimizer, "moments_dtype", torch.float32)  # fp32: TE's and Apex's, as they are used here
 
 
 def fill_moments(shard: Shard) -> None:
     """Give a shard the moments that its first step would have made."""
     for moment in MOMENTS:
         if moment not in shard.state:
-            shard.state[moment] = torch.zeros_like(shard.main, dtype=torch.float32)
+            shard.state[moment] = torch.zeros_like(shard.main, dtype=shard.moments_dtype)
 
 
 def start_ema(shard: Shard) -> Tensor:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from illada_megatron.config import RunConfig
-from illada_megatron.config.layout import resolve_layout
+from illada_megatron.config.layout import pipeline_split, resolve_layout
 from illada_megatron.planning import (
     MEMORY_COLUMNS,
     MEMORY_SHARE,
@@ -20,7 +20,7 @@ from illada_megatron.planning import (
     Planned,
     Workload,
     as_json,
-    even_split,
+    as_split,
     explained,
     layout_words,
     memory_gib,
@@ -51,6 +51,11 @@ class Asked:
 def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: Asked) -> None:
     """Of one number of GPUs."""
     work, gpus = workload(config), faults.gpus
+    if "fp8" in asked.precisions and work.fp8_recipe not in device.fp8_recipes:
+        raise PlanError(
+            f"FP8's recipe {work.fp8_recipe}: {device.name} has {', '.join(device.fp8_recipes)}; change it, or ask for "
+            "--precision bf16"
+        )
     found = search(work, gpus, device, asked.precisions)
     interval, goodput = planned_goodput(faults)
     own, problem = own_layout(config, work, gpus, device)
@@ -69,9 +74,9 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
         f"{device.memory_bytes.value / _GIB:.1f} GiB"
     )
     say(
-        f"goodput {goodput:.2%}: a failure every {faults.mtbf_seconds / 3600:,.1f} h, a save every {interval:,.0f} s that "
-        f"the run waits {faults.save_stall_seconds:g} s for, durable after {faults.save_seconds:g} s; down "
-        f"{faults.outage_seconds:g} s"
+        f"goodput {goodput:.2%}: a failure every {faults.mtbf_seconds / 3600:,.1f} h, down "
+        f"{faults.outage_seconds:g} s; a save every {interval:,.0f} s, waited for {faults.save_stall_seconds:g} s, "
+        f"durable after {faults.save_seconds:g} s"
     )
     if not found:
         say(_nothing_fits(work, gpus, device, asked.precisions))
@@ -83,16 +88,16 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
 def own_layout(config: RunConfig, work: Workload, gpus: int, device: Device) -> tuple[Planned | None, str]:
     """The configuration's layout on so many GPUs; None with the reason where there is none."""
     training = config.training
+    if training.precision == "fp32":
+        return None, "training.precision fp32 is for CPUs, and not planned"
     try:
         layout = resolve_layout(config, gpus)
     except ValueError as error:
         return None, str(error)
-    split = even_split(config.model.num_layers, layout.pipeline, layout.virtual)
-    if split is None:
-        return None, "the layers are not divided evenly"
+    split = as_split(pipeline_split(config))
     one = Candidate(
-        *(gpus, layout.tensor, layout.pipeline, layout.virtual, 1),
-        *(training.micro_batch_size, training.recompute, training.precision, split),
+        *(gpus, layout.tensor, layout.pipeline, layout.virtual, layout.context),
+        *(training.micro_batch_size, training.recompute, training.precision, split, config.parallel.pipeline_layout),
     )
     return planned(work, one, device), ""
 
@@ -135,7 +140,8 @@ def _own_text(found: list[Planned], own: Planned | None, problem: str, device: D
     places = [number for number, one in enumerate(found, 1) if one.candidate == own.candidate]
     words = f"the configuration's own, {layout_words(own.candidate)} with {own.candidate.precision}"
     if places:
-        return f"{words}: number {places[0]}, {own.tokens_per_second / found[0].tokens_per_second:.0%} of the first's speed"
+        speed = own.tokens_per_second / found[0].tokens_per_second
+        return f"{words}: number {places[0]}, {speed:.0%} of the first's speed"
     share = own.memory.total / device.memory_bytes.value
     return (
         f"{words} and recompute {own.candidate.recompute}: {own.tokens_per_second:,.0f} tokens/s/GPU, "

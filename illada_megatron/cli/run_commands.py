@@ -214,7 +214,7 @@ def _check_launch(config: RunConfig, launch: "LaunchOptions") -> Work:
 
 
 def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
-    from illada_megatron.runtime import configured_for, select_device, world_size_from_environment
+    from illada_megatron.runtime import configured_for, count_groups, select_device, world_size_from_environment
     from illada_megatron.runtime.tables import two_columns
 
     if launch is None:
@@ -225,7 +225,9 @@ def _show_dry_run(config: RunConfig, launch: "LaunchOptions | None") -> None:
         world_size, chosen = work.layout.world_size, work.config
     say(to_yaml(chosen).rstrip("\n"))
     screen = made_console()
-    screen.print(two_columns("layout", layout_rows(chosen, resolve_layout(chosen, world_size))))
+    layout = resolve_layout(chosen, world_size)
+    screen.print(two_columns("layout", layout_rows(chosen, layout)))
+    screen.print(two_columns("process groups", count_groups(layout).rows()))
     screen.print(two_columns("schedule", schedule_rows(chosen)))
     if launch and launch.min_nodes < launch.max_nodes:
         rows = layouts_by_nodes(config, launch.nproc, launch.min_nodes, launch.max_nodes)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Self
 
 from pydantic import model_validator as validator
 
+from illada_megatron.config.communication import check_gradients, check_overlap
 from illada_megatron.config.fp8 import check_fp8, token_multiple
-from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stages
+from illada_megatron.config.pipeline_split import Split, expected_flops, split_layers, stage_lines, stages
 from illada_megatron.config.places import check_places, with_places
 from illada_megatron.config.schema import (
     CheckpointConfig,
@@ -29,7 +29,6 @@ from illada_megatron.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
-from illada_megatron.system.terminal import counted
 
 
 class RunConfig(Section):
@@ -119,6 +118,11 @@ def check_config(config: RunConfig) -> None:
     """The checks that do not need the world size. Raises ValueError with the fields, the numbers and the fix."""
     model, parallel, training = config.model, config.parallel, config.training
     check_places(config.run_dir, config.logging)
+    if training.profile is not None and training.profile.tool == "torch" and config.run_dir is None:
+        raise ValueError(
+            "training.profile needs run_dir, found null: traces are written into its folder traces; set run_dir, or "
+            "leave profile out"
+        )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tp_text = f"parallel.tensor_model_parallel_size {tp}"
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "padded_vocab_size"):
@@ -171,15 +175,13 @@ def check_config(config: RunConfig) -> None:
         )
     if training.precision == "fp8":
         check_fp8(config)
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+    check_gradients(parallel)
+    check_overlap(parallel, training, config.runtime, config.fp8)
+    if parallel.tp_comm_overlap and row_tokens(config) is None:
         raise ValueError(
-            "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
-            f"{parallel.use_distributed_optimizer} and {parallel.overlap_grad_reduce}"
-        )
-    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
-        raise ValueError(
-            f"parallel.ddp_bucket_size {parallel.ddp_bucket_size} needs overlap_grad_reduce true, without which all "
-            "gradients are exchanged at once: set it, or leave ddp_bucket_size out"
+            f"parallel.tp_comm_overlap true with context_parallel_size {parallel.context_parallel_size} and "
+            "diffusion.attention_boundary document: each micro-batch's row has a length of its own, and buffers have "
+            "one; set tp_comm_overlap=false"
         )
     if config.data.sequence_length > model.max_sequence_length:
         raise ValueError(
@@ -364,29 +366,29 @@ def layout_rows(config: RunConfig, layout: Layout) -> list[tuple[str, str]]:
             f"{layout.num_microbatches} micro-batches of {training.micro_batch_size} a rank"
             f"{empty_places_text(chosen)}",
         ),
+        *_context_rows(config),
         ("parameters", f"{config.model.num_parameters:,}"),
     ]
 
 
+def _context_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Where sequences are shared, what a rank has of a micro-batch."""
+    ranks, row = config.parallel.context_parallel_size, row_tokens(config)
+    if ranks == 1:
+        return []
+    chunks = f"segments padded to multiples of {2 * ranks}, two chunks of each a rank"
+    if row is None:
+        return [("micro-batch", f"{chunks}; its length differs")]
+    return [("micro-batch", f"{row:,} tokens with padding, {row // ranks:,} a context-parallel rank; {chunks}")]
+
+
 def _stage_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """Where there is a pipeline, what each stage has; neighbours that have the same share a line."""
+    """Where there is a pipeline, what each stage has."""
     split = pipeline_split(config)
     if len(split) == 1:
         return []
     flops = expected_flops(config.model, config.diffusion, config.data.sequence_length)
-    lines, first = [], 0
-    for rank, (stage, following) in enumerate(pairwise([*stages(config.model, split, flops), None])):
-        if stage == following:
-            continue
-        assert stage is not None
-        numbers = f"{first}" if first == rank else f"{first} to {rank}"
-        chunks = f" ({' + '.join(map(str, stage.layers))})" if len(stage.layers) > 1 else ""
-        lines.append(
-            f"{numbers}: {counted(sum(stage.layers), 'layer')}{chunks}, {100 * stage.flops_share:.1f} % of the FLOPs, "
-            f"{stage.parameters / 1e6:,.1f} million parameters"
-        )
-        first = rank + 1
-    return [("stages", "\n".join(lines))]
+    return [("stages", "\n".join(stage_lines(stages(config.model, split, flops))))]
 
 
 def empty_places_text(chosen: ChosenLayout) -> str:

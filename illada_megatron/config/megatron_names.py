@@ -86,6 +86,24 @@ _FIELDS = [
     Option("--overlap-grad-reduce", "flag", "parallel.overlap_grad_reduce"),
     Option("--overlap-param-gather", "flag", "parallel.overlap_param_gather"),
     Option("--ddp-bucket-size", "int", "parallel.ddp_bucket_size", "counts with --overlap-grad-reduce only", True),
+    Option("--tp-comm-overlap", "flag", "parallel.tp_comm_overlap", "with --sequence-parallel, TP > 1 and bf16", True),
+    Option(
+        "--grad-reduce-in-bf16",
+        "flag",
+        "parallel.grad_reduce_in_bf16",
+        "summed in fp32; with --use-distributed-optimizer only",
+        True,
+    ),
+    Option(
+        "--ddp-average-in-collective", "flag", "parallel.ddp_average_in_collective", "not with bf16 gradients", True
+    ),
+    Option(
+        "--ddp-pad-buckets-for-high-nccl-busbw",
+        "flag",
+        "parallel.ddp_pad_buckets_for_high_nccl_busbw",
+        "with --use-distributed-optimizer only",
+        True,
+    ),
     Option("--distributed-timeout-minutes", "float", "runtime.distributed_timeout_minutes"),
     Option("--transformer-impl", "text", "runtime.transformer_impl"),
     Option("--data-path", "list", "data.train_paths", "with weights, `0.3 a 0.7 b`: data.blend", True),
@@ -108,6 +126,7 @@ _FIELDS = [
     Option("--train-samples", "int", "training.train_steps", "/ global batch, the ramp-up counted", True),
     Option("--exit-interval", "int", "training.exit_steps", "this step alone, not its multiples"),
     Option("--seed", "int", "training.seed"),
+    Option("--deterministic-mode", "flag", "training.deterministic"),
     Option("--bf16", "flag", "training.precision", "bf16; without it and --fp16 fp32", True),
     Option("--fp16", "flag", "training.precision", "bf16: there is no fp16", True),
     Option("--fp8-format", "text", "training.precision", "fp8; the recipe has one format here", True),
@@ -159,7 +178,7 @@ _NONE: dict[Group, dict[str, str]] = {
             --accumulate-allreduce-grads-in-fp32 --no-async-tensor-model-parallel-allreduce
             --no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --no-delay-grad-reduce
             --delay-param-gather --no-align-* --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p
-            --ddp-num-buckets --ddp-pad-buckets-* --overlap-param-gather-with-optimizer-step --use-nccl-ub
+            --ddp-num-buckets --ddp-reduce-scatter-* --overlap-param-gather-with-optimizer-step --use-nccl-ub
             --disable-symmetric-registration --use-sharp --sharp-enabled-group --nccl-communicator-config-path
             --use-tp-pp-dp-mapping --high-priority-stream-groups --disable-gloo-process-groups
             --distributed-backend --lazy-mpu-init --local-rank --flight-recorder-*
@@ -217,7 +236,7 @@ _NONE: dict[Group, dict[str, str]] = {
             --use-mcore-models --use-legacy-models --use-flash-attn --attention-backend
             --flash-attention-version --no-*-fusion --no-persist-layer-norm --attention-softmax-in-fp32
             --empty-unused-memory-level --manual-gc* --no-manual-gc-eval --use-cpu-initialization
-            --init-model-with-* --no-initialization --deterministic-mode --te-rng-tracker
+            --init-model-with-* --no-initialization --te-rng-tracker
             --inference-rng-tracker --disable-jit-fuser --enable-cuda-graph --external-cuda-graph --cuda-graph-*
             --use-transformer-engine-op-fuser --use-te-* --no-clone-scatter-output-in-embedding
             --memory-efficient-layer-norm --bias-* --test-mode --use-kitchen* --kitchen-* --batch-invariant-*
@@ -263,10 +282,7 @@ _NONE: dict[Group, dict[str, str]] = {
             --use-megatron-fsdp --use-torch-fsdp2 --data-parallel-sharding-strategy --outer-dp-* --fsdp-*
             --torch-fsdp2-* --megatron-fsdp-* --num-distributed-optimizer-instances --create-all-gather-group
         """,
-        "gradients are summed and reduced in fp32, so that losses do not depend on the layout": """
-            --grad-reduce-in-bf16 --ddp-average-in-collective --ddp-reduce-scatter-*
-        """,
-        "only the speed is another": "--tp-comm-* --no-tp-comm-* --disable-tp-comm-*",
+        "of tp_comm_overlap all parts, over NCCL": "--tp-comm-* --no-tp-comm-* --disable-tp-comm-*",
         "there is no test set; `illada evaluate` measures on validation data": "--test-data-path",
         "write the paths into data.blend": "--data-args-path --per-split-data-args-path",
         "write data.phases: later weights of the blend": "--phase-transition-iterations",
@@ -289,7 +305,7 @@ _NONE: dict[Group, dict[str, str]] = {
             --fp8-* --fp4-* --te-precision-* --no-fp8-wgrad --activation-func-fp8-* --keep-fp8-* --reuse-grad-buf-*
             --tp-only-amax-red
         """,
-        "costs or saves memory; optimizer state is in fp32 on the device": """
+        "costs or saves memory; of the optimizer's state Adam's moments may be bf16: optimizer.moments_dtype": """
             --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-*
             --optimizer-cpu-offload --optimizer-offload-fraction --optimizer-cuda-graph --cpu-offloading*
             --fine-grained-* --offload-modules --activation-offload-fraction

@@ -159,6 +159,17 @@ def _parallel(done: Translation) -> None:
         done.put("parallel.sequence_parallel", tp > 1)
     if given.get("--overlap-grad-reduce") and "--ddp-bucket-size" in given.values:
         done.put("parallel.ddp_bucket_size", given.get("--ddp-bucket-size"))
+    if given.get("--tp-comm-overlap") and given.get("--sequence-parallel") and tp > 1 and given.get("--bf16"):
+        done.put("parallel.tp_comm_overlap", not given.get("--deterministic-mode"))
+    if given.get("--use-distributed-optimizer"):
+        in_bf16 = given.get("--grad-reduce-in-bf16", False)
+        done.put("parallel.grad_reduce_in_bf16", in_bf16)
+        done.put(
+            "parallel.ddp_pad_buckets_for_high_nccl_busbw", given.get("--ddp-pad-buckets-for-high-nccl-busbw", False)
+        )
+        done.put("parallel.ddp_average_in_collective", given.get("--ddp-average-in-collective", False) and not in_bf16)
+    else:
+        done.put("parallel.ddp_average_in_collective", given.get("--ddp-average-in-collective", False))
 
 
 def _stages(done: Translation, pp: int) -> None:

@@ -7,9 +7,11 @@ of all ranks, then chunk 1 of all ranks, ... (arXiv 2104.04473, section 2.2).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from illada_megatron.config.schema import DiffusionConfig, ModelConfig
+from illada_megatron.system.terminal import counted
 
 Split = list[list[int]]
 """[pipeline rank][model chunk] -> its number of layers."""
@@ -147,6 +149,20 @@ def stages(model: ModelConfig, split: Split, flops: PartFlops) -> list[Stage]:
             count += 0 if is_first and model.tie_word_embeddings else vocabulary
         found.append(Stage(tuple(chunks), computed / total, count))
     return found
+
+
+def stage_lines(found: list[Stage]) -> list[str]:
+    """For a table; neighbours that have the same share a line."""
+    lines = []
+    for stage, group in groupby(range(len(found)), lambda rank: found[rank]):
+        ranks = list(group)
+        numbers = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        chunks = f" ({' + '.join(map(str, stage.layers))})" if len(stage.layers) > 1 else ""
+        lines.append(
+            f"{numbers}: {counted(sum(stage.layers), 'layer')}{chunks}, {100 * stage.flops_share:.1f} % of the FLOPs, "
+            f"{stage.parameters / 1e6:,.1f} million parameters"
+        )
+    return lines
 
 
 def _parameters(model: ModelConfig) -> tuple[int, int]:

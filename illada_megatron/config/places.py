@@ -5,7 +5,7 @@ runs/my/
   steps.jsonl         logging.jsonl_path
   tensorboard/        logging.tensorboard_dir
   checkpoints/        checkpoint.save_dir
-  traces/             stacks of a rank that made no progress
+  traces/             stacks and collectives of a rank that made no progress; what training.profile records
   wandb/              Weights & Biases' own files, with logging.wandb_project
 """
 

@@ -36,7 +36,16 @@ def fill_initial_weights(chunks: Sequence[MaskPredictor], model: ModelConfig, se
             values *= _std(full_name, model)
             if full_name in (EMBEDDING, HEAD):
                 values[max(0, model.vocab_size - rank * len(values)) :] = 0.0
-            parameter.copy_(torch.from_numpy(values))
+            _set(parameter, torch.from_numpy(values))
+
+
+def _set(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Where weights are kept in FP8 (fp8.param_gather), the main weight begins at what Transformer Engine has kept of
+    them in bf16, so that a run begins as in bf16."""
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter.get_high_precision_init_val().copy_(values)
+        values = values.to(parameter.device, parameter.dtype)
+    parameter.copy_(values)
 
 
 _Draw = Callable[[np.random.Generator, int], np.ndarray]

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from illada_megatron.config import ModelConfig, RunConfig
+from illada_megatron.config.layout import row_tokens
 from illada_megatron.config.schema import LossConfig
 from illada_megatron.model.embedding import Embedding, TokenRows
 from illada_megatron.model.head import Head
@@ -17,10 +18,12 @@ from illada_megatron.model.layer_specs import block_spec, check_context, check_p
 from illada_megatron.model.packing import Segments
 from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.model.transformer_config import transformer_config
+from illada_megatron.model.userbuffers import start_userbuffers
 from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.ops.masked_rows import MaskedRows
 from illada_megatron.runtime.device import Device
 from illada_megatron.runtime.heap import release_free_heap
+from illada_megatron.runtime.spans import span
 
 _LARGE_VOCABULARY = 100_000
 
@@ -109,20 +112,23 @@ class MaskPredictor(LanguageModule):
         embedded = None
         if self.pre_process:
             tied_here = self.model.tie_word_embeddings and self.post_process
-            embedded = self.embedding(tokens, only_user=main_grad is not None or not tied_here, token_rows=token_rows)
+            with span("embedding"):
+                embedded = self.embedding(tokens, main_grad is not None or not tied_here, token_rows)
         # Frequencies as long as the longest segment, never the whole row: megatron-core takes a table as long as the
         # row for absolute positions, and positions have to restart in each segment.
-        hidden = self.decoder(
-            hidden_states=embedded,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True),
-            packed_seq_params=packed_seq_params,
-        )
+        with span("layers"):
+            hidden = self.decoder(
+                hidden_states=embedded,
+                attention_mask=None,
+                rotary_pos_emb=self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True),
+                packed_seq_params=packed_seq_params,
+            )
         if labels is None or loss_weight is None or not self.post_process:
             return hidden
         if short_of_memory:
             release_free_heap()
-        return self.output_layer(hidden, self.head_weight(), labels, loss_weight, main_grad, grad_scale, masked)
+        with span("head and masked loss"):
+            return self.output_layer(hidden, self.head_weight(), labels, loss_weight, main_grad, grad_scale, masked)
 
     def _logits_fill_memory(self, labels: Tensor | None) -> bool:
         """On a CPU memory is at its highest when a chunk of logits joins the layers' activations. To give free memory
@@ -154,6 +160,10 @@ def build_model_chunks(config: RunConfig, device: Device) -> list[MaskPredictor]
     implementation = choose_implementation(config.runtime, device)
     check_context(config, implementation)
     core = transformer_config(config, device, implementation)
+    if core.tp_comm_overlap:
+        tokens = row_tokens(config)
+        assert tokens is not None, "check_config has refused rows of any length"
+        start_userbuffers(core, implementation, tokens // config.parallel.context_parallel_size)
     virtual = core.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual or 1):

@@ -26,7 +26,7 @@ def pack(
     that are not (None). cu_seqlens_padded: with context parallelism their offsets in the row where each is padded;
     max_seqlen is the longest padded one then.
     """
-    return Segments(
+    segments = Segments(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -36,6 +36,10 @@ def pack(
         max_seqlen_kv=max_seqlen,
         lengths=tuple(cu_seqlens.diff().tolist() if lengths is None else lengths),
     )
+    if cu_seqlens_padded is not None and hasattr(segments, "pad_between_seqs"):
+        # of megatron-core 0.19: without it Transformer Engine compares the two offsets on the GPU, in every layer
+        segments.pad_between_seqs = True
+    return segments
 
 
 def equal_segments(batch: int, length: int, device: torch.device | str) -> Segments:

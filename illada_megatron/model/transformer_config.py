@@ -23,7 +23,12 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.precision]
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    overlaps_p2p = parallel.overlaps_p2p(device.is_cuda)
     recompute = config.training.recompute
+    # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel. Those made in FP8
+    # are quantised at once, and delayed scaling would remember the largest value of fresh memory.
+    kept_in_fp8 = config.training.precision == "fp8" and config.fp8.param_gather
+    initial = torch.nn.init.zeros_ if kept_in_fp8 else _untouched
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -41,9 +46,8 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         softmax_scale=attention_scale(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel.
-        init_method=_untouched,
-        output_layer_init_method=_untouched,
+        init_method=initial,
+        output_layer_init_method=initial,
         embedding_init_method=_untouched,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -59,8 +63,13 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
         # which this model has none of, to allow it
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and row_tokens(config) is None,
         moe_token_dispatcher_type="alltoall",
-        deallocate_pipeline_outputs=True,
-        batch_p2p_comm=device.is_cuda,  # gloo sends and receives one by one
+        deterministic_mode=config.training.deterministic,
+        # not while gloo is sending it: NCCL's streams keep memory until they have read it
+        deallocate_pipeline_outputs=device.is_cuda or not overlaps_p2p,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        overlap_p2p_comm=overlaps_p2p,
+        batch_p2p_comm=device.is_cuda and not overlaps_p2p,  # gloo sends and receives one by one
+        batch_p2p_sync=False,  # for a race of older versions of torch: the host would wait at each exchange
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

@@ -22,7 +22,7 @@ from illada_megatron.planning.memory import Memory, Part, memory
 from illada_megatron.planning.report import MEMORY_COLUMNS, as_json, explained, layout_words, memory_gib
 from illada_megatron.planning.search import MEMORY_SHARE, Planned, planned, search, smallest
 from illada_megatron.planning.step_time import Step, step_time
-from illada_megatron.planning.workload import Candidate, Workload, even_split, workload
+from illada_megatron.planning.workload import Candidate, Workload, as_split, workload
 
 __all__ = [
     "MEMORY_COLUMNS",
@@ -39,10 +39,10 @@ __all__ = [
     "Step",
     "Workload",
     "as_json",
+    "as_split",
     "best_interval",
     "daly_interval",
     "device_names",
-    "even_split",
     "expected_goodput",
     "explained",
     "layout_words",

@@ -8,10 +8,10 @@ import yaml
 from pydantic import PositiveFloat, PositiveInt, ValidationError
 
 from illada_megatron.config.schema.base import Section
+from illada_megatron.config.schema.precision import Recipe
 from illada_megatron.planning.measured import PlanError
 
 _DEVICES = files("illada_megatron.planning") / "devices"
-Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 
 class Figure(Section):

@@ -141,8 +141,8 @@ def tensor_bytes(work: Workload, candidate: Candidate, precision: str, backward:
 
 
 def tensor_seconds(work: Workload, candidate: Candidate, device: Device, precision: str, backward: bool) -> float:
-    """Within a machine. None of it is counted as hidden, although userbuffers take it behind the products: these are cut
-    for that and share the chip with it, and published runs with TP8 are slower still (docs/scaling.md)."""
+    """Within a machine. None of it is counted as hidden, although userbuffers take it behind the products: these are
+    cut for that and share the chip with it, and published runs with TP8 are slower still (docs/scaling.md)."""
     return tensor_bytes(work, candidate, precision, backward) / device.node_bytes_per_second.value
 
 

@@ -13,8 +13,9 @@ MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "loss", "b
 
 
 def layout_words(one: Candidate) -> str:
-    """TP2 PP8 VP5 CP1 DP64."""
-    return f"TP{one.tensor} PP{one.pipeline} VP{one.virtual} CP{one.context} DP{one.data}"
+    """TP2 PP8 VP5 CP1 DP64; behind VP the layout of the pipeline where it is not even."""
+    auto = "" if one.pipeline_layout == "even" else f" {one.pipeline_layout}"
+    return f"TP{one.tensor} PP{one.pipeline} VP{one.virtual}{auto} CP{one.context} DP{one.data}"
 
 
 def memory_gib(planned: Planned) -> dict[str, float]:
@@ -24,13 +25,14 @@ def memory_gib(planned: Planned) -> dict[str, float]:
     return parts
 
 
-def overrides(work: Workload, one: Candidate) -> list[str]:
+def overrides(one: Candidate) -> list[str]:
     """What a configuration has to say for this layout."""
     fields = {
         "parallel.tensor_model_parallel_size": one.tensor,
         "parallel.sequence_parallel": str(one.tensor > 1).lower(),
         "parallel.pipeline_model_parallel_size": one.pipeline,
         "parallel.virtual_pipeline_model_parallel_size": one.virtual if one.virtual > 1 else "null",
+        "parallel.pipeline_layout": one.pipeline_layout,
         "parallel.context_parallel_size": one.context,
         "training.micro_batch_size": one.micro_batch_size,
         "training.recompute": one.recompute,
@@ -52,7 +54,7 @@ def explained(work: Workload, planned: Planned, device: Device) -> list[tuple[st
             f"{work.global_batch_size:,} sequences of {work.sequence_length:,}: {count} micro-batches of "
             f"{one.micro_batch_size} on {one.data} data-parallel ranks",
         ),
-        ("overrides", " ".join(overrides(work, one))),
+        ("overrides", " ".join(overrides(one))),
         ("", f"memory of pipeline rank {needed.stage}, which needs most"),
         *((name, f"{part.value / _GIB:8.2f} GiB = {part.text}") for name, part in needed.parts.items()),
         (
@@ -104,6 +106,7 @@ def as_json(work: Workload, planned: Planned, goodput: float) -> dict[str, Any]:
         "data_parallel_size": one.data,
         "micro_batch_size": one.micro_batch_size,
         "num_microbatches": one.microbatches(work.global_batch_size),
+        "pipeline_layout": one.pipeline_layout,
         "layers": one.split,
         "recompute": one.recompute,
         "precision": one.precision,

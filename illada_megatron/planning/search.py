@@ -6,7 +6,7 @@ from typing import NamedTuple
 from illada_megatron.planning.device import Device
 from illada_megatron.planning.memory import Memory, memory
 from illada_megatron.planning.step_time import Step, step_time
-from illada_megatron.planning.workload import Candidate, Workload, even_split
+from illada_megatron.planning.workload import Candidate, Split, Workload, splits
 
 MEMORY_SHARE = 0.94
 """Of a GPU's memory, what a layout may fill: the allocator's holes and what the parts leave out take the rest. A
@@ -78,24 +78,37 @@ def planned(work: Workload, candidate: Candidate, device: Device, needed: Memory
 def candidates(
     work: Workload, gpus: int, device: Device, precisions: Sequence[str], contexts: Sequence[int] | None = None
 ) -> Iterator[Candidate]:
-    """Layouts that model, batch and device allow, whether they fit or not, none of them recomputed. Tensor parallel ranks stay in a machine, and
-    are sequence parallel too."""
-    model = work.model
+    """Layouts that model, batch and device allow, whether they fit or not, none of them recomputed. Tensor parallel
+    ranks stay in a machine, and are sequence parallel too."""
+    for tensor, pipeline, context in _group_sizes(work, gpus, device, contexts):
+        data = gpus // (tensor * pipeline * context)
+        for virtual, layout, split in _splits(work, pipeline):
+            for micro in _micro_batch_sizes(work, data, pipeline if virtual > 1 else 1):
+                for precision in precisions:
+                    one = Candidate(gpus, tensor, pipeline, virtual, context, micro, "none", precision, split, layout)
+                    if precision != "fp8" or _fp8_fits(work, one):
+                        yield one
+
+
+def _group_sizes(
+    work: Workload, gpus: int, device: Device, contexts: Sequence[int] | None
+) -> Iterator[tuple[int, int, int]]:
+    """(tensor, pipeline, context) parallel sizes."""
     for tensor in _tensor_sizes(work, gpus, device):
         for pipeline in _divisors(gpus // tensor):
             for context in _divisors(gpus // (tensor * pipeline)):
-                if (contexts is not None and context not in contexts) or not _context_fits(work, tensor, context):
-                    continue
-                data = gpus // (tensor * pipeline * context)
-                for virtual in range(1, model.num_layers // pipeline + 1) if pipeline > 1 else (1,):
-                    split = even_split(model.num_layers, pipeline, virtual)
-                    if split is None:
-                        continue
-                    for micro in _micro_batch_sizes(work, data, pipeline if virtual > 1 else 1):
-                        for precision in precisions:
-                            one = Candidate(gpus, tensor, pipeline, virtual, context, micro, "none", precision, split)
-                            if precision != "fp8" or _fp8_fits(work, one):
-                                yield one
+                if (contexts is None or context in contexts) and _context_fits(work, tensor, context):
+                    yield tensor, pipeline, context
+
+
+def _splits(work: Workload, pipeline: int) -> list[tuple[int, str, Split]]:
+    """(model chunks of a pipeline rank, parallel.pipeline_layout, layers of each)."""
+    if pipeline not in work.splits:
+        most = work.model.num_layers // pipeline if pipeline > 1 else 1
+        work.splits[pipeline] = [
+            (virtual, layout, split) for virtual in _divisors(most) for layout, split in splits(work, pipeline, virtual)
+        ]
+    return work.splits[pipeline]
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,14 +1,17 @@
 """What is trained, and the ways it can be laid out over GPUs: what memory and speed are computed from."""
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from illada_megatron.config import RunConfig
 from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, parameters
+from illada_megatron.config.pipeline_split import expected_flops, split_layers
 from illada_megatron.config.schema import DiffusionConfig, ModelConfig
-from illada_megatron.planning.device import Recipe
+from illada_megatron.config.schema.precision import Recipe
 
 Split = tuple[tuple[int, ...], ...]
 """[pipeline rank][model chunk] -> number of layers."""
@@ -44,6 +47,8 @@ class Workload:
     """Ranks keep the layers' weights in FP8 alone."""
     fp8_bf16_layers: int = 2
     """First and last layers that stay bf16 in an FP8 run."""
+    diffusion: DiffusionConfig = DiffusionConfig()  # noqa: RUF009 (frozen)
+    """By which `parallel.pipeline_layout: auto` weighs the head."""
     logits_bytes: int | None = None
     """What the loss's logits may take at a time; None: 2 % of a GPU's memory."""
 
@@ -57,6 +62,11 @@ class Workload:
     @cached_property
     def held(self) -> "dict[int, Held]":
         """Tensor parallel size -> what a rank holds, of the sizes that were asked for."""
+        return {}
+
+    @cached_property
+    def splits(self) -> "dict[int, list[tuple[int, str, Split]]]":
+        """Pipeline size -> (model chunks, parallel.pipeline_layout, split), of the sizes that were asked for."""
         return {}
 
     @property
@@ -73,6 +83,7 @@ def workload(config: RunConfig) -> Workload:
     """Of a configuration, whatever its layout is."""
     training, length = config.training, config.data.sequence_length
     fp32, megabytes = training.precision == "fp32", config.loss.chunk_memory_mb
+    moments = 8 if config.optimizer.moments_dtype == "fp32" else 4
     return Workload(
         model=config.model,
         sequence_length=length,
@@ -80,10 +91,15 @@ def workload(config: RunConfig) -> Workload:
         train_tokens=float(training.train_steps) * training.global_batch_size * length,
         attended=mean_attended(config.diffusion, length),
         masked_share=mean_masked(config.diffusion),
-        master_bytes=8 if fp32 else 12,
+        master_bytes=moments + (0 if fp32 else 4),
         average_bytes=0 if config.optimizer.ema_decay is None else 4,
         weight_bytes=4 if fp32 else 2,
+        sent_gradient_bytes=2 if config.parallel.grad_reduce_in_bf16 else 4,
         shards_optimizer=config.parallel.use_distributed_optimizer,
+        fp8_recipe=config.fp8.recipe,
+        fp8_param_gather=config.fp8.param_gather,
+        fp8_bf16_layers=sum(config.fp8.bf16_layers),
+        diffusion=config.diffusion,
         logits_bytes=None if megabytes is None else megabytes * 10**6,
     )
 
@@ -120,6 +136,8 @@ class Candidate(NamedTuple):
     precision: str
     """bf16 or fp8 (fp32: for tests on a CPU)."""
     split: Split
+    pipeline_layout: str = "even"
+    """parallel.pipeline_layout, which the split is made by."""
 
     @property
     def data(self) -> int:
@@ -140,10 +158,21 @@ class Candidate(NamedTuple):
         return self.micro_batch_size * sequence_length // self.context
 
 
-def even_split(num_layers: int, pipeline: int, virtual: int) -> Split | None:
-    """The same number of layers everywhere; None: there is no such split."""
-    chunks = pipeline * virtual
-    return None if num_layers % chunks else ((num_layers // chunks,) * virtual,) * pipeline
+def splits(work: Workload, pipeline: int, virtual: int) -> list[tuple[str, Split]]:
+    """(parallel.pipeline_layout, what it makes of the layers): even, and auto where that is another."""
+    flops = expected_flops(work.model, work.diffusion, work.sequence_length)
+    found: list[tuple[str, Split]] = []
+    for layout in ("even", "auto") if pipeline > 1 else ("even",):
+        with suppress(ValueError):
+            one = as_split(split_layers(work.model, pipeline, virtual, layout, flops))
+            if one not in [other for _, other in found]:
+                found.append((layout, one))
+    return found
+
+
+def as_split(split: Sequence[Sequence[int]]) -> Split:
+    """Hashable."""
+    return tuple(tuple(chunks) for chunks in split)
 
 
 class Held(NamedTuple):

@@ -15,6 +15,7 @@ from illada_megatron.runtime.distributed import (
     runtime,
     world_size_from_environment,
 )
+from illada_megatron.runtime.process_groups import count_groups
 from illada_megatron.runtime.slurm import adopt_slurm_rank
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "adopt_slurm_rank",
     "capabilities",
     "configured_for",
+    "count_groups",
     "end_with_launcher",
     "is_rank",
     "rank_from_environment",

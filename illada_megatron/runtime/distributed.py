@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,10 @@ import torch.distributed as dist
 from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.config.layout import Layout, choose_layout, resolve_layout
 from illada_megatron.runtime import cpu_adaptor, loopback
+from illada_megatron.runtime.determinism import make_deterministic
 from illada_megatron.runtime.device import Device, select_device, set_threads
 from illada_megatron.runtime.megatron import import_megatron
+from illada_megatron.runtime.process_groups import own_groups
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LEFT = "illada/ranks that have left"
@@ -92,6 +95,8 @@ def runtime(config: RunConfig) -> Iterator[Runtime]:
         layout = resolve_layout(config, world_size_from_environment())
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.training.deterministic:
+        make_deterministic()
     import_megatron()
     device = select_device(config)
     if device.is_cuda:
@@ -151,6 +156,11 @@ def _init_torch_distributed(config: RunConfig, device: Device) -> None:
     if config.faults.watchdog_seconds is not None:
         # torch keeps so many collectives for the watchdog's report; read when the first process group is made
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        if device.is_cuda and config.run_dir is not None:
+            # where NCCL's own watchdog leaves the same when a collective takes longer than its timeout
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{config.run_dir}/traces/nccl_rank_")
+            with contextlib.suppress(OSError):
+                Path(config.run_dir, "traces").mkdir(parents=True, exist_ok=True)
     if is_rank():
         store = loopback.store_of_one_machine(timeout)  # None: torch makes it, of the same variables
         if store is not None:
@@ -161,7 +171,7 @@ def _init_torch_distributed(config: RunConfig, device: Device) -> None:
             rank=int(os.environ["RANK"]),
             world_size=world_size_from_environment(),
             timeout=timeout,
-            device_id=device.torch_device if device.is_cuda else None,
+            # no device_id: NCCL would make every group at once, and all ranks would take part in each
         )
     else:
         loopback.keep_gloo_on_this_machine()
@@ -172,14 +182,15 @@ def _init_megatron(config: RunConfig, layout: Layout, device: Device) -> Runtime
     # Imported here: the CPU adaptor has to be in place before megatron-core binds names of torch.cuda.
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=config.runtime.distributed_timeout_minutes,
-    )
+    with own_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            context_parallel_size=layout.context,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=config.runtime.distributed_timeout_minutes,
+        )
     # No layer draws random numbers (no dropout, weights from `initial_weights`); megatron-core wants its states set.
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     return Runtime(

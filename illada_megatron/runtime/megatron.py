@@ -2,12 +2,13 @@
 
 import logging
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
-from illada_megatron.runtime.device import apex_problem, transformer_engine_problem
+from illada_megatron.runtime.device import apex_problem, has_transformer_engine, transformer_engine_problem
 
 # What torch and megatron-core 0.19 advise each process's user of, who can do nothing about it: by logger, its beginning
 _NOT_FOR_USERS = {
@@ -31,6 +32,7 @@ def import_megatron() -> None:
         if problem is not None:
             _hide(package)
     if torch.cuda.is_available():
+        _bind_split()
         return
     compile_, torch.compile = torch.compile, _uncompiled  # type: ignore[assignment]
     try:
@@ -38,6 +40,20 @@ def import_megatron() -> None:
     finally:
         torch.compile = compile_
     disable_jit_fuser()
+
+
+def _bind_split() -> None:
+    """Give megatron-core Transformer Engine's split into queries, keys and values, whose gradients need no copy: up to
+    0.19 it looks for `_SplitAlongDim`, which Transformer Engine (2.11) has under another name."""
+    if not has_transformer_engine():
+        return
+    from megatron.core.transformer import attention
+
+    if attention.SplitAlongDim is None:
+        with suppress(ImportError):  # it may move again; the split is done in torch then
+            from transformer_engine.pytorch.utils import SplitAlongDim
+
+            attention.SplitAlongDim = SplitAlongDim.apply
 
 
 def _is_for_users(beginning: str, record: logging.LogRecord) -> bool:

@@ -69,16 +69,17 @@ def divide(costs: NDArray[np.float64], ranks: int, microbatches: int, size: int,
     pipelined: a rank's cheapest micro-batches come first and last, where a pipeline's other stages wait for one to pass
     through, and the dearest in the middle, beside others that take as long.
     """
-    divided = np.empty((ranks, microbatches, size), np.int64)
-    for rank, own in enumerate(_equal_groups(costs, np.arange(costs.size), ranks)):
-        groups = np.sort(_equal_groups(costs, own, microbatches), axis=1)  # [microbatches, size]
-        order = np.argsort(groups[:, 0])
-        if pipelined:
-            # added exactly: in the last bit numpy's sums may differ between the machines of a pipeline
-            rising = np.argsort([math.fsum(one) for one in costs[groups].tolist()], kind="stable")
-            order = np.concatenate([rising[::2], rising[1::2][::-1]])
-        divided[rank] = groups[order]
-    return divided
+    groups = _equal_groups(costs, np.arange(costs.size), ranks)
+    if size > 1:
+        groups = np.array([_equal_groups(costs, own, microbatches) for own in groups])
+    divided = np.sort(groups.reshape(ranks, microbatches, size), axis=-1)
+    order = np.argsort(divided[..., 0], axis=-1)
+    if pipelined:
+        # added exactly: in the last bit numpy's sums may differ between the machines of a pipeline
+        sums = [[math.fsum(one) for one in own] for own in costs[divided].tolist()]
+        rising = np.argsort(sums, axis=-1, kind="stable")
+        order = np.concatenate([rising[:, ::2], rising[:, 1::2][:, ::-1]], axis=1)
+    return np.take_along_axis(divided, order[..., None], axis=1)
 
 
 def _equal_groups(costs: NDArray[np.float64], places: NDArray[np.int64], count: int) -> NDArray[np.int64]:

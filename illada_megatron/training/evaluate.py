@@ -37,6 +37,7 @@ def layout_of_this_world(wanted: ParallelConfig, overrides: Sequence[str] = ()) 
     ranks, stages = world_size_from_environment(), wanted.pipeline_model_parallel_size
     sizes = wanted.tensor_model_parallel_size * wanted.context_parallel_size * stages
     batch = ["training.pad_global_batch=true", "training.rampup_batch_size=null", "parallel.data_parallel_size=null"]
+    batch.append("parallel.tp_comm_overlap=false")  # of training's machines; there may be no Transformer Engine here
     if ranks % sizes == 0:
         return batch
     asked = any(one.startswith("parallel.pipeline_model_parallel_size=") for one in overrides)

@@ -22,6 +22,7 @@ from illada_megatron.ops.masked_linear_cross_entropy import MaskedLoss
 from illada_megatron.ops.masked_rows import MaskedRows
 from illada_megatron.ops.tensor_fields import pinned
 from illada_megatron.runtime import Runtime
+from illada_megatron.runtime.spans import span
 from illada_megatron.training.division import Division
 
 
@@ -181,21 +182,23 @@ def forward_step(
     num_microbatches: of a rank's step; tokens: those of the global batch by the micro-batches of all ranks, which is
     what a micro-batch has, or less where the last ones are filled up; sums: what is to be kept of each.
     """
-    microbatch = next(microbatches)
+    with span("wait for a micro-batch"):
+        microbatch = next(microbatches)
     batch, share, segments = microbatch.batch, microbatch.share, microbatch.segments()
-    if batch is None:
-        return model(None, segments), _no_loss
-    row = batch if share is None else share
-    ranks = 1 if share is None else share.ranks
-    output = model(
-        row.tokens.view(1, -1),
-        segments,
-        labels=row.labels.view(-1),
-        loss_weight=row.loss_weight.view(-1),
-        grad_scale=ranks / (tokens * num_microbatches),  # what the schedule, and `_loss`, make of the loss
-        masked=microbatch.masked,
-        token_rows=microbatch.token_rows,
-    )
+    with span("forward pass of a micro-batch"):
+        if batch is None:
+            return model(None, segments), _no_loss
+        row = batch if share is None else share
+        ranks = 1 if share is None else share.ranks
+        output = model(
+            row.tokens.view(1, -1),
+            segments,
+            labels=row.labels.view(-1),
+            loss_weight=row.loss_weight.view(-1),
+            grad_scale=ranks / (tokens * num_microbatches),  # what the schedule, and `_loss`, make of the loss
+            masked=microbatch.masked,
+            token_rows=microbatch.token_rows,
+        )
     return output, partial(_loss, batch, share, microbatch.counted, tokens, sums)
 
 

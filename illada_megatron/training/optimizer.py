@@ -12,10 +12,13 @@ from megatron.core.optimizer import optimizer as megatron_base_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
-from illada_megatron.config import ParallelConfig, RunConfig
+from illada_megatron.config import RunConfig
 from illada_megatron.config.parameters import EMBEDDING, HEAD
 from illada_megatron.config.schema import OptimizerConfig
 from illada_megatron.model.transformer_config import DTYPES
+
+# megatron-core's choice at import: TE's, else Apex's
+_FUSED_ADAM = None if megatron_optimizer.USING_PYTORCH_OPTIMIZER else megatron_optimizer.Adam
 
 
 class AdamW(torch.optim.Optimizer):
@@ -25,6 +28,8 @@ class AdamW(torch.optim.Optimizer):
     and a distributed optimizer's state could then not be loaded under another layout. The arithmetic is torch's own
     fused kernel.
     """
+
+    moments_dtype = torch.float32
 
     def __init__(
         self,
@@ -52,41 +57,82 @@ class AdamW(torch.optim.Optimizer):
             # Counted on ranks that hold no parameter of the group too: the count is saved once for all ranks.
             group["step"] += 1
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not params:
-                continue
             for parameter in params:
                 state = self.state[parameter]
                 if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            adamw(
-                params,
-                [parameter.grad for parameter in params],
-                [self.state[parameter]["exp_avg"] for parameter in params],
-                [self.state[parameter]["exp_avg_sq"] for parameter in params],
-                [],
-                [torch.tensor(group["step"] - 1.0, device=parameter.device) for parameter in params],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+            self._update(group, params)
+
+    def _update(self, group: dict[str, Any], params: list[Any]) -> None:
+        moments = [[self.state[parameter][name] for parameter in params] for name in ("exp_avg", "exp_avg_sq")]
+        self._kernel(group, params, *moments)
+
+    def _kernel(
+        self, group: dict[str, Any], params: list[Any], first: list[torch.Tensor], second: list[torch.Tensor]
+    ) -> None:
+        """One step of `params` and their fp32 moments, in place."""
+        if not params:
+            return
+        adamw(
+            params,
+            [parameter.grad for parameter in params],
+            first,
+            second,
+            [],
+            # filled on the device: a number from the host would have it wait
+            [torch.full((), group["step"] - 1.0, device=parameter.device) for parameter in params],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
-def optimizer_name(parallel: ParallelConfig) -> str:
+class AdamWInBf16(AdamW):
+    """Its moments are stored in bf16 and computed in fp32, a parameter at a time: what they take in fp32 is that of the
+    largest parameter. TE's FusedAdam, which can do it too, makes fp32 copies of all of them at each step."""
+
+    moments_dtype = torch.bfloat16
+
+    def _update(self, group: dict[str, Any], params: list[Any]) -> None:
+        for parameter in params:
+            stored = [self.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+            computed = [moment.float() for moment in stored]
+            self._kernel(group, [parameter], *([moment] for moment in computed))
+            for moment, result in zip(stored, computed, strict=True):
+                moment.copy_(result)
+
+
+def optimizer_name(config: RunConfig, device: torch.device) -> str:
     """For the start-up table."""
-    kind = "AdamW (torch fused kernel)" if _uses_own_adamw() else "FusedAdam (Transformer Engine or Apex)"
-    return f"{kind}, state sharded over data parallel" if parallel.use_distributed_optimizer else kind
+    adam = _inner_optimizer(config.optimizer, device)
+    name = "AdamW (torch fused kernel)" if issubclass(adam, AdamW) else f"FusedAdam ({_maker(adam)})"
+    moments = ", moments in bf16" if config.optimizer.moments_dtype == "bf16" else ""
+    sharded = ", state sharded over data parallel" if config.parallel.use_distributed_optimizer else ""
+    return f"{name}{moments}{sharded}"
+
+
+def _inner_optimizer(settings: OptimizerConfig, device: torch.device) -> type[torch.optim.Optimizer]:
+    """TE's FusedAdam, Apex's, ours: the first that is there and does what is asked."""
+    if settings.moments_dtype == "bf16":
+        return AdamWInBf16
+    return AdamW if _FUSED_ADAM is None or device.type != "cuda" else _FUSED_ADAM
+
+
+def _maker(adam: type[torch.optim.Optimizer]) -> str:
+    return "Transformer Engine" if adam.__module__.startswith("transformer_engine") else "Apex"
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """megatron-core's optimizer over this rank's chunks; it clips, holds fp32 main weights, and reduces over ranks."""
-    if _uses_own_adamw():
-        _stand_in_for_fused_adam()
+    device = next(parameter.device for chunk in chunks for parameter in chunk.parameters())
+    _take(_inner_optimizer(config.optimizer, device))
+    if _FUSED_ADAM is None or device.type != "cuda":
         _stand_in_for_fused_scale()
     settings = config.optimizer
     core = megatron_optimizer.OptimizerConfig(
@@ -156,16 +202,14 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float, clip_grad: float)
     optimizer.step_with_ready_grads()
 
 
-def _uses_own_adamw() -> bool:
-    return megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is AdamW
-
-
-def _stand_in_for_fused_adam() -> None:
-    """Make `AdamW` what Apex's FusedAdam would be. megatron-core offers no argument for the class of its inner
-    optimizer, only these names, found at import."""
-    megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW
+def _take(adam: type[torch.optim.Optimizer]) -> None:
+    """Make `adam` the class of megatron-core's inner optimizer, for which it offers no argument, only these names,
+    bound at import. Where it is ours, it is taken for Apex's FusedAdam, whose state it has."""
+    megatron_optimizer.Adam = distrib_optimizer.Adam = adam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = adam.__module__.startswith("transformer_engine")
+    distrib_optimizer.USING_APEX_OPTIMIZER = not distrib_optimizer.USING_TE_OPTIMIZER
 
 
 def _stand_in_for_fused_scale() -> None:

@@ -190,6 +190,13 @@ class Reporter:
         if (text := times.straggler(self.config.faults.straggler_ratio)) is not None:
             self._fault("straggler", step, text)
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Curves by their names, of what some runs have."""
+        if self._writer is not None:
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+
     def _fault(self, kind: str, step: int, text: str, more: str = "") -> None:
         """What someone may have to look at: in the terminal at any interval, and among TensorBoard's texts."""
         self.console.print(f"step {step:>7}  {text}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from illada_megatron.checkpoint.files.agreement import gathered, rank_and_size
@@ -15,7 +15,7 @@ from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.sharded import load_checkpoint
 from illada_megatron.checkpoint.store import CheckpointInfo, checkpoint_to_continue
-from illada_megatron.config import ConfigError, ParallelConfig, RunConfig
+from illada_megatron.config import ConfigError, RunConfig
 from illada_megatron.data.corpus.configured import corpus_of_run, epoch_problems, held_out_corpora
 from illada_megatron.data.corpus.fingerprint import differences, fingerprints
 from illada_megatron.data.corpus.prefetch import Prefetcher
@@ -25,12 +25,13 @@ from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.fitting import check_mask, unused_rows
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, forget_tokenizers, load_tokenizer
 from illada_megatron.diffusion.held_out import HeldOutSamples
-from illada_megatron.model import MaskPredictor, build_model_chunks, fill_initial_weights
+from illada_megatron.model import build_model_chunks, fill_initial_weights
 from illada_megatron.runtime import Runtime
 from illada_megatron.training.bad_steps import BadSteps
 from illada_megatron.training.division import Division
 from illada_megatron.training.ema import WeightEma
 from illada_megatron.training.forward_step import BatchSlice, BatchSource, Microbatch, TrainingSamples
+from illada_megatron.training.gradient_reduction import wrap_data_parallel
 from illada_megatron.training.optimizer import build_optimizer
 from illada_megatron.training.resume import Change, change_lines, changes_since, where_it_stands
 from illada_megatron.training.schedule import LearningRate, next_batch, samples_of_run
@@ -145,28 +146,6 @@ def held_out_source(
     corpora = held_out_corpora(config.data, seed, config.model.vocab_size, tokenizer, allowed)
     samples = HeldOutSamples(corpora, num_samples, seed, config.model.mask_token_id)
     return HeldOutSource(BatchSource(samples, config, runtime), token_bytes(tokenizer))
-
-
-def wrap_data_parallel(parallel: ParallelConfig, models: Sequence[MaskPredictor]) -> list[DistributedDataParallel]:
-    """megatron-core's DDP around each chunk, and the hooks its schedules look for in the model's configuration."""
-    core = models[0].config
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        bucket_size=parallel.ddp_bucket_size,
-        fp8_param_gather=core.fp8_param,
-    )
-    chunks = [
-        DistributedDataParallel(core, ddp_config, model, disable_bucketing=index > 0)
-        for index, model in enumerate(models)
-    ]
-    core.finalize_model_grads_func = finalize_model_grads
-    if parallel.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        core.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-    return chunks
 
 
 def count_held_parameters(chunks: Sequence[torch.nn.Module]) -> int:

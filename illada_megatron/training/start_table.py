@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from illada_megatron.config import CheckpointConfig, FaultsConfig, ModelConfig, RunConfig
+from illada_megatron.config import CheckpointConfig, FaultsConfig, ModelConfig, ParallelConfig, RunConfig
 from illada_megatron.config.layout import layout_rows
 from illada_megatron.config.learning_rate import schedule_rows
 from illada_megatron.config.schema import BlendPhase, DiffusionConfig, LossConfig
@@ -18,25 +18,21 @@ from illada_megatron.training.optimizer import optimizer_name
 from illada_megatron.training.plateau import PlateauDetector
 from illada_megatron.training.setup import TrainingState, count_held_parameters
 
-_TRANSFORMER_ENGINE = [
-    ("attention", "Transformer Engine, packed segments"),
-    ("norm", "RMSNorm (Transformer Engine)"),
-    ("activation", "SwiGLU (megatron-core)"),
-]
-
 
 def choice_rows(config: RunConfig, device: Device) -> list[tuple[str, str]]:
     """What was chosen on this device."""
     dtype = DTYPES[config.training.precision]
     implementation = choose_implementation(config.runtime, device)
-    layers = _local_rows(dtype, device) if implementation == "local" else _TRANSFORMER_ENGINE
+    context = config.parallel.context_parallel_size
+    layers = _local_rows(dtype, device, context) if implementation == "local" else _transformer_engine_rows(context)
     return [
         ("device", f"{device.name}, {config.training.precision}, {'NCCL' if device.is_cuda else 'gloo'}"),
         *_fp8_rows(config),
         ("layers", implementation),
         *layers,
         *_model_rows(config.model),
-        ("optimizer", _optimizer_text(config)),
+        *([("sums", "in one order each time (training.deterministic)")] if config.training.deterministic else []),
+        ("optimizer", _optimizer_text(config, device)),
         ("loss", _loss_text(config.loss, dtype, device)),
         ("missing", ", ".join(part.name for part in capabilities() if part.found is None) + " (see `illada doctor`)"),
         *_problem_rows(device),
@@ -70,8 +66,8 @@ def _model_rows(model: ModelConfig) -> list[tuple[str, str]]:
     return [("model", "; ".join(parts))] if parts else []
 
 
-def _optimizer_text(config: RunConfig) -> str:
-    settings, parts = config.optimizer, [optimizer_name(config.parallel)]
+def _optimizer_text(config: RunConfig, device: Device) -> str:
+    settings, parts = config.optimizer, [optimizer_name(config, device.torch_device)]
     if settings.embedding_weight_decay is not None:
         parts.append(f"embedding's weight decay {settings.embedding_weight_decay:g}")
     if settings.embedding_lr_mult != 1.0:
@@ -88,7 +84,16 @@ def _loss_text(loss: LossConfig, dtype: torch.dtype, device: Device) -> str:
     return f"masked linear cross-entropy, {text}; head on masked positions only{penalty}"
 
 
-def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
+def _transformer_engine_rows(context: int) -> list[tuple[str, str]]:
+    ring = f", keys and values round a ring of {context} context-parallel ranks" if context > 1 else ""
+    return [
+        ("attention", f"Transformer Engine, packed segments{ring}"),
+        ("norm", "RMSNorm (Transformer Engine)"),
+        ("activation", "SwiGLU (megatron-core)"),
+    ]
+
+
+def _local_rows(dtype: torch.dtype, device: Device, context: int) -> list[tuple[str, str]]:
     """Which of the local layers' operators are compiled ones, and why the others are not."""
     rows = [
         ("attention", "packed segments", "torch scaled_dot_product_attention", segment_attention),
@@ -96,6 +101,9 @@ def _local_rows(dtype: torch.dtype, device: Device) -> list[tuple[str, str]]:
         ("activation", "SwiGLU", "torch", swiglu),
     ]
     found = [(name, what, other, operator.missing(device.torch_device, dtype)) for name, what, other, operator in rows]
+    if context > 1:
+        gathered = f"the compiled operator has no keys of other ranks; {context} context-parallel ranks gather them"
+        found[0] = (*found[0][:3], gathered)
     return [
         (name, f"{what}: illada kernel" if reason is None else f"{what}: {other} ({reason})")
         for name, what, other, reason in found
@@ -108,6 +116,7 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
     return [
         *choice_rows(config, state.runtime.device),
         *layout_rows(config, state.runtime.layout),
+        ("exchanges", _exchanges_text(config.parallel, state.runtime.device)),
         ("on rank 0", f"{count_held_parameters(state.chunks):,} parameters"),
         ("noise", _noise_text(diffusion)),
         *([] if diffusion.loss_is_bound else [("objective", _objective_text(diffusion))]),
@@ -117,6 +126,22 @@ def start_table(state: TrainingState) -> list[tuple[str, str]]:
         ("checkpoints", _checkpoints_text(config.checkpoint)),
         ("faults", _faults_text(config.faults)),
     ]
+
+
+def _exchanges_text(parallel: ParallelConfig, device: Device) -> str:
+    """What ranks send each other while they compute."""
+    gradients = "gradients in bf16, summed in fp32" if parallel.grad_reduce_in_bf16 else "gradients in fp32"
+    overlapped = [
+        name
+        for name, overlaps in (
+            ("gradients", parallel.overlap_grad_reduce),
+            ("weights", parallel.overlap_param_gather),
+            ("tensor parallel", parallel.tp_comm_overlap),
+            ("stages", parallel.overlaps_p2p(device.is_cuda)),
+        )
+        if overlaps
+    ]
+    return f"{gradients}; overlapped: {', '.join(overlapped) or 'nothing'}"
 
 
 def _noise_text(diffusion: DiffusionConfig) -> str:

@@ -13,11 +13,14 @@ from illada_megatron.checkpoint.saver import Saver
 from illada_megatron.config import RunConfig
 from illada_megatron.config.load import to_yaml
 from illada_megatron.runtime import rank_from_environment, runtime
+from illada_megatron.runtime.spans import span
 from illada_megatron.runtime.tables import tell
 from illada_megatron.training.bad_steps import BadStep
 from illada_megatron.training.flops import training_flops
+from illada_megatron.training.fp8_figures import fp8_figures
 from illada_megatron.training.metrics import StepSums, reduce_sums
 from illada_megatron.training.optimizer import apply_gradients, gradient_norm, set_learning_rate
+from illada_megatron.training.profiling import Profiler
 from illada_megatron.training.reporter import Reporter, StepRecord
 from illada_megatron.training.resume import last_step as last_step_of
 from illada_megatron.training.rollback import bad_samples, recover
@@ -65,6 +68,7 @@ def train(config: RunConfig) -> TrainResult:
             Reporter(config, run.is_main, state.step, last_step, state.saved_step is not None) as reporter,
             StopSignals() as signals,
             Saver(config, state.fingerprints, state.saved_step, ownership) as saver,
+            Profiler(config.training.profile, run, traces) as profiler,
             watchdog.last_phase("end"),
         ):
             _announce(state, reporter)
@@ -73,10 +77,14 @@ def train(config: RunConfig) -> TrainResult:
             first_step, save_due, stop = state.step, False, state.step >= last_step
             while not stop:
                 watchdog.now("step" if state.step > first_step else "first step", state.step + 1)
+                profiler.begins(state.step + 1)
                 record, stop = train_step(state, stop_requested=signals.received is not None or saver.end is not None)
                 reporter.step(record)
+                if (note := profiler.ended(state.step)) is not None:
+                    tell(note)
                 if _due(config.logging.interval_steps, state.step):
                     reporter.compute_times(state.step, state.clock.gather(run))
+                    reporter.scalars(state.step, fp8_figures(state.chunks, config, run.device.torch_device))
                 if state.bad_steps.too_many:
                     watchdog.now("rollback", state.step)
                     reporter.saves(saver.wait())
@@ -125,24 +133,29 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     state.clock.begin_step()
-    local = run_schedule(state.source, list(state.chunks), state.loader, batch_size, forward_only=False)
+    with span("forward and backward passes"):
+        local = run_schedule(state.source, list(state.chunks), state.loader, batch_size, forward_only=False)
     state.clock.end_step()
-    norm = gradient_norm(state.optimizer)
-    sums = reduce_sums(
-        local,
-        speaks_for_tensor_group(),
-        run.device.torch_device,
-        stop=stop_requested,
-        bad_gradient=not math.isfinite(norm),
-        context=run.layout.context,
-    )
+    with span("gradient norm"):
+        norm = gradient_norm(state.optimizer)
+    with span("sums of the step"):
+        sums = reduce_sums(
+            local,
+            speaks_for_tensor_group(),
+            run.device.torch_device,
+            stop=stop_requested,
+            bad_gradient=not math.isfinite(norm),
+            context=run.layout.context,
+        )
     tokens = batch_size * config.data.sequence_length
     loss = sums.weighted / tokens
     good = math.isfinite(loss) and not sums.bad_gradient
     if good:
-        apply_gradients(state.optimizer, norm, config.optimizer.clip_grad)
+        with span("optimizer"):
+            apply_gradients(state.optimizer, norm, config.optimizer.clip_grad)
         if state.ema is not None:
-            state.ema.update()
+            with span("moving average of the weights"):
+                state.ema.update()
     state.step += 1
     state.consumed_samples = first_sample + batch_size
     seconds = time.perf_counter() - start

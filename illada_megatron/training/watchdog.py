@@ -145,28 +145,38 @@ class Watchdog:
         collectives = f"illada: watchdog: rank {self._rank}, its collectives, the newest last:\n{text}\n"
         _write(collectives)
         if self._traces is not None:
-            with suppress(OSError):  # it is said already
+            name = f"rank_{self._rank:05d}_step_{self._step}"
+            with suppress(Exception):  # it is said already
                 self._traces.mkdir(parents=True, exist_ok=True)
-                with (self._traces / f"rank_{self._rank:05d}_step_{self._step}.txt").open("w") as file:
+                with (self._traces / f"{name}.txt").open("w") as file:
                     file.write(f"{said}\n")
                     file.flush()  # what follows writes past its buffer
                     faulthandler.dump_traceback(file=file, all_threads=True)
                     file.write(f"{collectives}\n")
                     file.flush()
+                # those of all ranks together tell who did not come
+                (self._traces / f"{name}.json").write_text(json.dumps(recorded_collectives()))
         os._exit(EXIT_CODE)
 
 
-def last_collectives() -> str:
-    """What torch's flight recorders know of this rank's collectives: those that have not finished, or else the last
-    ones; a line each. A CUDA build has one for NCCL's and one for gloo's."""
+def recorded_collectives() -> list[dict[str, Any]] | None:
+    """What torch's flight recorders know of this rank's collectives, the newest last; None: there is none. A CUDA build
+    has one for NCCL's and one for gloo's."""
     names = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
     dumps = [dump for name in names if (dump := getattr(torch._C._distributed_c10d, name, None)) is not None]
     if not dumps:
-        return "  this torch has no flight recorder"
+        return None
     entries = [entry for dump in dumps for entry in json.loads(dump()).get("entries", [])]
+    return sorted(entries, key=lambda entry: entry["time_created_ns"])
+
+
+def last_collectives() -> str:
+    """Those that have not finished, or else the last ones; a line each."""
+    entries = recorded_collectives()
+    if entries is None:
+        return "  this torch has no flight recorder"
     if not entries:
         return "  torch's flight recorder has none (TORCH_FR_BUFFER_SIZE has to be above 0 at the start)"
-    entries.sort(key=lambda entry: entry["time_created_ns"])
     unfinished = [entry for entry in entries if not entry["retired"]]
     return "\n".join(_line(entry) for entry in (unfinished or entries)[-_SHOWN_COLLECTIVES:])
 

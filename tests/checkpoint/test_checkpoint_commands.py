@@ -187,8 +187,8 @@ def test_checkpoints_of_megatron_cores_dist_checkpointing_are_read(
     from illada_megatron.checkpoint.megatron.args import namespace
     from illada_megatron.checkpoint.sharded import load_checkpoint
     from illada_megatron.model import build_model_chunks
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     plain = f"parallel.use_distributed_optimizer={str(distributed).lower()}"
     config = _config(f"training.precision={precision}", f"model.add_qkv_bias={bias}", plain)

@@ -122,9 +122,25 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["--fp8-format hybrid: blockwise is e4m3 here"],
     ),
     "decoupled rates": (
-        f"{_LLAMA} --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr 1.5e-4 --grad-reduce-in-bf16",
+        f"{_LLAMA} --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr 1.5e-4",
         {"training.lr": 1.5e-4},
-        ["--decoupled-lr 5.0e-4: all parameters have one rate", "--grad-reduce-in-bf16: gradients are summed"],
+        ["--decoupled-lr 5.0e-4: all parameters have one rate"],
+    ),
+    "gradients on their way": (
+        f"{_LLAMA} --use-distributed-optimizer --grad-reduce-in-bf16 --ddp-average-in-collective --deterministic-mode "
+        "--ddp-pad-buckets-for-high-nccl-busbw",
+        {
+            "parallel.grad_reduce_in_bf16": True,
+            "parallel.ddp_average_in_collective": False,
+            "parallel.ddp_pad_buckets_for_high_nccl_busbw": True,
+            "training.deterministic": True,
+        },
+        [],
+    ),
+    "gradients of the plain optimizer": (
+        f"{_LLAMA} --grad-reduce-in-bf16 --ddp-average-in-collective",
+        {"parallel.grad_reduce_in_bf16": False, "parallel.ddp_average_in_collective": True},
+        [],
     ),
     "Mixtral": (
         f"{_LLAMA} --num-experts 8 --moe-router-topk 2 --moe-grouped-gemm --expert-model-parallel-size 8 "

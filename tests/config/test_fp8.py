@@ -103,4 +103,5 @@ def test_rows_that_context_parallel_ranks_share_are_padded_for_the_products(reci
     config = load_config("illada-8b", [FP8, "parallel.sequence_parallel=true", *fields])
     assert row_multiple(config) == multiple * 2 * 2
     tokens = row_tokens(config)
-    assert tokens is not None and tokens % (multiple * 2 * 2) == 0
+    assert tokens is not None
+    assert tokens % (multiple * 2 * 2) == 0

@@ -3,10 +3,11 @@
 import pytest
 
 from illada_megatron.config import ConfigError, RunConfig, load_config
-from illada_megatron.config.layout import layout_rows, resolve_layout
+from illada_megatron.config.layout import layout_rows, resolve_layout, row_tokens
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
+CP = "parallel.context_parallel_size"
 VP = "parallel.virtual_pipeline_model_parallel_size"
 
 # overrides of the defaults (4 layers, 8 heads, 2 groups, ffn 704, vocabulary 8000 -> 8064) -> parts of the message
@@ -35,6 +36,10 @@ IMPOSSIBLE = {
         ["parallel.sequence_parallel=true", f"{TP}=2", "data.sequence_length=511"],
         ["training.micro_batch_size * data.sequence_length 511", f"{TP} 2", "change one of them"],
     ),
+    "chunks of a sequence": (
+        [f"{CP}=3", "data.sequence_length=512"],
+        ["data.sequence_length 512 is not a multiple of 2 *", f"{CP} 3", "change one of them"],
+    ),
     "kept at intervals alone": (
         ["checkpoint.keep_every=1000"],
         ["checkpoint.keep_every 1000 needs checkpoint.keep_last", "leave keep_every out"],
@@ -46,6 +51,49 @@ IMPOSSIBLE = {
     "buckets of nothing": (
         ["parallel.ddp_bucket_size=1000"],
         ["ddp_bucket_size 1000 needs overlap_grad_reduce true", "leave ddp_bucket_size out"],
+    ),
+    "bf16 gradients without shards": (
+        ["parallel.grad_reduce_in_bf16=true", "parallel.use_distributed_optimizer=false"],
+        ["grad_reduce_in_bf16 true needs use_distributed_optimizer true", "or grad_reduce_in_bf16=false"],
+    ),
+    "padded buckets without shards": (
+        ["parallel.ddp_pad_buckets_for_high_nccl_busbw=true", "parallel.use_distributed_optimizer=false"],
+        ["ddp_pad_buckets_for_high_nccl_busbw true needs use_distributed_optimizer true"],
+    ),
+    "averaged bf16 gradients": (
+        ["parallel.grad_reduce_in_bf16=true", "parallel.ddp_average_in_collective=true"],
+        ["grad_reduce_in_bf16 and ddp_average_in_collective are both true", "set one of them to false"],
+    ),
+    "overlap without what it overlaps": (
+        [f"{TP}=2", "parallel.tp_comm_overlap=true"],
+        ["tp_comm_overlap true needs parallel.sequence_parallel true", "found false", "or set tp_comm_overlap=false"],
+    ),
+    "overlap in one order": (
+        [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true", "training.deterministic=true"],
+        ["tp_comm_overlap true needs training.deterministic false", "found true"],
+    ),
+    "overlap in fp32": (
+        [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true", "training.precision=fp32"],
+        ["tp_comm_overlap true needs training.precision bf16 or lower, found fp32"],
+    ),
+    "overlap of local layers": (
+        [
+            *(f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"),
+            *("training.precision=bf16", "runtime.transformer_impl=local"),
+        ],
+        ["tp_comm_overlap true needs Transformer Engine on GPUs", "transformer_impl local"],
+    ),
+    "overlap of plain stages": (
+        [f"{PP}=2", "parallel.overlap_p2p_comm=true"],
+        ["overlap_p2p_comm true needs virtual_pipeline_model_parallel_size > 1, found None", "leave overlap_p2p_comm"],
+    ),
+    "two neighbours that are one": (
+        [f"{PP}=2", f"{VP}=2", "parallel.overlap_p2p_comm=false"],
+        ["overlap_p2p_comm false with interleaved stages needs pipeline_model_parallel_size > 2, found 2"],
+    ),
+    "bf16 moments of a slow average": (
+        ["optimizer.moments_dtype=bf16", "optimizer.adam_beta2=0.999"],
+        ["moments_dtype bf16 needs adam_beta2 of 0.99 at most, found 0.999", "set moments_dtype=fp32"],
     ),
     "too long": (
         ["data.sequence_length=9000"],
@@ -70,6 +118,16 @@ IMPOSSIBLE_WORLDS = {
         ["parallel.data_parallel_size=4"],
         2,
         ["world size 2 = TP 1 * PP 1 * DP 2", "parallel.data_parallel_size is 4", "start 4 ranks or change it"],
+    ),
+    "ranks with context parallel": (
+        [f"{TP}=2", f"{CP}=2"],
+        6,
+        ["world size 6", "tensor * context * pipeline", "2 * 2 * 1 = 4", "context_parallel_size"],
+    ),
+    "data parallel with context parallel": (
+        [f"{CP}=2", "parallel.data_parallel_size=2"],
+        2,
+        ["world size 2 = TP 1 * CP 2 * PP 1 * DP 1", "start 4 ranks or change it"],
     ),
     "batch": ([], 3, ["training.global_batch_size 8", "1 * 3 = 3", "change one of them"]),
     "ramp-up start": (
@@ -128,6 +186,24 @@ def test_what_is_left_of_the_world_is_data_parallel() -> None:
     rows = dict(layout_rows(config, layout))
     assert rows["layout"] == "tensor 2, pipeline 2 x 2 chunks, data 2"
     assert rows["global batch"].startswith("8 sequences of 512 tokens = 4,096 tokens; 4 micro-batches of 1")
+
+
+def test_context_parallel_ranks_are_no_data_parallel_ones() -> None:
+    config = load_config(None, [f"{TP}=2", f"{CP}=2", "data.sequence_length=512"])
+    layout = resolve_layout(config, 8)
+    assert (layout.context, layout.data, layout.num_microbatches) == (2, 2, 4)
+    rows = dict(layout_rows(config, layout))
+    assert rows["layout"] == "tensor 2, pipeline 1, context 2, data 2"
+    # room for a cut: 4 tokens more, to a multiple of 16 a rank
+    assert rows["micro-batch"].startswith("544 tokens with padding, 272 a context-parallel rank; segments padded to")
+
+
+def test_length_of_a_packed_row() -> None:
+    row = ["data.sequence_length=512", f"{CP}=2", "training.micro_batch_size=2"]
+    assert row_tokens(load_config(None, row[:1])) == 512
+    assert row_tokens(load_config(None, [*row, "diffusion.attention_boundary=none"])) == 1024
+    assert row_tokens(load_config(None, [*row, f"{TP}=2", "parallel.sequence_parallel=true"])) == 1088
+    assert row_tokens(load_config(None, [*row, "diffusion.attention_boundary=document"])) is None
 
 
 def test_defaults_are_a_layout() -> None:

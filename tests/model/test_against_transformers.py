@@ -114,7 +114,7 @@ def test_hidden_states_logits_and_gradients_equal_theirs(
 ) -> None:
     """The gradients also as DDP sums them in main_grad, over two micro-batches."""
     from illada_megatron.model import build_model_chunks, pack
-    from illada_megatron.training.setup import wrap_data_parallel
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
 
     model = tiny_config.model.model_validate({**tiny_config.model.model_dump(), **MODELS[name][0]})
     tiny_config = tiny_config.model_copy(update={"model": model})

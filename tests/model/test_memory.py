@@ -40,7 +40,7 @@ def test_main_grad_gets_what_autograd_makes(
     tied: bool, loss_in_main_grad: bool, tiny_config: RunConfig, single_process: Runtime
 ) -> None:
     """The embedding's rows, the head's gradient and the linears' behind what is not kept, under megatron-core's DDP."""
-    from illada_megatron.training.setup import wrap_data_parallel
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
 
     config = tiny_config.model_copy(
         update={"model": tiny_config.model.model_copy(update={"tie_word_embeddings": tied})}
@@ -60,7 +60,7 @@ def test_main_grad_gets_what_autograd_makes(
 
 def test_both_ways_in_one_step(tiny_config: RunConfig, single_process: Runtime) -> None:
     """A micro-batch whose head's gradient is in main_grad, then one whose comes through autograd: both count."""
-    from illada_megatron.training.setup import wrap_data_parallel
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
 
     plain = build(tiny_config, single_process)
     step(plain, None)

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from illada_megatron.config import RunConfig, load_config
-from illada_megatron.planning import Candidate, even_split, load_device, workload
+from illada_megatron.config.layout import pipeline_split
+from illada_megatron.ops import segment_attention
+from illada_megatron.planning import Candidate, as_split, load_device, workload
 from illada_megatron.planning.memory import (
     gradients,
     layers_in_flight,
@@ -31,11 +33,12 @@ SMALL = (
     *("model.num_query_groups=4", "model.vocab_size=1000", "data.sequence_length=64", "model.max_sequence_length=64"),
     *("training.micro_batch_size=1", "training.global_batch_size=64", "runtime.device=cpu"),
 )
-MIDDLE = (
+WIDE = (
     *SMALL,
-    *("model.hidden_size=512", "model.ffn_hidden_size=1408", "model.vocab_size=32000", "data.sequence_length=128"),
+    *("model.hidden_size=512", "model.ffn_hidden_size=1408", "data.sequence_length=128"),
     "model.max_sequence_length=128",
 )
+MIDDLE = (*WIDE, "model.vocab_size=32000")
 # tensor, pipeline, virtual, data
 LAYOUTS = [(1, 1, 1, 1), (1, 1, 1, 8), (2, 1, 1, 4), (1, 4, 1, 2), (2, 2, 2, 4), (4, 2, 4, 32), (4, 8, 1, 64)]
 
@@ -53,8 +56,7 @@ def configured(base: Iterable[str], layout: tuple[int, int, int, int], *more: st
 
 def candidate_of(config: RunConfig, layout: tuple[int, int, int, int]) -> Candidate:
     tensor, pipeline, virtual, data = layout
-    split = even_split(config.model.num_layers, pipeline, virtual)
-    assert split is not None
+    split = as_split(pipeline_split(config))
     return Candidate(
         tensor * pipeline * data, tensor, pipeline, virtual, 1, 1, "none", config.training.precision, split
     )
@@ -109,8 +111,8 @@ def built_bytes(config: RunConfig, world: int, rank: int) -> dict[str, int]:
     """What a rank has allocated after a step."""
     with rank_of(config, world, rank):
         from illada_megatron.model import build_model_chunks
+        from illada_megatron.training.gradient_reduction import wrap_data_parallel
         from illada_megatron.training.optimizer import apply_gradients, build_optimizer
-        from illada_megatron.training.setup import wrap_data_parallel
 
         chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, select_device(config)))
         built = build_optimizer(config, chunks)
@@ -161,10 +163,11 @@ def kept_bytes(config: RunConfig, layout: tuple[int, int, int, int]) -> int:
     """What a forward pass keeps for the backward pass of the only stage, but its weights."""
     kept: list[Tensor] = []
     with rank_of(config, layout[0] * layout[3], 0):
-        from illada_megatron.model import build_model_chunks, fill_initial_weights, pack
+        from illada_megatron.model import build_model_chunks, pack
 
         (model,) = build_model_chunks(config, select_device(config))
-        fill_initial_weights([model], config.model, seed=1)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
         owned = {one.untyped_storage()._cdata for one in model.parameters()}
         length = config.data.sequence_length
         lengths = [0, length // 3, length]
@@ -186,8 +189,10 @@ def kept_bytes(config: RunConfig, layout: tuple[int, int, int, int]) -> int:
 @pytest.mark.parametrize(("layout", "sequence"), [((1, 1, 1, 1), False), ((4, 1, 1, 1), True), ((4, 1, 1, 1), False)])
 def test_activations_of_a_layer(layout: tuple[int, int, int, int], sequence: bool, precision: str) -> None:
     """Of a real forward pass: eight layers less four."""
+    if precision == "bf16" and (reason := segment_attention.missing(torch.device("cpu"), torch.bfloat16)) is not None:
+        pytest.skip(f"attention keeps more without its compiled operator: {reason}")
     more = (f"training.precision={precision}", f"parallel.sequence_parallel={str(sequence).lower()}")
-    eight, four = (configured(MIDDLE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
+    eight, four = (configured(WIDE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
     found = (kept_bytes(eight, layout) - kept_bytes(four, layout)) / 4
     element = 4 if precision == "fp32" else 2
     wanted = eight.data.sequence_length * local_layer_bytes(eight.model, layout[0], sequence, element)
@@ -197,7 +202,7 @@ def test_activations_of_a_layer(layout: tuple[int, int, int, int], sequence: boo
 def test_full_recomputation_keeps_the_layers_inputs() -> None:
     layout = (1, 1, 1, 1)
     more = ("training.precision=bf16", "training.recompute=full")
-    eight, four = (configured(MIDDLE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
+    eight, four = (configured(WIDE, layout, *more, f"model.num_layers={count}") for count in (8, 4))
     found = (kept_bytes(eight, layout) - kept_bytes(four, layout)) / 4
     assert found == pytest.approx(2 * eight.model.hidden_size * eight.data.sequence_length, rel=0.05)
 
@@ -234,7 +239,7 @@ def test_passes_in_flight_are_the_schedules(pipeline: int, virtual: int, microba
 )
 def test_presets_on_the_meta_device(preset: str, layout: tuple[int, int, int, int], whole: int | None) -> None:
     """Parameters of every stage, and the shards of a real distributed optimizer of the first and the last."""
-    tensor, pipeline, virtual, data = layout
+    tensor, pipeline, virtual, _ = layout
     config = load_config(
         preset,
         [
@@ -257,8 +262,8 @@ def test_presets_on_the_meta_device(preset: str, layout: tuple[int, int, int, in
 def on_meta(config: RunConfig) -> tuple[int, int]:
     """(parameters of this rank, fp32 main weights of its optimizer)."""
     from illada_megatron.model import mask_predictor
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     meta = torch.device("meta")
     plain = mask_predictor.transformer_config
@@ -268,14 +273,20 @@ def on_meta(config: RunConfig) -> tuple[int, int]:
         core.use_cpu_initialization = True  # the default device decides
         return core
 
-    with pytest.MonkeyPatch.context() as patch, meta:
+    plain_type = torch.Tensor.type
+
+    def cuda_type(self: Tensor, *arguments: Any, **named: Any) -> Any:
+        """megatron-core recognises parameters by this name."""
+        return plain_type(self, *arguments, **named) if arguments or named else "torch.cuda.BFloat16Tensor"
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mask_predictor, "transformer_config", without_memory)
-        patch.setattr(torch.cuda, "current_device", lambda: meta)
-        models = mask_predictor.build_model_chunks(config, Device(meta, "meta", None))
+        with meta:
+            models = mask_predictor.build_model_chunks(config, Device(meta, "meta", None))
         held = sum(parameter.numel() for model in models for parameter in model.parameters())
-        chunks = wrap_data_parallel(config.parallel, models)
-        built = build_optimizer(config, chunks)
-        groups = [
-            group for one in getattr(built, "chained_optimizers", [built]) for group in one.optimizer.param_groups
-        ]
+        patch.setattr(torch.cuda, "current_device", lambda: meta)
+        patch.setattr(torch.Tensor, "type", cuda_type)
+        built = build_optimizer(config, wrap_data_parallel(config.parallel, models))
+        optimizers = getattr(built, "chained_optimizers", [built])
+        groups = [group for one in optimizers for group in one.optimizer.param_groups]
         return held, sum(parameter.numel() for group in groups for parameter in group["params"])

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from illada_megatron.config import RunConfig, load_config
-from illada_megatron.config.layout import Layout
+from illada_megatron.config.layout import Layout, resolve_layout
 from illada_megatron.diffusion.work import SampleWork, work_of_samples
 from illada_megatron.training.division import Division, divide, sample_costs
 
 
 def _layout(data: int, pipeline: int = 1, virtual: int = 1) -> Layout:
-    return Layout(data * pipeline, tensor=1, pipeline=pipeline, virtual=virtual, data=data, num_microbatches=0)
+    options = [f"parallel.pipeline_model_parallel_size={pipeline}", "training.pad_global_batch=true"]
+    if virtual > 1:
+        options.append(f"parallel.virtual_pipeline_model_parallel_size={virtual}")
+    return resolve_layout(load_config("tiny", options), data * pipeline)
 
 
 def _division(config: RunConfig, layout: Layout, size: int) -> Division:

@@ -17,6 +17,8 @@ PLAIN = "parallel.use_distributed_optimizer=false"
 OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 BUCKETS = "parallel.ddp_bucket_size=1000"  # nearly one a weight
 UNEVEN = 'parallel.pipeline_layout="Ettt|tL"'
+PADDED_BUCKETS = "parallel.ddp_pad_buckets_for_high_nccl_busbw=true"
+DETERMINISTIC = "training.deterministic=true"
 FULL, SELECTIVE = "training.recompute=full", "training.recompute=selective"
 UNTIED = "model.tie_word_embeddings=false"
 RAMP_UP = "training.rampup_batch_size=[4,2,24]"
@@ -48,6 +50,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2, uneven": (2, (PP2, UNEVEN)),
     "CP2": (2, (CP2,)),
     "CP2 TP2, sequence parallel": (4, (CP2, TP2, SEQUENCE)),
+    "DP2, padded buckets, deterministic": (2, (*OVERLAP, PADDED_BUCKETS, DETERMINISTIC)),
     "TP2 PP2": (4, (TP2, PP2)),
 }
 MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -59,6 +62,7 @@ MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "PP2 DP2, overlapped in small buckets": (4, (PP2, *OVERLAP, BUCKETS)),
     "PP2, interleaved": (2, (PP2, INTERLEAVED)),
     "TP2 PP2 DP2": (8, (TP2, PP2)),
+    "TP2 PP2, deterministic": (4, (TP2, PP2, SEQUENCE, DETERMINISTIC)),
     "PP2 DP3, interleaved, filled up": (6, (PP2, INTERLEAVED, PAD)),
     "CP2 PP2, overlapped": (4, (CP2, PP2, *OVERLAP)),
     "CP2 DP2": (4, (CP2,)),
@@ -142,6 +146,14 @@ def test_same_losses_in_more_layouts(layout: str, train_once: TrainOnce) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [(2, CP2), (4, CP2, PP2), (4, CP2, TP2, SEQUENCE)], ids=str)
+def test_documents_over_context_parallel_ranks(layout: tuple[Any, ...], train_once: TrainOnce) -> None:
+    """Rows of unlike length, which stages ask each other for; segments shorter than a rank's chunks."""
+    reference = train_once(1, *COSINE)
+    assert_same_training(train_once(*layout, *COSINE).steps, reference.steps, RELATIVE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ['"Et|tt|tt|tL"', "auto"])
 def test_uneven_and_interleaved_stages(layout: str, train_once: TrainOnce) -> None:
     """Layers under other numbers would begin with other weights. auto: the head of a narrow model is several layers."""
@@ -177,6 +189,21 @@ def test_implementations_of_the_loss(train_once: TrainOnce) -> None:
     assert "cross-entropy, reference" in run.process.stdout
     assert "cross-entropy, fused" in train_once(1).process.stdout
     assert_same_training(run.steps, train_once(1).steps, RELATIVE)
+
+
+def test_exchanges_beside_computing(train_once: TrainOnce) -> None:
+    """What is sent must stay as it is until it has arrived, and what is received is waited for."""
+    run = train_once(2, PP2, INTERLEAVED, "parallel.overlap_p2p_comm=true")
+    assert_same_training(run.steps, train_once(1).steps, RELATIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlapped", ["true", "false"])
+def test_exchanges_of_interleaved_stages(overlapped: str, train_once: TrainOnce) -> None:
+    """Four ranks with two chunks each: a chunk's neighbours are two ranks, and the last one's is the first."""
+    deep = "model.num_layers=8"
+    run = train_once(4, PP4, INTERLEAVED, deep, f"parallel.overlap_p2p_comm={overlapped}")
+    assert_same_training(run.steps, train_once(1, deep).steps, RELATIVE)
 
 
 @pytest.mark.slow

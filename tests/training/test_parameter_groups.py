@@ -18,13 +18,13 @@ def test_the_embedding_is_a_group_of_its_own(
     """After a step with gradients of zero every weight has shrunk by its group's rate times its decay; an untied head
     is a weight as others. By default there is no such group."""
     from illada_megatron.model import build_model_chunks, fill_initial_weights
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import (
         apply_gradients,
         build_optimizer,
         gradient_norm,
         set_learning_rate,
     )
-    from illada_megatron.training.setup import wrap_data_parallel
 
     options = [f"training.precision={precision}", f"parallel.use_distributed_optimizer={sharded}"]
     options += [f"model.tie_word_embeddings={tied}"]

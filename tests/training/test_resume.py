@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from launch import Illada, TrainOnce, launch, rank_processes, read_steps, wait_for_step
-from test_layouts import INTERLEAVED, PLAIN, PP2, RAMP_UP, RELATIVE, SEQUENCE, TP2, assert_same_training
+from test_layouts import CP2, INTERLEAVED, PLAIN, PP2, RAMP_UP, RELATIVE, SEQUENCE, TP2, UNEVEN, assert_same_training
 
 # What a run computes; the rest of a record is time.
 _COMPUTED = (
@@ -76,6 +76,8 @@ def test_same_layout_bit_for_bit(
         pytest.param((1, ()), (2, ()), marks=pytest.mark.slow),
         ((1, ()), (2, (TP2, SEQUENCE))),
         ((2, (PP2, INTERLEAVED, PLAIN)), (2, (TP2, PLAIN))),
+        ((2, (CP2,)), (2, (PP2, UNEVEN))),
+        pytest.param((2, (PP2, UNEVEN)), (4, (CP2, TP2)), marks=pytest.mark.slow),
         pytest.param((8, (TP2, PP2)), (1, ()), marks=pytest.mark.slow),
         pytest.param((8, (TP2, PP2)), (2, (PP2, INTERLEAVED)), marks=pytest.mark.slow),
         pytest.param((1, ()), (8, (TP2, PP2)), marks=pytest.mark.slow),
@@ -85,6 +87,8 @@ def test_same_layout_bit_for_bit(
         "DP1 -> DP2",
         "DP1 -> TP2 SP",
         "PP2 interleaved -> TP2, plain optimizer",
+        "CP2 -> PP2 uneven",
+        "PP2 uneven -> CP2 TP2",
         "TP2 PP2 DP2 -> DP1",
         "TP2 PP2 DP2 -> PP2 interleaved",
         "DP1 -> TP2 PP2 DP2",

@@ -70,6 +70,10 @@ def test_samples_that_fill_a_step_up_are_no_work(single_process: Runtime) -> Non
 
 def test_only_one_rank_of_a_tensor_group_speaks(single_process: Runtime) -> None:
     local = [microbatch_sums(*_step(0), counted=len(TIMES))]
+    shared = reduce_sums(local * 2, counts=True, device=torch.device("cpu"), context=2)
+    alone = reduce_sums(local, counts=True, device=torch.device("cpu"))
+    assert shared.squared_lengths == alone.squared_lengths  # both ranks count all segments
+    assert shared.masked == 2 * alone.masked
     silent = reduce_sums(local, counts=False, stop=False, device=torch.device("cpu"))
     assert (silent.weighted, silent.masked, silent.stop) == (0.0, 0, False)
     assert silent.masked_cross_entropy == 0.0

@@ -1,5 +1,6 @@
 """A rank that hangs takes the run down with a report, instead of holding it until somebody looks."""
 
+import json
 import re
 import subprocess
 import sys
@@ -33,11 +34,14 @@ def test_a_stopped_rank_is_reported_by_the_one_that_waits(small: tuple[str, ...]
     assert int(found[1]) == run.steps[-1]["step"] + 1
     assert 3 <= int(found[2]) < 60
     assert re.search(r'trainer.py", line \d+ in train_step', report)
-    assert re.search(r"gloo:\w+ number \d+ of group \d+ \(\w+\), input .* not finished", report)
+    assert re.search(r"gloo:\w+ number \d+ of group \w+ \(\w+\), input .* not finished", report)
     assert "rank 0 failed first, with exit code 75" in report
     trace = (tmp_path / "run" / "traces" / f"rank_00000_step_{found[1]}.txt").read_text()
     assert found[0] in trace
     assert re.search(r'trainer.py", line \d+ in train_step', trace)
+    recorded = json.loads((tmp_path / "run" / "traces" / f"rank_00000_step_{found[1]}.json").read_text())
+    assert not recorded[-1]["retired"]
+    assert {"profiling_name", "process_group", "collective_seq_id"} < recorded[-1].keys()
 
 
 def test_a_run_that_goes_on_is_left_alone() -> None:

@@ -14,6 +14,8 @@ EMA = "ema"
 """The moving average of the weights (optimizer.ema_decay)."""
 # what the optimizer keeps of a parameter, all fp32; "main": the weight itself where the model's is not fp32
 OPTIMIZER_STATE = (*MOMENTS, "main", EMA)
+FP8 = "fp8."
+"""What delayed scaling keeps of a linear layer: behind it scale or amax_history, and of which direction."""
 _PREFIX = "optimizer."
 
 
@@ -22,11 +24,13 @@ class TensorName(NamedTuple):
 
     parameter: str
     state: str
-    """WEIGHT, or one of OPTIMIZER_STATE."""
+    """WEIGHT, one of OPTIMIZER_STATE, or FP8 with what follows it."""
 
 
 def tensor_name(parameter: str, state: str) -> str:
-    """Name in a checkpoint of a parameter's weight or optimizer state."""
+    """Name in a checkpoint of a parameter's weight or optimizer state, or of a layer's FP8 state."""
+    if state.startswith(FP8):
+        return f"{state}.{parameter}"
     return f"{_PREFIX}{state}.{parameter}" if state else parameter
 
 
@@ -35,6 +39,9 @@ def split_name(name: str) -> TensorName:
     if name.startswith(_PREFIX):
         state, _, parameter = name.removeprefix(_PREFIX).partition(".")
         return TensorName(parameter, state)
+    if name.startswith(FP8):
+        state, _, layer = name.removeprefix(FP8).partition(".")
+        return TensorName(layer, f"{FP8}{state}")
     return TensorName(name, WEIGHT)
 
 

@@ -85,7 +85,9 @@ def new_config(opened: OpenCheckpoint, change: LayoutChange, overrides: Sequence
     written = saved.pipeline_layout not in ("auto", "even")  # of the old stages
     first = ["parallel.pipeline_layout=auto"] if written and (pipeline, virtual or 1) != stages else []
     if tensor == 1:
-        values.append("parallel.sequence_parallel=false")
+        values += ["parallel.sequence_parallel=false", "parallel.tp_comm_overlap=false"]
+    if virtual is None or pipeline == 2:
+        values.append("parallel.overlap_p2p_comm=null")
     config = load_config(opened.info.config, [*first, *overrides, *values], source=str(opened.info.path))
     if config.model != opened.config.model:
         raise ConfigError(f"{opened.info.path}: a reshard leaves the model as it is; leave out overrides of model.*")

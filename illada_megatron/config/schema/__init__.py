@@ -11,6 +11,7 @@ from illada_megatron.config.schema.data import BlendEntry, BlendPhase, CorpusNam
 from illada_megatron.config.schema.learning import (
     LossConfig,
     OptimizerConfig,
+    ProfileConfig,
     RateChange,
     ScheduleConfig,
     Shape,
@@ -39,6 +40,7 @@ __all__ = [
     "ParallelConfig",
     "Precision",
     "Probability",
+    "ProfileConfig",
     "RateChange",
     "Recompute",
     "RopeScaling",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
-from illada_megatron.config.schema.base import Precision, Probability, Recompute, Section, Seed
+from illada_megatron.config.schema.base import Dtype, Precision, Probability, Recompute, Section, Seed
 
 
 class LossConfig(Section):
@@ -31,11 +31,24 @@ class OptimizerConfig(Section):
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     adam_eps: PositiveFloat = 1e-8
+    moments_dtype: Dtype = "fp32"
+    """Of Adam's two moments; bf16 saves 4 bytes a parameter, divided as they are, and rounds them at each step
+    (docs/training.md). Checkpoints fit either."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Keep a moving average of the weights too: after each step ema = d ema + (1 - d) w, with d = min(ema_decay,
     (1 + n) / (10 + n)) after n steps. 4 bytes a parameter, divided as Adam's moments are. None: not kept."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        # bf16 has 8 bits: a second moment changes by (1 - beta2) (g^2 / v - 1) of itself, rounded to 1 / 256
+        if self.moments_dtype == "bf16" and self.adam_beta2 > 0.99:
+            raise ValueError(
+                f"moments_dtype bf16 needs adam_beta2 of 0.99 at most, found {self.adam_beta2}: smaller changes of the "
+                "second moment than 1 in 256 are rounded away; lower adam_beta2, or set moments_dtype=fp32"
+            )
+        return self
 
 
 Shape = Literal["linear", "cosine", "minus_sqrt"]
@@ -131,6 +144,30 @@ class Seeds(NamedTuple):
     noise: int
 
 
+class ProfileConfig(Section):
+    """A record of a few steps (docs/training.md)."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    """The first and the last, counted from 1; those after a resume too. The first ones of a start are slower than the
+    others."""
+    ranks: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+    tool: Literal["torch", "nsys"] = "torch"
+    """torch: a trace of torch's profiler in run_dir/traces; nsys: names and limits for NVIDIA's, which has started the
+    run."""
+    memory: bool = False
+    """torch: what is allocated, too; on a GPU with a snapshot of its memory."""
+
+    @validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps {self.steps}: the first one is behind the last: turn them round")
+        if self.tool == "nsys" and self.memory:
+            raise ValueError(
+                "memory true needs tool torch, found nsys, which has an option of its own: set memory=false"
+            )
+        return self
+
+
 class TrainingConfig(Section):
     """The loop."""
 
@@ -155,6 +192,10 @@ class TrainingConfig(Section):
     data_seed: Seed | None = None
     noise_seed: Seed | None = None
     """Of the initial weights, of the order of the data, and of t, masks and segments; None: seed."""
+    profile: ProfileConfig | None = None
+    """`training.profile={steps: [10, 12], ranks: [0]}`; None: nothing is recorded."""
+    deterministic: bool = False
+    """The same bits from the same inputs, layout, machines and versions (docs/training.md); on GPUs it takes time."""
     recompute: Recompute = "none"
     """Activation recomputation: the attention core (selective; only Transformer Engine's, the local layers make again
     what is cheap in any case, docs/cpu_kernels.md) or whole layers (full)."""

@@ -195,6 +195,23 @@ class ParallelConfig(Section):
     ddp_bucket_size: PositiveInt | None = None
     """Overlapped gradients and weights are exchanged in buckets of this many parameters or more, on the first pipeline
     stage; elsewhere as a whole. None: megatron-core's max(40 million, 1 million * data-parallel ranks)."""
+    ddp_pad_buckets_for_high_nccl_busbw: bool = False
+    """Make a bucket's size a multiple of 2^16 parameters: NCCL's rings are faster so with many ranks."""
+    ddp_average_in_collective: bool = False
+    """NCCL divides the gradients by the data-parallel ranks on the way, which saves a pass over them."""
+    grad_reduce_in_bf16: bool = False
+    """Gradients travel between data-parallel ranks in bf16, half of the bytes, and are added in fp32
+    (docs/training.md). They are summed over micro-batches in fp32 in any case."""
+    tp_comm_overlap: bool = False
+    """Sequence parallel exchanges run beside the products that need them, through Transformer Engine's userbuffers."""
+    overlap_p2p_comm: bool | None = None
+    """Interleaved stages exchange while they compute. None: where stages are interleaved, on GPUs (gloo sends and
+    receives on the cores that compute)."""
     layouts: list[LayoutChoice] = []
     """Layouts that the run may take, in order of preference: at each start the first that fits the number of ranks
     replaces the fields above, with the global batch unchanged. Empty: only the fields above."""
+
+    def overlaps_p2p(self, on_gpu: bool) -> bool:
+        """overlap_p2p_comm, chosen."""
+        interleaved = (self.virtual_pipeline_model_parallel_size or 1) > 1
+        return interleaved and on_gpu if self.overlap_p2p_comm is None else self.overlap_p2p_comm

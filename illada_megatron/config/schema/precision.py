@@ -28,7 +28,7 @@ class Fp8Config(Section):
     """So many last layers, likewise."""
     param_gather: bool = False
     """Ranks keep the layers' weights in FP8 alone, and gather them so after a step; fp32 main weights stay where they
-    are, one part a data-parallel rank. Half the memory and traffic of bf16 weights."""
+    are, one part a data-parallel rank. Half the traffic of bf16 weights, and no bf16 copy beside the FP8 ones."""
     amax_history_len: PositiveInt = 1024
     """delayed: steps whose largest values are remembered..."""
     amax_compute_algo: Literal["max", "most_recent"] = "max"

@@ -22,7 +22,9 @@ from illada_megatron.checkpoint.tools.copying import Block, LegacySink, Target
 from illada_megatron.checkpoint.tools.opening import open_checkpoint
 from illada_megatron.checkpoint.tools.reshard import LayoutChange, reshard
 from illada_megatron.config import RunConfig, load_config
+from illada_megatron.config.layout import pipeline_split
 from illada_megatron.config.parameters import Parameter
+from illada_megatron.config.pipeline_split import megatron_layout
 from illada_megatron.model.rotary import scaled_frequencies
 from illada_megatron.runtime import runtime
 
@@ -142,6 +144,53 @@ def test_files_are_megatrons_and_come_back_bit_for_bit(
     assert returned.config == ours.config
 
 
+UNEVEN = {
+    "two stages": ("parallel.pipeline_layout=Ettt|tL", LayoutChange(tensor=2, pipeline=2), [[[0, 1, 2]], [[3]]]),
+    "by itself": ("parallel.pipeline_layout=auto", LayoutChange(pipeline=3), [[[0]], [[1, 2]], [[3]]]),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_stages_of_unlike_length(case: str, tmp_path: Path) -> None:
+    """Layers lie under the numbers that they have in their stage, and Megatron's arguments say which they are."""
+    layout, change, expected = UNEVEN[case]
+    config = load_config(None, [*MODEL, "training.precision=fp32"])
+    tensors = random_tensors(config)
+    write_checkpoint(tmp_path / "ours", config, tensors)
+    ours = open_checkpoint(str(tmp_path / "ours"))
+    reshard(ours, tmp_path / "legacy", change, "legacy", "local", processes=1, overrides=[layout])
+    pipeline = len(expected)
+    for stage, (layers,) in enumerate(expected):
+        place = tmp_path / "legacy" / f"iter_{STEP:07d}" / f"mp_rank_00_{stage:03d}"
+        state = torch.load(place / "model_optim_rng.pt", weights_only=False)
+        wanted = _stage(tensors, layers, stage == 0, stage == pipeline - 1, False, "")
+        assert list(state["model"]) == list(wanted)
+        for local, value in state["model"].items():
+            assert torch.equal(value, _slice(local, wanted[local], 0, change.tensor or 1)), local
+        assert state["args"].pipeline_model_parallel_layout == megatron_layout(
+            [list(map(len, one)) for one in expected]
+        )
+    back = open_checkpoint(str(tmp_path / "legacy"))
+    assert pipeline_split(back.config) == [[len(one) for one in chunks] for chunks in expected]
+    reshard(back, tmp_path / "back", LayoutChange(1, 1), processes=1)
+    returned = open_checkpoint(str(tmp_path / "back"))
+    assert compare(ours, returned, processes=1).identical
+    assert returned.config.parallel.pipeline_layout == "auto"
+
+
+def test_megatrons_other_options_for_stages(tmp_path: Path) -> None:
+    config = load_config(None, [*MODEL, "parallel.pipeline_model_parallel_size=2"])
+    args = namespace(config, STEP, 28, "local")
+    args.decoder_first_pipeline_num_layers = 1
+    assert config_values(args, "here")["parallel"]["pipeline_layout"] == "Et|tttL"
+    args.decoder_last_pipeline_num_layers = 2
+    with pytest.raises(CheckpointError, match="4 layers cannot be divided over 2 stages"):
+        config_values(args, "here")
+    args.pipeline_model_parallel_layout = ["Et", "tttL"]
+    with pytest.raises(CheckpointError, match="expected Megatron's notation"):
+        config_values(args, "here")
+
+
 def _check_plain(optimizer: Any, _: Path, chunks: list[Any], rank: int, tp: int, pp: int, precision: str) -> None:
     """Parameters are numbered through: all matrices of all chunks, then all vectors."""
     inner = optimizer if precision == "fp32" else optimizer["optimizer"]
@@ -211,8 +260,8 @@ def _megatrons_files(config: RunConfig, ours: Path, directory: Path) -> None:
     """What Megatron's save_checkpoint writes for one rank, made of megatron-core's own state dicts."""
     from illada_megatron.checkpoint.sharded import load_checkpoint
     from illada_megatron.model import build_model_chunks
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     with runtime(config) as run:
         chunks = wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
@@ -330,8 +379,8 @@ def _load_as_megatron(config: RunConfig, legacy: Path, again: Path) -> None:
     """Into a new model and optimizer of megatron-core, and what they hold then as Megatron's files of one rank."""
     from illada_megatron.checkpoint.state import optimizers
     from illada_megatron.model import build_model_chunks
+    from illada_megatron.training.gradient_reduction import wrap_data_parallel
     from illada_megatron.training.optimizer import build_optimizer
-    from illada_megatron.training.setup import wrap_data_parallel
 
     place = legacy / f"iter_{STEP:07d}" / "mp_rank_00"
     with runtime(config) as run:
