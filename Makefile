@@ -12,11 +12,12 @@ TESTS ?= tests
 # Transformer Engine's Python alone (0.7 MB), for tests/te on a machine without it; not where megatron-core would find it
 TE_PYTHON := $(VENV)/share/transformer-engine
 
-.PHONY: help demo test test-all test-te check format fuzz fuzz-formats clean
+.PHONY: help demo test test-all test-te gpu check format fuzz fuzz-formats clean
 help:
 	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
 	@echo "make test      the test suite;  make test-all: with the slow tests"
 	@echo "make test-te   the tests of the Transformer Engine path on the real package, without a GPU (Python 3.12)"
+	@echo "make gpu       on a machine with one GPU, in 8 minutes: the tests that want one, then its speed"
 	@echo "make check     ruff, mypy, clang-format"
 	@echo "make fuzz      libFuzzer on the parser of shard indexes (needs clang; FUZZ_SECONDS=600)"
 	@echo "make fuzz-formats  atheris on what is read of checkpoints, exports, corpora, templates and configurations"
@@ -48,6 +49,9 @@ test-all: $(VENV)/.dev
 # makes .venv-te: Python 3.12, the CUDA build of torch, Transformer Engine built from its source (17 CPU minutes)
 test-te:
 	tools/test_te.sh
+
+gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

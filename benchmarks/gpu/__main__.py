@@ -5,8 +5,8 @@
 
 First the tests marked gpu, then training steps of iLLaDA-8B's layers in bf16 and FP8, beside megatron-core's own model
 of the same layers, then the masked loss beside its matrix products and other packages. What there is no time for is
-left out and named. The last line is JSON. Ends with 1 where a test failed or a step could not run; whether the figures reach
-what is asked of them is in "holds".
+left out and named. The last line is JSON. Ends with 1 where a test failed or a step could not run; whether the figures
+reach what is asked of them is in "holds".
 """
 
 import json

@@ -25,13 +25,16 @@ class Fitting:
 
 
 def layers_that_fit(gpu_bytes: int) -> Fitting:
-    """Of iLLaDA-8B's 32, trained by one process in bf16 on sequences of 8,192 tokens, one a micro-batch. Raises
-    ValueError where none fits."""
+    """Of iLLaDA-8B's 32, trained by one process in bf16 and in FP8 on sequences of 8,192 tokens, one a micro-batch.
+    Raises ValueError where none fits."""
     model = load_config("illada-8b").model
     logits = _PEER_LOGIT_BYTES * model.max_sequence_length * model.padded_vocab_size
     numbers = range(1, model.num_layers + 1)
     device = load_device("h100").model_copy(update={"memory_bytes": Figure(value=gpu_bytes, source="torch")})
-    needs = {layers: memory(*_planned(layers), device).total for layers in numbers}
+    needs = {
+        layers: max(memory(*_planned(layers, precision), device).total for precision in ("bf16", "fp8"))
+        for layers in numbers
+    }
     ours, peer = (
         max((layers for layers in numbers if needs[layers] + more <= MEMORY_SHARE * gpu_bytes), default=0)
         for more in (0, logits)
@@ -41,9 +44,9 @@ def layers_that_fit(gpu_bytes: int) -> Fitting:
     return Fitting(ours, peer)
 
 
-def _planned(layers: int) -> tuple[PlannedWork, Candidate]:
+def _planned(layers: int, precision: str) -> tuple[PlannedWork, Candidate]:
     config = load_config("illada-8b", [f"model.num_layers={layers}"])
-    return workload(config), Candidate(1, 1, 1, 1, 1, 1, "none", "bf16", ((layers,),))
+    return workload(config), Candidate(1, 1, 1, 1, 1, 1, "none", precision, ((layers,),))
 
 
 def workload_of(layers: int) -> Workload:

@@ -78,8 +78,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run. Empty
-    ones are left out."""
+    """(first token, number of segments, their length) of each run of equally long segments: one kernel call a run.
+    Empty ones are left out."""
     runs: list[tuple[int, int, int]] = []
     start = 0
     for length in filter(None, lengths):

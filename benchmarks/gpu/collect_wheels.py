@@ -1,6 +1,6 @@
 """Collect the packages that a machine without a network lacks, as wheels for it, in a folder that can travel:
 
-    python tools/collect_wheels.py --have have.txt .whl
+    python -m benchmarks.gpu.collect_wheels --have have.txt .whl
 
 --have names the packages that are there, one a line, or separated by commas (`pip list` prints them, too); versions do
 not matter. There:
@@ -14,14 +14,15 @@ What is wanted is what training and tests import; the versions are requirements.
 it: its library alone is a wheel of 276 MB (2.20.2), and the rest has to be compiled. Without it its tests say "no TE".
 """
 
-import argparse
 import re
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -33,31 +34,34 @@ WANTED = (
 )
 PEERS = ("liger-kernel", "cut-cross-entropy")
 """Of the benchmark of the masked loss; newest versions."""
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _GLIBC = (17, 24, 27, 28, 31, 34, 35)
 """manylinux_2_N: pip matches N exactly."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="Takes the wheels.")
-    parser.add_argument("--have", type=Path, help="File with the packages that are there; without it there are none.")
-    parser.add_argument("--python", default="3.12", help="Of that machine. %(default)s")
-    parser.add_argument("--limit-mb", type=float, default=64, help="More than this (10^6 bytes) is an error. %(default)s")
-    parser.add_argument("--peers", action="store_true", help=f"Also {', '.join(PEERS)}.")
-    arguments = parser.parse_args()
-    environment = _environment(arguments.python)
-    have = set() if arguments.have is None else names(arguments.have.read_text())
+def main(
+    folder: Annotated[Path, typer.Argument(help="Takes the wheels.")],
+    have: Annotated[Path | None, typer.Option(help="File with the packages that are there. Default: none.")] = None,
+    python: Annotated[str, typer.Option(help="Of that machine.")] = "3.12",
+    limit_mb: Annotated[float, typer.Option(help="More (10^6 bytes) is an error.")] = 64.0,
+    peers: Annotated[bool, typer.Option("--peers", help=f"Also {', '.join(PEERS)}.")] = False,
+) -> None:
+    """Collect what a machine without a network lacks, as wheels.
+
+    Example: python -m benchmarks.gpu.collect_wheels --have have.txt .whl
+    """
+    environment = _environment(python)
+    there = set() if have is None else names(have.read_text())
     wanted = [one for one in pinned(environment) if one.name in WANTED]
-    wanted += [Requirement(name) for name in PEERS if arguments.peers]
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    wheels = collect(wanted, have, environment, arguments.folder)
+    wanted += [Requirement(name) for name in PEERS if peers]
+    folder.mkdir(parents=True, exist_ok=True)
+    wheels = collect(wanted, there, environment, folder)
     total = sum(wheel.stat().st_size for wheel in wheels) / 1e6
     for wheel in wheels:
         print(f"{wheel.stat().st_size / 1e6:7.2f} MB  {wheel.name}")
-    print(f"{total:7.2f} MB  in all, in {arguments.folder}")
-    if total > arguments.limit_mb:
-        sys.exit(f"collect_wheels: {total:.2f} MB are more than --limit-mb {arguments.limit_mb:g}: name in --have what is there")
+    print(f"{total:7.2f} MB  in all, in {folder}")
+    if total > limit_mb:
+        sys.exit(f"collect_wheels: {total:.2f} MB are more than --limit-mb {limit_mb:g}: name in --have what is there")
 
 
 def names(text: str) -> set[str]:
@@ -130,4 +134,4 @@ def _environment(python: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
