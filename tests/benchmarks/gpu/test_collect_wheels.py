@@ -1,4 +1,4 @@
-"""What a machine without a network lacks: what is there is left out, what a wheel needs is followed, too much refused."""
+"""Wheels for a machine without a network: what is there is left out, what wheels need is followed, too much refused."""
 
 import zipfile
 from pathlib import Path
