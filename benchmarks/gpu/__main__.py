@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.gpu.device_tests import NOTHING_COLLECTED, run_device_tests
-from benchmarks.gpu.layer_shape import layers_that_fit
+from benchmarks.gpu.layer_shape import Fitting, layers_that_fit
 from benchmarks.gpu.loss_run import measure_loss
 from benchmarks.gpu.step_runs import measure_run, runs_on, show_steps, step_bars, step_results
 from benchmarks.measuring.bars import show_bars, verdict
@@ -106,7 +106,7 @@ def _measure_steps(
     figures: dict[Variant, Figures] = {}
     layers: dict[Variant, int] = {}
     left_out: dict[str, str] = {}
-    fitting = None if dry else layers_that_fit(torch.cuda.get_device_properties(0).total_memory)
+    fitting = None if dry else _fitting()
     for variant, workload in runs_on(fitting):
         reason = _no_fp8(dry) if variant.precision == "fp8" else None
         found = reason or _no_time(end, _RUN_MINUTES) or measure_run(variant, workload, steps)
@@ -128,6 +128,11 @@ def _loss_bars(report: dict[str, Any], dry: bool, end: float) -> dict[str, dict[
     return found["bars"]
 
 
+def _fitting() -> Fitting:
+    fitting = layers_that_fit(torch.cuda.get_device_properties(0).total_memory)
+    return fitting if has_transformer_engine() else fitting.of_local_layers()
+
+
 def _no_fp8(dry: bool) -> str | None:
     if dry:
         return "needs a GPU"
@@ -135,7 +140,7 @@ def _no_fp8(dry: bool) -> str | None:
 
 
 def _no_time(end: float, minutes: float) -> str | None:
-    left = (end - time.monotonic()) / 60
+    left = max(0.0, end - time.monotonic()) / 60
     return None if left >= minutes else f"{left:.1f} minutes were left, expected {minutes:g}"
 
 

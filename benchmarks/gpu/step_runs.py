@@ -35,7 +35,8 @@ def runs_on(fitting: Fitting | None) -> Runs:
 
 def measure_run(variant: Variant, workload: Workload, steps: int) -> Figures | str:
     """`steps` timed steps; or why there are none (its process has said more on stderr)."""
-    process = MeasuringProcess(variant.name, measure, variant, workload, Settings(None, "highest"))
+    settings = Settings(None, "highest", weights_on_device=True)
+    process = MeasuringProcess(variant.name, measure, variant, workload, settings)
     try:
         process.receive()
         for number in range(_WARM_UP + steps):

@@ -45,3 +45,5 @@ class Settings:
     """CPU threads; None: the cores."""
     fp32_precision: str
     """torch.set_float32_matmul_precision."""
+    weights_on_device: bool = False
+    """Initial weights are drawn there, not as the package draws them (quick_weights.py)."""

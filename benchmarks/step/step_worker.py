@@ -48,6 +48,8 @@ def measure(connection: Connection, variant: Variant, workload: Workload, settin
     with tempfile.TemporaryDirectory(prefix="illada-bench-") as folder:
         config = run_config(workload, variant.precision, settings.threads, Path(folder))
         with runtime(config) as run:
+            if settings.weights_on_device:
+                _draw_on_device()
             subject = open_subject(variant.who, config, run)
             figures = Figures(variant, subject.work, environment(run.device.name))
             connection.send("ready")
@@ -69,6 +71,16 @@ def run_config(workload: Workload, precision: str, threads: int | None, folder: 
     if threads is not None:
         settings.append(f"runtime.num_threads={threads}")
     return load_config("tiny", settings)
+
+
+def _draw_on_device() -> None:
+    """Ours and the peers' models: see quick_weights.py."""
+    from benchmarks.step import megatron_step
+    from benchmarks.step.quick_weights import fill_on_device
+    from illada_megatron.training import setup
+
+    megatron_step.fill_initial_weights = fill_on_device
+    setup.fill_initial_weights = fill_on_device
 
 
 def open_subject(who: str, config: RunConfig, run: "Runtime") -> Subject:

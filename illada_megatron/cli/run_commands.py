@@ -23,7 +23,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Fields to change: `section.field=value`, as `training.lr=1e-3`.")
 ]
 ConfigOption = Annotated[
-    str | None, typer.Option("--config", "-c", help="A YAML file, or a preset: tiny, illada-8b, llada-8b, illada-70b.")
+    str | None,
+    typer.Option("--config", "-c", help="A YAML file, or a preset: tiny, illada-1b, illada-8b, llada-8b, illada-70b."),
 ]
 LAUNCH = "Launch"
 _PAD = "training.pad_global_batch=true"

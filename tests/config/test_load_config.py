@@ -160,7 +160,7 @@ def test_file_that_is_no_configuration(text: str, message: str, tmp_path: Path) 
 
 def test_unknown_name_lists_the_presets() -> None:
     with pytest.raises(
-        ConfigError, match="ilada-8b: neither a file nor a preset; the presets are illada-70b, illada-8b"
+        ConfigError, match="ilada-8b: neither a file nor a preset; the presets are illada-1b, illada-70b, illada-8b"
     ):
         load_config("ilada-8b")
 

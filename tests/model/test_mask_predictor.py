@@ -52,7 +52,13 @@ def test_positions_restart_in_each_segment(logits_of: Callable[[Tensor, list[int
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [("illada-8b", 7_615_025_152), ("llada-8b", 8_015_581_184), ("illada-70b", None)]
+    ("preset", "parameters"),
+    [
+        ("illada-1b", 1_290_864_640),
+        ("illada-8b", 7_615_025_152),
+        ("llada-8b", 8_015_581_184),
+        ("illada-70b", None),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(
     preset: str, parameters: int | None, single_process: Runtime

@@ -57,7 +57,7 @@ def test_what_there_is_no_time_for_is_named() -> None:
     report = json.loads(run.stdout.splitlines()[-1])
     assert "tests" not in report
     assert report["steps"] == []
-    assert report["left_out"]["masked loss"] == "-0.0 minutes were left, expected 1"
+    assert report["left_out"]["masked loss"] == "0.0 minutes were left, expected 1"
     assert not report["holds"]
 
 
@@ -66,6 +66,7 @@ def test_layers_of_an_h100_and_an_h200() -> None:
     small, large = layers_that_fit(80 * GIB), layers_that_fit(139 * GIB)
     assert 0 < small.peer < small.ours < large.ours <= 32
     assert small.peer < large.peer < large.ours
+    assert small.of_local_layers().ours == small.ours // 2
     with pytest.raises(ValueError, match=r"a GPU of 16 GiB holds no layer"):
         layers_that_fit(16 * GIB)
 
