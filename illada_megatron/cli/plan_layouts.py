@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from illada_megatron.config import RunConfig
-from illada_megatron.config.layout import pipeline_split, resolve_layout
+from illada_megatron.config.layout import choose_layout, pipeline_split
 from illada_megatron.planning import (
     MEMORY_COLUMNS,
     MEMORY_SHARE,
@@ -87,13 +87,14 @@ def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: A
 
 def own_layout(config: RunConfig, work: Workload, gpus: int, device: Device) -> tuple[Planned | None, str]:
     """The configuration's layout on so many GPUs; None with the reason where there is none."""
-    training = config.training
-    if training.precision == "fp32":
+    if config.training.precision == "fp32":
         return None, "training.precision fp32 is for CPUs, and not planned"
     try:
-        layout = resolve_layout(config, gpus)
+        chosen = choose_layout(config, gpus)
     except ValueError as error:
         return None, str(error)
+    config, layout = chosen.config, chosen.layout
+    training = config.training
     split = as_split(pipeline_split(config))
     one = Candidate(
         *(gpus, layout.tensor, layout.pipeline, layout.virtual, layout.context),

@@ -4,8 +4,9 @@ from illada_megatron.config.schema import ParallelConfig, RuntimeConfig, Trainin
 from illada_megatron.config.schema.precision import Fp8Config
 
 
-def check_gradients(parallel: ParallelConfig) -> None:
-    """How gradients and weights are exchanged over data parallel. Raises ValueError with the fields and the fix."""
+def check_gradients(parallel: ParallelConfig, fp8_parameters: bool) -> None:
+    """How gradients and weights are exchanged over data parallel. fp8_parameters: these are FP8's. Raises
+    ValueError with the fields and the fix."""
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ValueError(
             "parallel.overlap_param_gather true needs use_distributed_optimizer and overlap_grad_reduce true, found "
@@ -24,6 +25,12 @@ def check_gradients(parallel: ParallelConfig) -> None:
             raise ValueError(
                 f"parallel.{field} true needs use_distributed_optimizer true, {why}: set it, or {field}=false"
             )
+    if parallel.grad_reduce_in_bf16 and parallel.overlap_grad_reduce and fp8_parameters:
+        # megatron-core exchanges the bf16 parameters' bucket with the last one of FP8, and then asserts that it is one
+        raise ValueError(
+            "parallel.grad_reduce_in_bf16, overlap_grad_reduce and fp8.param_gather are all true: buckets of bf16 and "
+            "of FP8 weights are exchanged together, and megatron-core adds up single ones: set one of them to false"
+        )
     if parallel.grad_reduce_in_bf16 and parallel.ddp_average_in_collective:
         raise ValueError(
             "parallel.grad_reduce_in_bf16 and ddp_average_in_collective are both true: NCCL cannot divide what the "

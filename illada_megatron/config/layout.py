@@ -175,8 +175,16 @@ def check_config(config: RunConfig) -> None:
         )
     if training.precision == "fp8":
         check_fp8(config)
-    check_gradients(parallel)
+    check_gradients(parallel, training.precision == "fp8" and config.fp8.param_gather)
     check_overlap(parallel, training, config.runtime, config.fp8)
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    if row_tokens(config) is None and virtual > 1 and parallel.pipeline_model_parallel_size == 2:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size {virtual} on two stages with context_parallel_size "
+            f"{parallel.context_parallel_size} and diffusion.attention_boundary document: rows differ in length, and "
+            "of two micro-batches at a time the stages would take one's length for the other's; leave "
+            "virtual_pipeline_model_parallel_size out"
+        )
     if parallel.tp_comm_overlap and row_tokens(config) is None:
         raise ValueError(
             f"parallel.tp_comm_overlap true with context_parallel_size {parallel.context_parallel_size} and "

@@ -17,7 +17,13 @@ from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
 from illada_megatron.model.norm import RMSNorm
 from illada_megatron.model.remade_input import ColumnLinear, RowLinear
-from illada_megatron.runtime.device import Device, fp8_problem, has_transformer_engine, transformer_engine_problem
+from illada_megatron.runtime.device import (
+    Device,
+    fp8_problem,
+    has_transformer_engine,
+    transformer_engine_problem,
+    transformer_engine_version,
+)
 
 # Bidirectional: with packed segments no_mask means "every position of the segment".
 _BIDIRECTIONAL = {"attn_mask_type": AttnMaskType.no_mask}
@@ -42,7 +48,21 @@ def choose_implementation(settings: RuntimeConfig, device: Device) -> str:
 def check_context(config: RunConfig, implementation: str) -> None:
     """Raises ConfigError where the layers of `implementation` cannot share sequences as the configuration wants."""
     ranks, precision = config.parallel.context_parallel_size, config.training.precision
-    if ranks > 1 and implementation == "transformer_engine" and precision == "fp32":
+    if ranks == 1 or implementation != "transformer_engine":
+        return
+    if transformer_engine_version() < (2, 20):
+        # 2.11 (context_parallel.py) leaves in padding's gradients what lay in memory, and it goes into the weights'
+        raise ConfigError(
+            f"parallel.context_parallel_size {ranks}: needs Transformer Engine 2.20 or newer, which clears the "
+            "gradients of padding; install it, or set runtime.transformer_impl=local"
+        )
+    if config.training.deterministic:
+        raise ConfigError(
+            f"parallel.context_parallel_size {ranks} with training.deterministic true: Transformer Engine has no "
+            "deterministic attention over ranks with packed segments; set one of them back, or "
+            "runtime.transformer_impl=local"
+        )
+    if precision == "fp32":
         raise ConfigError(
             f"parallel.context_parallel_size {ranks}: Transformer Engine shares sequences in fused attention, which "
             "takes bf16, found training.precision fp32: set training.precision=bf16, or runtime.transformer_impl=local"

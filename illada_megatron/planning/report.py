@@ -25,15 +25,18 @@ def memory_gib(planned: Planned) -> dict[str, float]:
     return parts
 
 
-def overrides(one: Candidate) -> list[str]:
-    """What a configuration has to say for this layout."""
+def overrides(one: Candidate, sharded: bool) -> list[str]:
+    """What a configuration has to say for this layout. sharded: its use_distributed_optimizer."""
     fields = {
+        "parallel.layouts": "[]",  # which would be taken instead
         "parallel.tensor_model_parallel_size": one.tensor,
         "parallel.sequence_parallel": str(one.tensor > 1).lower(),
         "parallel.pipeline_model_parallel_size": one.pipeline,
         "parallel.virtual_pipeline_model_parallel_size": one.virtual if one.virtual > 1 else "null",
         "parallel.pipeline_layout": one.pipeline_layout,
         "parallel.context_parallel_size": one.context,
+        "parallel.overlap_grad_reduce": "true",
+        "parallel.overlap_param_gather": str(sharded).lower(),
         "training.micro_batch_size": one.micro_batch_size,
         "training.recompute": one.recompute,
         "training.precision": one.precision,
@@ -54,7 +57,7 @@ def explained(work: Workload, planned: Planned, device: Device) -> list[tuple[st
             f"{work.global_batch_size:,} sequences of {work.sequence_length:,}: {count} micro-batches of "
             f"{one.micro_batch_size} on {one.data} data-parallel ranks",
         ),
-        ("overrides", " ".join(overrides(one))),
+        ("overrides", " ".join(overrides(one, work.shards_optimizer))),
         ("", f"memory of pipeline rank {needed.stage}, which needs most"),
         *((name, f"{part.value / _GIB:8.2f} GiB = {part.text}") for name, part in needed.parts.items()),
         (

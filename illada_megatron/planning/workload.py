@@ -150,8 +150,9 @@ class Candidate(NamedTuple):
         return self.data * self.context
 
     def microbatches(self, global_batch_size: int) -> int:
-        """Of a step, a data-parallel rank."""
-        return global_batch_size // (self.micro_batch_size * self.data)
+        """Of a step, a data-parallel rank, with empty places where the batch does not fill them (pad_global_batch)."""
+        count = -(-global_batch_size // (self.micro_batch_size * self.data))
+        return count if self.virtual == 1 else -(-count // self.pipeline) * self.pipeline
 
     def tokens(self, sequence_length: int) -> int:
         """Of a micro-batch, a context-parallel rank."""

@@ -121,6 +121,15 @@ def has_transformer_engine() -> bool:
 
 
 @lru_cache(maxsize=1)
+def transformer_engine_version() -> tuple[int, int]:
+    """Major and minor version of the Transformer Engine that is installed; (0, 0): none."""
+    try:
+        major, minor = version("transformer-engine").split(".")[:2]
+    except PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
 def transformer_engine_problem() -> str | None:
     """Why an installed Transformer Engine cannot be used (None: it can, or there is none): its package of Python files
     alone, an extension built for another torch, or the folder that pip leaves behind when it is uninstalled."""

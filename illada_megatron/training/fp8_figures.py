@@ -18,8 +18,9 @@ _WEIGHT = ".weight"
 
 def fp8_figures(chunks: Sequence[nn.Module], config: RunConfig, device: torch.device) -> dict[str, float]:
     """`fp8_amax/` and `fp8_scale/` of layer, linear and tensor -> the largest value over all ranks, and their smallest
-    factor. tensorwise: of the last micro-batch; delayed: of the remembered steps. Nothing for recipes whose factors are
-    of blocks, and without FP8. Every rank calls it: one collective."""
+    factor. tensorwise: of the last micro-batch, where Transformer Engine keeps it (2.11, not 2.20); delayed: of the
+    remembered passes. Nothing for recipes whose factors are of blocks, and without FP8. Every rank calls it: one
+    collective."""
     if config.training.precision != "fp8" or config.fp8.recipe not in ("tensorwise", "delayed"):
         return {}
     # of a tensor the largest value and the inverse of its factor: the largest over ranks is wanted of both
@@ -45,7 +46,7 @@ def _fill(found: torch.Tensor, module: Any, direction: str, number: int) -> None
     state, quantizer = module.fp8_meta[direction], module.quantizers[direction][number]
     if hasattr(state, "amax_history"):
         found[0], found[1] = state.amax_history[:, number].max(), 1.0 / state.scale[number]
-    else:
+    elif hasattr(quantizer, "amax"):  # Transformer Engine 2.20 keeps neither of current scaling
         found[0], found[1] = quantizer.amax[0], 1.0 / quantizer.scale[0]
 
 

@@ -21,6 +21,7 @@ from illada_megatron.config import ConfigError
 from illada_megatron.config.schema import ProfileConfig
 from illada_megatron.runtime import Runtime
 from illada_megatron.runtime.spans import named_spans
+from illada_megatron.system.terminal import say
 
 _ALLOCATIONS = 1_000_000  # the newest ones, of which a snapshot tells
 
@@ -38,10 +39,11 @@ class Profiler:
             return
         if settings.tool == "nsys" and not run.device.is_cuda:
             raise ConfigError("training.profile.tool nsys needs a GPU, and this run computes on CPUs: take torch")
-        if max(settings.ranks) >= run.world_size:
-            raise ConfigError(
-                f"training.profile.ranks {settings.ranks} has ranks that are not there: the run has {run.world_size}, "
-                "from 0 on; name others"
+        if run.rank == 0 and max(settings.ranks) >= run.world_size:  # a run may have lost machines
+            say(
+                f"warning: training.profile.ranks {settings.ranks} has ranks that are not there: the run has "
+                f"{run.world_size}, from 0 on; the others are recorded",
+                error=True,
             )
         if run.rank not in settings.ranks:
             self._settings = None

@@ -63,6 +63,10 @@ IMPOSSIBLE = {
         ["model.num_attention_heads=2", "model.num_query_groups=2", f"{TP}=2", "model.kv_channels=24"],
         ["(num_attention_heads 2 + 2 * num_query_groups 2) * head size 24 is 72 on a rank"],
     ),
+    "both kinds of buckets together": (
+        ["fp8.param_gather=true", "parallel.grad_reduce_in_bf16=true", "parallel.overlap_grad_reduce=true"],
+        ["grad_reduce_in_bf16, overlap_grad_reduce and fp8.param_gather are all true"],
+    ),
     "one of several layouts": (
         ["parallel.layouts=[{tensor_model_parallel_size: 2}]", "model.ffn_hidden_size=720"],
         ["parallel.layouts[0]: model.ffn_hidden_size 720 is 360"],

@@ -208,3 +208,13 @@ def test_length_of_a_packed_row() -> None:
 
 def test_defaults_are_a_layout() -> None:
     assert resolve_layout(RunConfig(), 1).data == 1
+
+
+def test_rows_of_any_length_on_two_interleaved_stages() -> None:
+    """megatron-core tells the next stage a row's length in a message of its own, which of two at a time may be taken
+    for the other's."""
+    fields = ["parallel.context_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    fields += ["parallel.virtual_pipeline_model_parallel_size=2", "diffusion.attention_boundary=document"]
+    with pytest.raises(ConfigError, match="rows differ in length"):
+        load_config(None, fields)
+    load_config(None, fields[:2] + fields[3:])

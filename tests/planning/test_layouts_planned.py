@@ -86,7 +86,7 @@ def test_search(preset: str, gpus: int, device: str) -> None:
 def test_every_layout_is_one_that_the_configuration_takes() -> None:
     work = workload(load_config("illada-8b"))
     for one in [*candidates(work, 64, H100, ["bf16"], contexts=[1])][::17]:
-        fields = [text for text in overrides(one) if "context" not in text]
+        fields = [text for text in overrides(one, sharded=True) if "context" not in text]
         layout = resolve_layout(load_config("illada-8b", fields), 64, padded=False)
         assert (layout.tensor, layout.pipeline, layout.virtual, layout.data) == (
             *(one.tensor, one.pipeline, one.virtual, one.data),

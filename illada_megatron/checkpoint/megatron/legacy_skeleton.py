@@ -15,7 +15,7 @@ from illada_megatron.checkpoint.megatron.stage_parameters import HeldParameter, 
 from illada_megatron.config import RunConfig
 from illada_megatron.config.layout import pipeline_split
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def write_skeleton(

@@ -30,7 +30,7 @@ class Fp8Config(Section):
     """Ranks keep the layers' weights in FP8 alone, and gather them so after a step; fp32 main weights stay where they
     are, one part a data-parallel rank. Half the traffic of bf16 weights, and no bf16 copy beside the FP8 ones."""
     amax_history_len: PositiveInt = 1024
-    """delayed: steps whose largest values are remembered..."""
+    """delayed: forward passes (micro-batches by model chunks of a stage) whose largest values are remembered..."""
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     """...of which the factor is made: the largest, or the last."""
 
