@@ -110,7 +110,7 @@ def test_bars_of_figures() -> None:
 def test_a_run_that_ends_with_an_error_is_no_end_of_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     found = measure_run(Variant("W1", "fp8", OURS), TINY_WORKLOADS["W1"], 1)  # a CPU has no FP8
     assert found == "its process ended with an error"
-    assert "training.precision fp8" in capfd.readouterr().err
+    assert "set training.precision=bf16" in capfd.readouterr().err
 
 
 def test_runs_on_a_gpu() -> None:
