@@ -154,7 +154,7 @@ def test_the_command(illada: Illada) -> None:
         (["--config", "illada-8b", "--device", "h1000"], "device h1000: there are b200, h100, h200"),
         (["--config", "illada-8b", "--precision", "fp4"], "--precision fp4: expected bf16 or fp8"),
         (["--config", "illada-8b", "--gpus", "8", "--explain", "100000"], "layouts fit"),
-        (["--config", "illada-8b", "--gpus", "7"], "no layout divides the batch"),
+        (["--config", "illada-8b", "--gpus", "37"], "no layout divides the batch"),
     ],
 )
 def test_what_cannot_be_planned(illada: Illada, arguments: list[str], message: str) -> None:
