@@ -120,7 +120,6 @@ def has_transformer_engine() -> bool:
     return transformer_engine_problem() is None and _installed("transformer_engine")
 
 
-@lru_cache(maxsize=1)
 def transformer_engine_version() -> tuple[int, int]:
     """Major and minor version of the Transformer Engine that is installed; (0, 0): none."""
     try:
@@ -130,6 +129,7 @@ def transformer_engine_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@lru_cache(maxsize=1)
 def transformer_engine_problem() -> str | None:
     """Why an installed Transformer Engine cannot be used (None: it can, or there is none): its package of Python files
     alone, an extension built for another torch, or the folder that pip leaves behind when it is uninstalled."""
