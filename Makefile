@@ -17,7 +17,7 @@ help:
 	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
 	@echo "make test      the test suite;  make test-all: with the slow tests"
 	@echo "make test-te   the tests of the Transformer Engine path on the real package, without a GPU (Python 3.12)"
-	@echo "make gpu       on a machine with one GPU, in 8 minutes: the tests that want one, then its speed"
+	@echo "make gpu       on a machine with one GPU, in about 8 minutes: the tests that want one, then its speed"
 	@echo "make check     ruff, mypy, clang-format"
 	@echo "make fuzz      libFuzzer on the parser of shard indexes (needs clang; FUZZ_SECONDS=600)"
 	@echo "make fuzz-formats  atheris on what is read of checkpoints, exports, corpora, templates and configurations"
@@ -50,8 +50,9 @@ test-all: $(VENV)/.dev
 test-te:
 	tools/test_te.sh
 
-gpu: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.gpu
+# in the environment that is active, where Transformer Engine is: no virtual environment is made for it
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
