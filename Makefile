@@ -31,10 +31,12 @@ $(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
 	@$(BIN)/python -c 'from illada_megatron.ops import kernels; why = kernels.without_cuda(); print("CUDA kernels: " + ("not built, because " + why if why else "built"))'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.runtime $(TE_PYTHON)/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	test -d $(TE_PYTHON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    --target $(TE_PYTHON) transformer-engine==2.11.0 einops==0.8.2
+	touch $@
+
+$(TE_PYTHON)/.installed: $(VENV)/.runtime requirements-te.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TE_PYTHON) -r requirements-te.txt
 	touch $@
 
 demo: $(VENV)/.runtime
