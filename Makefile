@@ -48,7 +48,7 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# makes .venv-te: Python 3.12, the CUDA build of torch, Transformer Engine built from its source (17 CPU minutes)
+# makes .venv-te: Python 3.12, the CUDA build of torch, Transformer Engine built from its source (47 CPU minutes)
 test-te:
 	tools/test_te.sh
 

@@ -22,8 +22,8 @@ _MODEL = (
     *("model.num_layers=4", "model.hidden_size=256", "model.ffn_hidden_size=704", "model.num_attention_heads=8"),
     *("model.num_query_groups=2", "model.vocab_size=262", "model.init_method_std=0.05", "model.rotary_base=10000.0"),
     *("data.sequence_length=128", "data.holdout_tokens=65536", "optimizer.adam_beta2=0.98"),
-    *("schedule.warmup_steps=40", "schedule.decay_start=0.3", "training.lr=2.0e-3", "training.micro_batch_size=8"),
-    *("training.global_batch_size=8", "validation.num_samples=256", "runtime.num_threads=1"),
+    *("schedule.warmup_steps=40", "schedule.decay_start=0.3", "training.lr=2.0e-3", "training.micro_batch_size=4"),
+    *("training.global_batch_size=4", "validation.num_samples=256", "runtime.num_threads=1"),
 )
 
 
