@@ -166,7 +166,7 @@ def _refuse_the_others(context: typer.Context, mode: str) -> None:
                 "--failures": "goodput is that of a run which waits for machines of the size in --device's file",
                 "--config": "no layout is looked for",
             }[other]
-            raise ConfigError(f"{option} says nothing with {mode} ({why}): leave it out, or plan with {other}")
+            raise ConfigError(f"{option}: no use with {mode} ({why}); leave it out, or plan with {other}")
 
 
 def _precisions(given: list[str] | None) -> list[str]:
