@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from illada_megatron.config.schema import ModelConfig
+from illada_megatron.config.schema import Fp8Config, ModelConfig
 from illada_megatron.planning.device import Device, Figure, load_device
 from illada_megatron.planning.memory import memory
+from illada_megatron.planning.report import layout_words
 from illada_megatron.planning.step_time import step_time
-from illada_megatron.planning.workload import Candidate, Split, Workload
+from illada_megatron.planning.workload import Candidate, Workload
 from illada_megatron.system.console import made_console
 
 SEQUENCE_LENGTH = 8192
+_TABLE_WIDTH = 140  # lines that a narrow terminal breaks are read more easily than cut columns
 _SOURCE = "github.com/NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md and performance-summary-archive.md"
 
 
@@ -39,18 +41,26 @@ MODELS = {
 }
 
 
+def _layout(
+    model: str, gpus: int, tensor: int, pipeline: int, virtual: int, context: int, micro_batch_size: int
+) -> Candidate:
+    """405B's 126 layers on 64 chunks: two each, one on the first and the last."""
+    each, left = divmod(MODELS[model].num_layers, pipeline * virtual)
+    ends = ((0, 0), (pipeline - 1, virtual - 1)) if left else ()
+    split = tuple(
+        tuple(each + bool(left) - ((rank, chunk) in ends) for chunk in range(virtual)) for rank in range(pipeline)
+    )
+    return Candidate(gpus, tensor, pipeline, virtual, context, micro_batch_size, "none", "fp8", split)
+
+
 @dataclass(frozen=True)
 class Row:
-    """A published run: FP8 current scaling in all layers, bf16 gradients (its recipes set both), causal, 8,192."""
+    """A published run: FP8 current scaling in all layers, bf16 gradients, userbuffers (its recipes set them), causal,
+    8,192."""
 
     model: str
     device: str
-    gpus: int
-    tensor: int
-    pipeline: int
-    virtual: int
-    context: int
-    micro_batch_size: int
+    layout: Candidate
     global_batch_size: int
     release: str
     tokens_per_second: float
@@ -63,14 +73,14 @@ class Row:
 
 
 ROWS = (
-    Row("Llama 3 70B", "h100", 64, 4, 8, 5, 1, 1, 128, "25.11", 1602, 719, fitted=True),
+    Row("Llama 3 70B", "h100", _layout("Llama 3 70B", 64, 4, 8, 5, 1, 1), 128, "25.11", 1602, 719, fitted=True),
     # 8 GPUs with FSDP, whose gathers NVLink hides; here as data parallel
-    Row("Llama 3 8B", "h100", 8, 1, 1, 1, 1, 1, 128, "25.11", 14451, 744, recomputed=5 / 32),
-    Row("Llama 3.1 405B", "h100", 1024, 8, 8, 8, 2, 1, 512, "25.11", 292, 737),
-    Row("Llama 3 70B", "h100", 64, 4, 8, 5, 1, 1, 256, "26.02", 1621, 728),
-    Row("Llama 3.1 405B", "h100", 1024, 8, 8, 8, 2, 1, 1536, "26.02", 311, 784),
-    Row("Llama 3 8B", "b200", 8, 1, 1, 1, 1, 2, 128, "25.11", 30624, 1576, fitted=True),
-    Row("Llama 3.1 405B", "b200", 128, 4, 8, 8, 2, 1, 64, "25.11", 661, 1667),
+    Row("Llama 3 8B", "h100", _layout("Llama 3 8B", 8, 1, 1, 1, 1, 1), 128, "25.11", 14451, 744, recomputed=5 / 32),
+    Row("Llama 3.1 405B", "h100", _layout("Llama 3.1 405B", 1024, 8, 8, 8, 2, 1), 512, "25.11", 292, 737),
+    Row("Llama 3 70B", "h100", _layout("Llama 3 70B", 64, 4, 8, 5, 1, 1), 256, "26.02", 1621, 728),
+    Row("Llama 3.1 405B", "h100", _layout("Llama 3.1 405B", 1024, 8, 8, 8, 2, 1), 1536, "26.02", 311, 784),
+    Row("Llama 3 8B", "b200", _layout("Llama 3 8B", 8, 1, 1, 1, 1, 2), 128, "25.11", 30624, 1576, fitted=True),
+    Row("Llama 3.1 405B", "b200", _layout("Llama 3.1 405B", 128, 4, 8, 8, 2, 1), 64, "25.11", 661, 1667),
 )
 
 
@@ -85,33 +95,19 @@ def row_workload(row: Row) -> Workload:
         masked_share=1.0,
         gradient_bytes=2,
         sent_gradient_bytes=2,
-        fp8_param_gather=True,
-        fp8_bf16_layers=0,
-    )
-
-
-def row_candidate(row: Row) -> Candidate:
-    """Its layout. 405B's 126 layers on 64 chunks: two each, one on the first and the last."""
-    layers, last = MODELS[row.model].num_layers, (row.pipeline - 1, row.virtual - 1)
-    uneven: Split = tuple(
-        tuple(1 if (rank, chunk) in ((0, 0), last) else 2 for chunk in range(row.virtual))
-        for rank in range(row.pipeline)
-    )
-    each, left = divmod(layers, row.pipeline * row.virtual)
-    split = uneven if left else ((each,) * row.virtual,) * row.pipeline
-    return Candidate(
-        row.gpus, row.tensor, row.pipeline, row.virtual, row.context, row.micro_batch_size, "none", "fp8", split
+        fp8=Fp8Config(param_gather=True, num_layers_at_start_in_bf16=0, num_layers_at_end_in_bf16=0),
+        tp_comm_overlap=True,
     )
 
 
 def predicted(row: Row, device: Device) -> float:
     """Tokens a second and GPU."""
-    work, candidate = row_workload(row), row_candidate(row)
+    work = row_workload(row)
     seconds, again = (
-        step_time(work, candidate._replace(recompute=recompute), device).seconds for recompute in ("none", "full")
+        step_time(work, row.layout._replace(recompute=recompute), device).seconds for recompute in ("none", "full")
     )
     seconds += row.recomputed * (again - seconds)
-    return row.global_batch_size * SEQUENCE_LENGTH / seconds / row.gpus
+    return row.global_batch_size * SEQUENCE_LENGTH / seconds / row.layout.gpus
 
 
 def with_share(device: Device, share: float) -> Device:
@@ -140,15 +136,21 @@ def main() -> None:
         device = load_device(row.device)
         tokens = predicted(row, device)
         miss = tokens / row.tokens_per_second - 1
-        needed = memory(row_workload(row), row_candidate(row), device).total / 2**30
-        layout = f"TP{row.tensor} PP{row.pipeline} VP{row.virtual} CP{row.context}"
+        needed = memory(row_workload(row), row.layout, device).total / 2**30
         table.add_row(
-            *(row.model, row.device, f"{row.gpus:,}", layout, f"{row.global_batch_size:,}", row.release),
+            *(
+                row.model,
+                row.device,
+                f"{row.layout.gpus:,}",
+                layout_words(row.layout),
+                f"{row.global_batch_size:,}",
+                row.release,
+            ),
             *(f"{row.tokens_per_second:,.0f}", f"{tokens:,.0f}", "fitted" if row.fitted else f"{miss:+.1%}"),
             f"{needed:.1f}",
         )
         figures.append({"model": row.model, "device": row.device, "batch": row.global_batch_size, "miss": miss})
-    made_console().print(table)
+    made_console(width=_TABLE_WIDTH).print(table)
     held = all(abs(one["miss"]) <= 0.15 for one in figures)
     print(
         json.dumps(

@@ -31,12 +31,18 @@ _HOUR, _DAY = 3600.0, 86400.0
 _SWEEP = 60
 
 
-_LAYOUTS, _FAILURES = "Layouts", "Failures"
+_LAYOUTS, _FAILURES, _GOODPUT = "With --config", "With --failures", "Goodput, with both"
+# In which mode alone a parameter of `plan` says something.
+_ONLY_WITH = {
+    "--config": ("overrides", "device", "precision", "top", "explain", "as_json"),
+    "--failures": ("fewer", "gpus_per_node", "days", "seed"),
+}
 # Of a save and a restart where nothing says more; the layouts' table names them.
 _STALL, _SAVE, _RESTART = 1.0, 30.0, 180.0
 
 
 def plan(
+    context: typer.Context,
     overrides: Overrides = None,
     config: ConfigOption = None,
     failures: Annotated[
@@ -69,26 +75,24 @@ def plan(
         Path | None,
         typer.Option(
             help="A run's logging.jsonl_path: medians of what is measured there, where no option says more.",
-            rich_help_panel=_FAILURES,
+            rich_help_panel=_GOODPUT,
         ),
     ] = None,
     save_stall: Annotated[
-        float | None, typer.Option(help="Seconds that a save makes the run wait.", rich_help_panel=_FAILURES)
+        float | None, typer.Option(help="Seconds that a save makes the run wait.", rich_help_panel=_GOODPUT)
     ] = None,
     save: Annotated[
         float | None,
-        typer.Option(help="Seconds from its begin until the checkpoint is durable.", rich_help_panel=_FAILURES),
+        typer.Option(help="Seconds from its begin until the checkpoint is durable.", rich_help_panel=_GOODPUT),
     ] = None,
     restart: Annotated[
         float | None,
-        typer.Option(help="Seconds from the start of the ranks to the first new step.", rich_help_panel=_FAILURES),
+        typer.Option(help="Seconds from the start of the ranks to the first new step.", rich_help_panel=_GOODPUT),
     ] = None,
-    detect: Annotated[
-        float, typer.Option(help="Seconds until a failure is noticed.", rich_help_panel=_FAILURES)
-    ] = 60.0,
+    detect: Annotated[float, typer.Option(help="Seconds until a failure is noticed.", rich_help_panel=_GOODPUT)] = 60.0,
     replacement: Annotated[
         float,
-        typer.Option(help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_FAILURES),
+        typer.Option(help="Seconds until a lost machine is replaced; 0: a spare is ready.", rich_help_panel=_GOODPUT),
     ] = 0.0,
     fewer: Annotated[
         bool,
@@ -102,7 +106,7 @@ def plan(
         float,
         typer.Option(
             help="Mean hours between failures of a GPU; 49,152: 1,024 GPUs fail every two days.",
-            rich_help_panel=_FAILURES,
+            rich_help_panel=_GOODPUT,
         ),
     ] = _GPU_MTBF_HOURS,
     gpus_per_node: Annotated[
@@ -121,6 +125,7 @@ def plan(
     """
     if failures == (config is not None):
         raise ConfigError("say what to plan: --config for its layouts, or --failures")
+    _refuse_the_others(context, "--failures" if failures else "--config")
     measured = measured_in(log) if log is not None else Measured(None, None, None, None)
     assumed = (None, None, None) if failures else (_STALL, _SAVE, _RESTART)
     stall = _given("--save-stall", "save_stall_seconds", save_stall, measured.save_stall_seconds, log, assumed[0])
@@ -148,6 +153,20 @@ def plan(
         else:
             asked = Asked(_precisions(precision), top, explain, as_json)
             show_layouts(load_config(config, overrides or ()), model, load_device(device), asked)
+
+
+def _refuse_the_others(context: typer.Context, mode: str) -> None:
+    """What was given and would be ignored."""
+    for other, names in _ONLY_WITH.items():
+        sources = {one: context.get_parameter_source(one) for one in names}
+        given = [one for one, source in sources.items() if source is not None and source.name != "DEFAULT"]
+        if other != mode and given:
+            option = {one.name: one.opts[0] for one in context.command.params}[given[0]]
+            why = {
+                "--failures": "goodput is that of a run which waits for machines of the size in --device's file",
+                "--config": "no layout is looked for",
+            }[other]
+            raise ConfigError(f"{option}: no use with {mode} ({why}); leave it out, or plan with {other}")
 
 
 def _precisions(given: list[str] | None) -> list[str]:

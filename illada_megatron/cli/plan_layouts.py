@@ -20,7 +20,6 @@ from illada_megatron.planning import (
     Planned,
     Workload,
     as_json,
-    as_split,
     explained,
     layout_words,
     memory_gib,
@@ -28,6 +27,7 @@ from illada_megatron.planning import (
     planned_goodput,
     search,
     smallest,
+    stage_layers,
     workload,
 )
 from illada_megatron.system.console import made_console
@@ -51,9 +51,9 @@ class Asked:
 def show_layouts(config: RunConfig, faults: FaultModel, device: Device, asked: Asked) -> None:
     """Of one number of GPUs."""
     work, gpus = workload(config), faults.gpus
-    if "fp8" in asked.precisions and work.fp8_recipe not in device.fp8_recipes:
+    if "fp8" in asked.precisions and work.fp8.recipe not in device.fp8_recipes:
         raise PlanError(
-            f"FP8's recipe {work.fp8_recipe}: {device.name} has {', '.join(device.fp8_recipes)}; change it, or ask for "
+            f"FP8's recipe {work.fp8.recipe}: {device.name} has {', '.join(device.fp8_recipes)}; change it, or ask for "
             "--precision bf16"
         )
     found = search(work, gpus, device, asked.precisions)
@@ -95,7 +95,7 @@ def own_layout(config: RunConfig, work: Workload, gpus: int, device: Device) -> 
         return None, str(error)
     config, layout = chosen.config, chosen.layout
     training = config.training
-    split = as_split(pipeline_split(config))
+    split = stage_layers(pipeline_split(config))
     one = Candidate(
         *(gpus, layout.tensor, layout.pipeline, layout.virtual, layout.context),
         *(training.micro_batch_size, training.recompute, training.precision, split, config.parallel.pipeline_layout),

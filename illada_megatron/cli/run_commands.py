@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from illada_megatron.config import ConfigError, RunConfig, load_config
+from illada_megatron.config import ConfigError, RunConfig, load_config, preset_names
 from illada_megatron.config.layout import choose_layout, layout_rows, resolve_layout
 from illada_megatron.config.learning_rate import schedule_rows
 from illada_megatron.config.load import to_yaml
@@ -24,7 +24,7 @@ Overrides = Annotated[
 ]
 ConfigOption = Annotated[
     str | None,
-    typer.Option("--config", "-c", help="A YAML file, or a preset: tiny, illada-1b, illada-8b, llada-8b, illada-70b."),
+    typer.Option("--config", "-c", help=f"A YAML file, or a preset: {', '.join(preset_names())}."),
 ]
 LAUNCH = "Launch"
 _PAD = "training.pad_global_batch=true"

@@ -3,7 +3,7 @@ their own (megatron-core 0.16.1 and 0.19.2, Transformer Engine 2.11.0 and 2.20.2
 
 from typing import TYPE_CHECKING
 
-from illada_megatron.config.schema import ModelConfig, RuntimeConfig
+from illada_megatron.config.schema import ModelConfig, ParallelConfig, RuntimeConfig
 from illada_megatron.config.schema.precision import BLOCKWISE_GATHER_MULTIPLE, RECIPE_MULTIPLES, Fp8Config
 
 if TYPE_CHECKING:
@@ -14,10 +14,18 @@ def check_fp8(config: "RunConfig") -> None:
     """The checks of training.precision fp8 that do not need the world size. Raises ValueError with the fields, the
     numbers and the fix."""
     _check_runtime(config.runtime)
-    _check_bf16_layers(config.fp8, config.model.num_layers, config.parallel.pipeline_model_parallel_size)
-    _check_param_gather(config.fp8, config.parallel.use_distributed_optimizer)
-    _check_tokens(config)
-    _check_features(config.fp8, config.model, config.parallel.tensor_model_parallel_size)
+    training, length = config.training, config.data.sequence_length
+    check_fp8_layout(config.fp8, config.model, config.parallel, training.micro_batch_size, length)
+
+
+def check_fp8_layout(
+    fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, sequence_length: int
+) -> None:
+    """Those of them that the layout decides, for the planner's search too."""
+    _check_bf16_layers(fp8, model.num_layers, parallel.pipeline_model_parallel_size)
+    _check_param_gather(fp8, parallel.use_distributed_optimizer)
+    _check_tokens(fp8, model.hidden_size, parallel, micro_batch_size, sequence_length)
+    _check_features(fp8, model, parallel.tensor_model_parallel_size)
 
 
 def _check_runtime(runtime: RuntimeConfig) -> None:
@@ -61,20 +69,17 @@ def _check_param_gather(fp8: Fp8Config, sharded: bool) -> None:
         )
 
 
-def token_multiple(config: "RunConfig") -> int:
+def token_multiple(fp8: Fp8Config, sequence_parallel: bool) -> int:
     """What a rank's tokens of a micro-batch have to be a multiple of, with training.precision fp8."""
-    recipe = config.fp8.recipe
-    gathered = recipe == "blockwise" and config.parallel.sequence_parallel
-    return BLOCKWISE_GATHER_MULTIPLE if gathered else RECIPE_MULTIPLES[recipe]
+    gathered = fp8.recipe == "blockwise" and sequence_parallel
+    return BLOCKWISE_GATHER_MULTIPLE if gathered else RECIPE_MULTIPLES[fp8.recipe]
 
 
-def _check_tokens(config: "RunConfig") -> None:
+def _check_tokens(fp8: Fp8Config, hidden: int, parallel: ParallelConfig, micro: int, length: int) -> None:
     """The rows of all products: those of a micro-batch, or what is left of them where they are divided."""
-    parallel, fp8 = config.parallel, config.fp8
-    micro, length = config.training.micro_batch_size, config.data.sequence_length
     tp, tokens = parallel.tensor_model_parallel_size, micro * length
     text = f"training.micro_batch_size {micro} * data.sequence_length {length}"
-    multiple = token_multiple(config)
+    multiple = token_multiple(fp8, parallel.sequence_parallel)
     if parallel.sequence_parallel:
         text += f" / parallel.tensor_model_parallel_size {tp} (sequence_parallel)"
         tokens //= tp
@@ -84,7 +89,6 @@ def _check_tokens(config: "RunConfig") -> None:
             f"{text} = {tokens} tokens of a rank, expected a multiple of {multiple} for fp8.recipe {fp8.recipe}: "
             "change one of them, or set training.precision=bf16"
         )
-    hidden = config.model.hidden_size
     if parallel.sequence_parallel and hidden % multiple:
         raise ValueError(
             f"model.hidden_size {hidden} is not a multiple of {multiple}, which fp8.recipe {fp8.recipe} gathers whole "

@@ -227,7 +227,7 @@ def row_multiple(config: RunConfig) -> int:
     sequence parallelism each tensor-parallel rank's, are one of what FP8 products ask for, 16 at least."""
     parallel = config.parallel
     sequence = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return max(16, token_multiple(config)) * parallel.context_parallel_size * sequence
+    return max(16, token_multiple(config.fp8, parallel.sequence_parallel)) * parallel.context_parallel_size * sequence
 
 
 def row_tokens(config: RunConfig) -> int | None:

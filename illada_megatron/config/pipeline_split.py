@@ -5,11 +5,12 @@ of all ranks, then chunk 1 of all ranks, ... (arXiv 2104.04473, section 2.2).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from illada_megatron.config.expected_work import mean_attended, mean_masked
 from illada_megatron.config.schema import DiffusionConfig, ModelConfig
 from illada_megatron.system.terminal import counted
 
@@ -55,12 +56,9 @@ def part_flops(model: ModelConfig, tokens: float, sum_squared_lengths: float, ma
 
 
 def expected_flops(model: ModelConfig, diffusion: DiffusionConfig, sequence_length: int) -> PartFlops:
-    """Of a sample, on average: half of its tokens are masked where t is drawn from [0, 1), and a cut at a uniform place
-    leaves two thirds of the pairs. Where documents end is not known here: sequences count as whole."""
-    cut = {"split": diffusion.split_probability, "truncate": diffusion.truncate_probability}
-    pairs = sequence_length**2 * (1 - cut.get(diffusion.attention_boundary, 0.0) / 3)
-    masked = sequence_length * (diffusion.t_min + diffusion.t_max) / 2
-    return part_flops(model, sequence_length, pairs, masked)
+    """Of a sample, on average (expected_work.py)."""
+    pairs = sequence_length * mean_attended(diffusion, sequence_length)
+    return part_flops(model, sequence_length, pairs, sequence_length * mean_masked(diffusion))
 
 
 def split_layers(model: ModelConfig, pipeline: int, virtual: int, layout: str, flops: PartFlops) -> Split:
@@ -91,7 +89,7 @@ def is_even(split: Split) -> bool:
     return len({layers for chunks in split for layers in chunks}) == 1
 
 
-def first_layers(split: Split) -> list[list[int]]:
+def first_layers(split: Sequence[Sequence[int]]) -> list[list[int]]:
     """[pipeline rank][model chunk] -> the number of its first layer, from 0 on."""
     first = [[0] * len(chunks) for chunks in split]
     before = 0

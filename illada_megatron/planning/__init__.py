@@ -22,7 +22,7 @@ from illada_megatron.planning.memory import Memory, Part, memory
 from illada_megatron.planning.report import MEMORY_COLUMNS, as_json, explained, layout_words, memory_gib
 from illada_megatron.planning.search import MEMORY_SHARE, Planned, planned, search, smallest
 from illada_megatron.planning.step_time import Step, step_time
-from illada_megatron.planning.workload import Candidate, Workload, as_split, workload
+from illada_megatron.planning.workload import Candidate, Workload, stage_layers, workload
 
 __all__ = [
     "MEMORY_COLUMNS",
@@ -39,7 +39,6 @@ __all__ = [
     "Step",
     "Workload",
     "as_json",
-    "as_split",
     "best_interval",
     "daly_interval",
     "device_names",
@@ -55,6 +54,7 @@ __all__ = [
     "search",
     "simulate",
     "smallest",
+    "stage_layers",
     "step_time",
     "workload",
     "young_interval",

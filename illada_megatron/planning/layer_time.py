@@ -91,7 +91,7 @@ def _with_recomputation(forward: Seconds, backward: Seconds, recompute: str) -> 
 def product_seconds(work: Workload, candidate: Candidate, device: Device, precision: str) -> float:
     """Forward: 2 t (2 h d (q + g) + 3 h f) / TP products and sums."""
     tokens = candidate.tokens(work.sequence_length)
-    flops = 2 * tokens * work.linear_elements / candidate.tensor
+    flops = 2 * tokens * work.elements.linear / candidate.tensor
     return flops / (device.product_flops(precision) * device.kernel_share.value)
 
 
@@ -121,8 +121,8 @@ def elementwise_bytes(work: Workload, candidate: Candidate, precision: str, back
         moved, quantised = 2 * (2 + 3) * hidden + 2 * (heads + groups) + 3 * ffn, heads + ffn
     bytes_ = _BF16 * moved
     if precision == "fp8":
-        bytes_ += _QUANTISE_BYTES[work.fp8_recipe] * (quantised + 2 * hidden)
-    summed = 2 * work.gradient_bytes * work.linear_elements if backward else 0
+        bytes_ += _QUANTISE_BYTES[work.fp8.recipe] * (quantised + 2 * hidden)
+    summed = 2 * work.gradient_bytes * work.elements.linear if backward else 0
     return (tokens * bytes_ + summed) / candidate.tensor
 
 

@@ -1,15 +1,16 @@
 """Memory of a GPU in a layout, part by part: what megatron-core and Transformer Engine allocate.
 
-Weights, gradients, the optimizer and the local layers' activations are compared with the built stages in
-tests/planning/test_memory_model.py. What only a GPU has (Transformer Engine's activations, buffers of NCCL and of
-userbuffers) follows the sources that are named, and was not measured.
+Weights, gradients and the optimizer are compared with the built stages in tests/planning/test_memory_model.py, and of
+the activations what local layers keep too. What only a GPU has (the rest of Transformer Engine's activations, buffers
+of NCCL and of userbuffers) follows the sources that are named, and was not measured.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from illada_megatron.config.schema import ModelConfig
 from illada_megatron.planning.device import Device
-from illada_megatron.planning.workload import Candidate, Workload, stage_elements
+from illada_megatron.planning.workload import Candidate, Workload, bf16_split, has_userbuffers, stage_elements
 
 _BF16, _FP32 = 2, 4
 _MXFP8_SCALES = 1 / 32
@@ -55,26 +56,39 @@ class Memory(NamedTuple):
 
 def memory(work: Workload, candidate: Candidate, device: Device) -> Memory:
     """Of the stage that needs most."""
-    stages = [Memory(stage, stage_memory(work, candidate, stage, device)) for stage in _distinct_stages(candidate)]
-    return max(stages, key=lambda one: one.total)
+    (needed,) = recomputed(work, candidate, device, [candidate.recompute])
+    return needed
 
 
-def _distinct_stages(candidate: Candidate) -> list[int]:
-    """All that can need most: of stages with the same layers the first holds most micro-batches, and the last has the
-    head."""
-    if len(set(candidate.split)) == 1:
-        return [0] if candidate.pipeline == 1 else [0, candidate.pipeline - 1]
-    return list(range(candidate.pipeline))
+def recomputed(work: Workload, candidate: Candidate, device: Device, ways: Iterable[str]) -> Iterator[Memory]:
+    """The same with each of `ways` to recompute, which most parts have nothing to do with."""
+    stages = [
+        Memory(stage, stage_memory(work, candidate, stage, device)) for stage in _distinct_stages(work, candidate)
+    ]
+    for way in ways:
+        one = candidate._replace(recompute=way)
+        backward = backward_memory(work, one)
+        for stage, parts in stages:
+            parts |= {"activations": activations(work, one, stage), "backward": backward}
+        most = max(stages, key=lambda needed: needed.total)
+        yield Memory(most.stage, dict(most.parts))
+
+
+def _distinct_stages(work: Workload, candidate: Candidate) -> list[int]:
+    """All that can need most: the first has the embedding, the last the head; of others with the same layers the first
+    holds most micro-batches."""
+    alike: dict[tuple[tuple[int, ...], ...], int] = {}
+    for stage, layers in enumerate(zip(candidate.split, bf16_split(work, candidate), strict=True)):
+        alike.setdefault(layers, stage)
+    return sorted({*alike.values(), 0, candidate.pipeline - 1})
 
 
 def stage_memory(work: Workload, candidate: Candidate, stage: int, device: Device) -> dict[str, Part]:
-    """The parts of pipeline rank `stage`."""
+    """Of pipeline rank `stage`, what stays the same however much is recomputed."""
     return {
         "weights": weights(work, candidate, stage, device),
         "gradients": gradients(work, candidate, stage),
         "optimizer": optimizer(work, candidate, stage),
-        "activations": activations(work, candidate, stage),
-        "backward": backward_memory(work, candidate),
         "loss": loss_memory(work, candidate, stage, device),
         "buffers": buffers(work, candidate),
     }
@@ -86,20 +100,32 @@ def weights(work: Workload, candidate: Candidate, stage: int, device: Device) ->
     plain = work.weight_bytes
     if candidate.precision != "fp8":
         return Part(plain * held.total, "{} B x {:,} parameters", (plain, held.total))
-    mxfp8 = work.fp8_recipe == "mxfp8"
+    mxfp8 = work.fp8.recipe == "mxfp8"
     copies = 2 * (1 + _MXFP8_SCALES) if mxfp8 else device.fp8_weight_copies
-    linear = copies if work.fp8_param_gather else plain + copies
+    linear = copies if work.fp8.param_gather else plain + copies
     return Part(
         plain * (held.rest + held.tables) + linear * held.linear,
-        "{} B x {:,} parameters of tables and norms + {:g} B x {:,} of the layers' projections (FP8: {:g} B)",
+        "{} B x {:,} parameters of tables, norms, bf16 layers + {:g} B x {:,} of FP8 layers' projections (FP8: {:g} B)",
         (plain, held.rest + held.tables, linear, held.linear, copies),
     )
 
 
 def gradients(work: Workload, candidate: Candidate, stage: int) -> Part:
-    """megatron-core's buffer: the whole of the rank's parameters, not divided (ZeRO-1)."""
+    """megatron-core's buffer: the whole of the rank's parameters, not divided (ZeRO-1).
+
+    Gradients that the ranks add up themselves besides as they were sent and as they were received, of all buckets until
+    the exchanges are waited for at the step's end (`training/gradient_reduction.py`): at most, for the last
+    micro-batch's activations go meanwhile.
+    """
     total = stage_elements(work, candidate, stage).total
-    return Part(work.gradient_bytes * total, "{} B x {:,} parameters", (work.gradient_bytes, total))
+    if not work.sums_gradients or candidate.gradient_ranks == 1:
+        return Part(work.gradient_bytes * total, "{} B x {:,} parameters", (work.gradient_bytes, total))
+    both = 2 * work.sent_gradient_bytes
+    return Part(
+        (work.gradient_bytes + both) * total,
+        "({} B + {} B sent and received) x {:,} parameters",
+        (work.gradient_bytes, both, total),
+    )
 
 
 def optimizer(work: Workload, candidate: Candidate, stage: int) -> Part:
@@ -129,23 +155,15 @@ def layer_bytes(model: ModelConfig, tensor: int, precision: str, recompute: str 
     return (norms + attention + again + statistics + (2 * _BF16 + one) * ffn) / tensor
 
 
-def local_layer_bytes(model: ModelConfig, tensor: int, sequence_parallel: bool, element: int) -> float:
-    """The same of the local layers (a CPU's), whose norms and SwiGLU are made again: two norms' inputs, the projection
-    of queries, keys and values, attention's result, a fp32 number a head and a norm, gate and up."""
-    heads, groups, dim = model.num_attention_heads, model.num_query_groups, model.head_dim
-    norms = 2 * (element * model.hidden_size + _FP32) / (tensor if sequence_parallel else 1)
-    attention = element * (2 * heads + 2 * groups) * dim + _FP32 * heads
-    return norms + (attention + element * 2 * model.ffn_hidden_size) / tensor
-
-
-def layers_in_flight(candidate: Candidate, stage: int, microbatches: int) -> int:
-    """Layers times micro-batches whose activations a stage keeps at a time, at most.
+def layers_in_flight(candidate: Candidate, stage: int, microbatches: int, chunks: Sequence[int]) -> int:
+    """Layers times micro-batches whose activations a stage keeps at a time, at most. chunks: of each model chunk, the
+    layers that count.
 
     1F1B: PP - stage micro-batches (arXiv 2104.04473, section 2.2). Interleaved: 2 (PP - stage - 1) + (VP - 1) PP + 1
     chunk passes, which go through the chunks PP micro-batches at a time (megatron-core's schedules.py,
     get_pp_rank_microbatches).
     """
-    pipeline, virtual, chunks = candidate.pipeline, candidate.virtual, candidate.split[stage]
+    pipeline, virtual = candidate.pipeline, candidate.virtual
     if virtual == 1:
         return min(pipeline - stage, microbatches) * chunks[0]
     passes = min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, microbatches * virtual)
@@ -158,11 +176,21 @@ def activations(work: Workload, candidate: Candidate, stage: int) -> Part:
     """What the forward passes keep until their backward passes."""
     tokens = candidate.tokens(work.sequence_length)
     each = layer_bytes(work.model, candidate.tensor, candidate.precision, candidate.recompute)
-    count = layers_in_flight(candidate, stage, candidate.microbatches(work.global_batch_size))
+    microbatches = candidate.microbatches(work.global_batch_size)
+    count = layers_in_flight(candidate, stage, microbatches, candidate.split[stage])
+    in_bf16 = bf16_split(work, candidate)[stage]
+    if not any(in_bf16):
+        return Part(
+            tokens * each * count,
+            "{:,} tokens x {:,.0f} B a layer x {} layers in flight (recompute {})",
+            (tokens, each, count, candidate.recompute),
+        )
+    plain = layer_bytes(work.model, candidate.tensor, "bf16", candidate.recompute)
+    bf16 = layers_in_flight(candidate, stage, microbatches, in_bf16)
     return Part(
-        tokens * each * count,
-        "{:,} tokens x {:,.0f} B a layer x {} layers in flight (recompute {})",
-        (tokens, each, count, candidate.recompute),
+        tokens * (each * (count - bf16) + plain * bf16),
+        "{:,} tokens x ({:,.0f} B a layer x {} layers in flight + {:,.0f} B x {} that stay bf16) (recompute {})",
+        (tokens, each, count - bf16, plain, bf16, candidate.recompute),
     )
 
 
@@ -206,7 +234,7 @@ def communicators(candidate: Candidate) -> int:
 def buffers(work: Workload, candidate: Candidate) -> Part:
     """CUDA's context, cuBLAS's workspaces, NCCL's buffers, userbuffers of overlapped tensor parallel communication."""
     count, tokens = communicators(candidate), candidate.tokens(work.sequence_length)
-    users = _USERBUFFERS * _BF16 * tokens * work.model.hidden_size if candidate.tensor > 1 else 0
+    users = _USERBUFFERS * _BF16 * tokens * work.model.hidden_size if has_userbuffers(work, candidate) else 0
     return Part(
         _CONTEXT_BYTES + _CUBLAS_BYTES + count * _NCCL_COMMUNICATOR_BYTES + users,
         "context {:,.0f} B + cuBLAS {:,} B + {} communicators x {:,} B + userbuffers {:,} B",

@@ -5,7 +5,7 @@ from typing import Any
 from illada_megatron.planning.device import Device
 from illada_megatron.planning.memory import activations
 from illada_megatron.planning.search import MEMORY_SHARE, Planned
-from illada_megatron.planning.workload import Candidate, Workload
+from illada_megatron.planning.workload import Candidate, Workload, has_userbuffers
 
 _GIB = 2**30
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
@@ -25,8 +25,8 @@ def memory_gib(planned: Planned) -> dict[str, float]:
     return parts
 
 
-def overrides(one: Candidate, sharded: bool) -> list[str]:
-    """What a configuration has to say for this layout. sharded: its use_distributed_optimizer."""
+def overrides(work: Workload, one: Candidate) -> list[str]:
+    """What a configuration has to say for this layout."""
     fields = {
         "parallel.layouts": "[]",  # which would be taken instead
         "parallel.tensor_model_parallel_size": one.tensor,
@@ -35,8 +35,11 @@ def overrides(one: Candidate, sharded: bool) -> list[str]:
         "parallel.virtual_pipeline_model_parallel_size": one.virtual if one.virtual > 1 else "null",
         "parallel.pipeline_layout": one.pipeline_layout,
         "parallel.context_parallel_size": one.context,
+        "parallel.data_parallel_size": "null",
         "parallel.overlap_grad_reduce": "true",
-        "parallel.overlap_param_gather": str(sharded).lower(),
+        "parallel.overlap_param_gather": str(work.shards_optimizer).lower(),
+        "parallel.overlap_p2p_comm": "null",  # where stages are interleaved
+        "parallel.tp_comm_overlap": str(has_userbuffers(work, one)).lower(),
         "training.micro_batch_size": one.micro_batch_size,
         "training.recompute": one.recompute,
         "training.precision": one.precision,
@@ -57,7 +60,7 @@ def explained(work: Workload, planned: Planned, device: Device) -> list[tuple[st
             f"{work.global_batch_size:,} sequences of {work.sequence_length:,}: {count} micro-batches of "
             f"{one.micro_batch_size} on {one.data} data-parallel ranks",
         ),
-        ("overrides", " ".join(overrides(one, work.shards_optimizer))),
+        ("overrides", " ".join(overrides(work, one))),
         ("", f"memory of pipeline rank {needed.stage}, which needs most"),
         *((name, f"{part.value / _GIB:8.2f} GiB = {part.text}") for name, part in needed.parts.items()),
         (
@@ -79,7 +82,7 @@ def explained(work: Workload, planned: Planned, device: Device) -> list[tuple[st
         (
             "FLOPs of a token",
             f"{work.flops_per_token / 1e9:,.2f} G = 3 x ({work.model.num_layers} layers x (2 x "
-            f"{work.linear_elements:,} + 4 x {work.attended:,.0f} attended positions x "
+            f"{work.elements.linear:,} + 4 x {work.attended:,.0f} attended positions x "
             f"{work.model.num_attention_heads * work.model.head_dim:,}) + 2 x {work.masked_share:.4f} masked x "
             f"{work.model.hidden_size:,} x {work.model.vocab_size:,}); all pairs count, recomputation does not",
         ),

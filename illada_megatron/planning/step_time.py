@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from illada_megatron.planning.device import Device
 from illada_megatron.planning.layer_time import (
+    NOTHING,
     Passes,
     Seconds,
     context_bytes,
@@ -12,7 +13,7 @@ from illada_megatron.planning.layer_time import (
     tensor_bytes,
 )
 from illada_megatron.planning.memory import Part
-from illada_megatron.planning.workload import Candidate, Workload, stage_elements
+from illada_megatron.planning.workload import Candidate, Workload, bf16_split, stage_elements
 
 _BF16 = 2
 _BUCKET = 40_000_000
@@ -39,48 +40,55 @@ class Step(NamedTuple):
 def step_time(work: Workload, candidate: Candidate, device: Device) -> Step:
     """With overlapped communication everywhere (docs/scaling.md)."""
     count, pipeline = candidate.microbatches(work.global_batch_size), candidate.pipeline
-    layer, head = _layer(work, candidate, device), head_passes(work, candidate, device)
-    layers = [sum(chunks) for chunks in candidate.split]
-    first, last = _times(layers[0], layer), _plus(_times(layers[-1], layer), head)
-    if pipeline == 1:
-        first = last
-    slowest = max(last, _times(max(layers), layer), key=lambda one: one.total)
-    mean = (sum(layers) * layer.total + head.total) / pipeline
-    fill = (pipeline - 1) / candidate.virtual * mean
+    stages = stage_passes(work, candidate, device)
+    totals = [one.total for one in stages]
+    longest = totals.index(max(totals))
+    first, slowest, others = stages[0], stages[longest], sum(totals) - max(totals)
+    fill = others / candidate.virtual
     exchange = pipeline_exchange(work, candidate, device)
     gradient, weight = gradient_bytes(work, candidate, 0), gathered_bytes(work, candidate, 0)
-    rate = group_rate(candidate, device)
+    sum_rate, rate = gradient_rate(work, candidate, device), group_rate(candidate, device)
+    pieces = buckets(work, candidate)
     parts = {
         "compute": Part(
             count * slowest.total,
-            "{} micro-batches x {:.2f} ms on the slowest stage ({})",
-            (count, 1e3 * slowest.total, _pass_text(slowest)),
+            "{} micro-batches x {:.2f} ms on the slowest stage, {} ({})",
+            (count, 1e3 * slowest.total, longest, _pass_text(slowest)),
         ),
         "bubble": Part(
             fill,
-            "(PP {} - 1) / {} chunks x {:.2f} ms of a stage on average",
-            (pipeline, candidate.virtual, 1e3 * mean),
+            "{:.2f} ms of a micro-batch on the other {} stages / {} chunks",
+            (1e3 * others, pipeline - 1, candidate.virtual),
         ),
         "pipeline exchange": exchange,
-        "gradient exchange": exposed(gradient / rate, first.backward.total, buckets(work, candidate), gradient, rate),
-        "weight exchange": exposed(weight / rate, first.forward.total, buckets(work, candidate), weight, rate),
+        "gradient exchange": exposed(gradient, sum_rate, first.backward.total, pieces),
+        "weight exchange": exposed(weight, rate, first.forward.total, pieces),
         "optimizer step": optimizer_seconds(work, candidate, device),
     }
-    sent = _sent(work, candidate, gradient, weight)
-    spent = sent["gradients"] / rate + sent["weights"] / rate + _model_parallel_seconds(candidate, device, sent)
+    sent = _sent(work, candidate, longest, gradient, weight)
+    spent = gradient / sum_rate + weight / rate + _model_parallel_seconds(candidate, device, sent)
     open_ = parts["gradient exchange"].value + parts["weight exchange"].value + exchange.value
     open_ += count * (slowest.forward.tensor + slowest.backward.tensor)
     open_ += count * (slowest.forward.context + slowest.backward.context)
     return Step(parts, sent, fill / (fill + count * slowest.total), max(0.0, 1 - open_ / spent) if spent else 1.0)
 
 
-def _layer(work: Workload, candidate: Candidate, device: Device) -> Passes:
-    """A layer's mean: with FP8 some stay bf16."""
-    passes = layer_passes(work, candidate, device, candidate.precision)
-    if candidate.precision != "fp8" or not work.fp8_bf16_layers:
-        return passes
-    part = min(work.fp8_bf16_layers / work.model.num_layers, 1.0)
-    return _plus(_times(1 - part, passes), _times(part, layer_passes(work, candidate, device, "bf16")))
+def stage_passes(work: Workload, candidate: Candidate, device: Device) -> list[Passes]:
+    """Of a micro-batch on each pipeline rank: its own layers, those among them that stay bf16 in an FP8 run, and on the
+    last the head."""
+    counts = _layer_counts(work, candidate)
+    layer = layer_passes(work, candidate, device, candidate.precision)
+    bf16 = layer_passes(work, candidate, device, "bf16") if any(plain for _, plain in counts) else NOTHING
+    passes = {both: _plus(_times(both[0], layer), _times(both[1], bf16)) for both in set(counts)}
+    stages = [passes[both] for both in counts]
+    stages[-1] = _plus(stages[-1], head_passes(work, candidate, device))
+    return stages
+
+
+def _layer_counts(work: Workload, candidate: Candidate) -> list[tuple[int, int]]:
+    """Of each pipeline rank: (layers in the run's format, layers that stay bf16 in an FP8 run)."""
+    pairs = zip(candidate.split, bf16_split(work, candidate), strict=True)
+    return [(sum(chunks) - sum(plain), sum(plain)) for chunks, plain in pairs]
 
 
 def _times(count: float, passes: Passes) -> Passes:
@@ -125,15 +133,29 @@ def pipeline_rate(candidate: Candidate, device: Device) -> float:
 def group_rate(candidate: Candidate, device: Device) -> float:
     """Bytes a second that a ring over the ranks with the same weights carries. Of one machine n = gpus_per_node / TP
     of them take part, and n network cards with them; NVLink is the limit above."""
-    near = min(candidate.gradient_ranks, max(device.gpus_per_node // candidate.tensor, 1))
-    inside = device.node_bytes_per_second.value
+    near, inside = _near_ranks(candidate, device), device.node_bytes_per_second.value
     if near == candidate.gradient_ranks:
         return inside
     return min(inside, near * device.network_bytes_per_second.value)
 
 
+def gradient_rate(work: Workload, candidate: Candidate, device: Device) -> float:
+    """The same of the gradients. Where each rank adds up itself what all others send it (all_to_all_single), its bytes
+    for the n - near ranks on other machines, of n - 1, go through its own network card."""
+    ranks, near = candidate.gradient_ranks, _near_ranks(candidate, device)
+    if not work.sums_gradients or near == ranks:
+        return group_rate(candidate, device)
+    card = device.network_bytes_per_second.value * (ranks - 1) / (ranks - near)
+    return min(device.node_bytes_per_second.value, card)
+
+
+def _near_ranks(candidate: Candidate, device: Device) -> int:
+    """Of the ranks with the same weights, those in one machine."""
+    return min(candidate.gradient_ranks, max(device.gpus_per_node // candidate.tensor, 1))
+
+
 def gradient_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
-    """A rank's part of the reduce-scatter over n ranks: (n - 1) / n of its gradients."""
+    """What a rank sends in the reduce-scatter over n ranks, a ring or each to each: (n - 1) / n of its gradients."""
     total, ranks = stage_elements(work, candidate, stage).total, candidate.gradient_ranks
     return work.sent_gradient_bytes * total * (ranks - 1) / ranks
 
@@ -141,7 +163,7 @@ def gradient_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
 def gathered_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
     """The same of the all-gather of the new weights: bf16, or FP8 for the layers' projections (fp8.param_gather)."""
     held, ranks = stage_elements(work, candidate, stage), candidate.gradient_ranks
-    one = 1 if candidate.precision == "fp8" and work.fp8_param_gather else work.weight_bytes
+    one = 1 if candidate.precision == "fp8" and work.fp8.param_gather else work.weight_bytes
     return (one * held.linear + work.weight_bytes * (held.rest + held.tables)) * (ranks - 1) / ranks
 
 
@@ -151,8 +173,9 @@ def buckets(work: Workload, candidate: Candidate) -> int:
     return max(1, round(stage_elements(work, candidate, 0).total / size))
 
 
-def exposed(exchange: float, pass_: float, pieces: int, bytes_: float, rate: float) -> Part:
+def exposed(bytes_: float, rate: float, pass_: float, pieces: int) -> Part:
     """The exchange runs beside one micro-batch's pass (the last backward, the first forward), all but one piece."""
+    exchange = bytes_ / rate
     return Part(
         max(exchange / pieces, exchange - pass_ * (1 - 1 / pieces)),
         "{:,.0f} B at {:,.0f} GB/s = {:.1f} ms, in {} pieces beside a pass of {:.1f} ms",
@@ -173,14 +196,19 @@ def optimizer_seconds(work: Workload, candidate: Candidate, device: Device) -> P
     return Part(bytes_ / rate, "{:,.0f} B at {:,.0f} GB/s", (bytes_, rate / 1e9))
 
 
-def _sent(work: Workload, candidate: Candidate, gradient: float, weight: float) -> dict[str, float]:
-    count = candidate.microbatches(work.global_batch_size)
-    layers = max(sum(chunks) for chunks in candidate.split)
-    forward, backward = (tensor_bytes(work, candidate, candidate.precision, way) for way in (False, True))
-    again = 2 if candidate.recompute == "full" else 1
+def _sent(work: Workload, candidate: Candidate, stage: int, gradient: float, weight: float) -> dict[str, float]:
+    """By a rank of pipeline rank `stage`, but for gradients and weights, which are the first's. Recomputed in full, a
+    layer's forward pass sends again; selectively, attention's ring."""
+    count, way = candidate.microbatches(work.global_batch_size), candidate.recompute
+    forwards, rings = 2 if way == "full" else 1, 1 if way == "none" else 2
+    layers, plain = _layer_counts(work, candidate)[stage]
+    tensor = 0.0
+    for number, precision in ((layers, candidate.precision), (plain, "bf16")):
+        forward, backward = (tensor_bytes(work, candidate, precision, way) for way in (False, True))
+        tensor += number * (forwards * forward + backward)
     return {
-        "tensor": count * layers * (again * forward + backward),
-        "context": count * layers * (2 + again) * context_bytes(work, candidate),
+        "tensor": count * tensor,
+        "context": count * (layers + plain) * (rings + 2) * context_bytes(work, candidate),
         "pipeline": count * pipeline_bytes(work, candidate),
         "gradients": gradient,
         "weights": weight,

@@ -2,19 +2,41 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from illada_megatron.config import RunConfig
-from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, parameters
-from illada_megatron.config.pipeline_split import expected_flops, split_layers
-from illada_megatron.config.schema import DiffusionConfig, ModelConfig
-from illada_megatron.config.schema.precision import Recipe
+from illada_megatron.config.expected_work import mean_attended, mean_masked
+from illada_megatron.config.parameters import EMBEDDING, FINAL_NORM, HEAD, Parameter, parameters
+from illada_megatron.config.pipeline_split import first_layers, part_flops
+from illada_megatron.config.schema import DiffusionConfig, Fp8Config, ModelConfig
 
-Split = tuple[tuple[int, ...], ...]
-"""[pipeline rank][model chunk] -> number of layers."""
+StageLayers = tuple[tuple[int, ...], ...]
+"""[pipeline rank][model chunk] -> number of layers: a `Split` of config/pipeline_split.py that can be hashed."""
+
+
+class Elements(NamedTuple):
+    """Of the whole model's tensors."""
+
+    table: int
+    """The embedding, and as much the head where it is not the embedding."""
+    linear: int
+    """A layer's four projections, which FP8 quantises."""
+    biases: int
+    """A layer's, divided as its projections."""
+    norms: int
+    """A layer's, which tensor parallel ranks all hold."""
+    final_norm: int
+
+
+def _kind(one: Parameter) -> str:
+    """Which of `Elements` a parameter is."""
+    if one.name in (EMBEDDING, FINAL_NORM):
+        return "table" if one.name == EMBEDDING else "final_norm"
+    if one.split is None:
+        return "norms"
+    return "linear" if one.name.endswith("weight") else "biases"
 
 
 @dataclass(frozen=True)
@@ -42,41 +64,41 @@ class Workload:
     """...and on its way to the other ranks."""
     shards_optimizer: bool = True
     """Over the data-parallel ranks."""
-    fp8_recipe: Recipe = "tensorwise"
-    fp8_param_gather: bool = False
-    """Ranks keep the layers' weights in FP8 alone."""
-    fp8_bf16_layers: int = 2
-    """First and last layers that stay bf16 in an FP8 run."""
+    fp8: Fp8Config = Fp8Config()  # noqa: RUF009 (frozen)
+    """Of its layouts in FP8."""
+    tp_comm_overlap: bool = False
+    """Tensor parallel communication goes through userbuffers."""
     diffusion: DiffusionConfig = DiffusionConfig()  # noqa: RUF009 (frozen)
     """By which `parallel.pipeline_layout: auto` weighs the head."""
     logits_bytes: int | None = None
     """What the loss's logits may take at a time; None: 2 % of a GPU's memory."""
 
-    @cached_property
-    def linear_elements(self) -> int:
-        """Weights of a layer's four linear projections."""
-        model = self.model
-        attention = 2 * model.head_dim * (model.num_attention_heads + model.num_query_groups)
-        return model.hidden_size * (attention + 3 * model.ffn_hidden_size)
+    @property
+    def rows_differ(self) -> bool:
+        """With context parallelism, micro-batches in their length (config/layout.py, row_tokens)."""
+        return self.diffusion.attention_boundary == "document"
+
+    @property
+    def sums_gradients(self) -> bool:
+        """A rank adds up in fp32 what all others send it of its part, narrower than gradients are kept
+        (`training/gradient_reduction.py`); else NCCL's reduce-scatter adds on the way, in the format that travels."""
+        return self.sent_gradient_bytes < self.gradient_bytes
 
     @cached_property
-    def held(self) -> "dict[int, Held]":
-        """Tensor parallel size -> what a rank holds, of the sizes that were asked for."""
-        return {}
-
-    @cached_property
-    def splits(self) -> "dict[int, list[tuple[int, str, Split]]]":
-        """Pipeline size -> (model chunks, parallel.pipeline_layout, split), of the sizes that were asked for."""
-        return {}
+    def elements(self) -> Elements:
+        """By the shapes of `config/parameters.py`, which checkpoints are made of."""
+        found = dict.fromkeys(Elements._fields, 0)
+        for one in parameters(self.model.model_copy(update={"num_layers": 1})):
+            if one.name != HEAD:
+                found[_kind(one)] += math.prod(one.shape)
+        return Elements(**found)
 
     @property
     def flops_per_token(self) -> float:
         """Forward and backward, without recomputation, as `training/flops.py` counts a step: all pairs of a segment's
         positions, masked tokens alone at the head."""
-        model = self.model
-        pairs = 4 * self.attended * model.num_attention_heads * model.head_dim
-        head = 2 * self.masked_share * model.hidden_size * model.vocab_size
-        return 3 * (model.num_layers * (2 * self.linear_elements + pairs) + head)
+        layer, head = part_flops(self.model, 1, self.attended, self.masked_share)
+        return self.model.num_layers * layer + head
 
 
 def workload(config: RunConfig) -> Workload:
@@ -96,30 +118,11 @@ def workload(config: RunConfig) -> Workload:
         weight_bytes=4 if fp32 else 2,
         sent_gradient_bytes=2 if config.parallel.grad_reduce_in_bf16 else 4,
         shards_optimizer=config.parallel.use_distributed_optimizer,
-        fp8_recipe=config.fp8.recipe,
-        fp8_param_gather=config.fp8.param_gather,
-        fp8_bf16_layers=sum(config.fp8.bf16_layers),
+        fp8=config.fp8,
+        tp_comm_overlap=config.parallel.tp_comm_overlap,
         diffusion=config.diffusion,
         logits_bytes=None if megabytes is None else megabytes * 10**6,
     )
-
-
-def mean_attended(diffusion: DiffusionConfig, length: int) -> float:
-    """Mean over tokens of the length of their segment: E[x^2 + (1 - x)^2] = 2/3 of the sequence where it is cut at a
-    uniform x (ILLaDA, 30 % of them). Shortened sequences and documents are counted as whole ones."""
-    if diffusion.attention_boundary != "split":
-        return float(length)
-    return length * (1 - diffusion.split_probability / 3)
-
-
-def mean_masked(diffusion: DiffusionConfig) -> float:
-    """Mean share of masked tokens, t uniform in [t_min, t_max]: linear (1 - eps) t + eps, or cos(pi / 2 (1 - t))."""
-    low, high = diffusion.t_min, diffusion.t_max
-    if diffusion.noise_schedule == "linear":
-        share = (low + high) / 2
-    else:
-        share = 2 / math.pi * (math.sin(math.pi / 2 * (1 - low)) - math.sin(math.pi / 2 * (1 - high))) / (high - low)
-    return (1 - diffusion.eps) * share + diffusion.eps
 
 
 class Candidate(NamedTuple):
@@ -135,7 +138,7 @@ class Candidate(NamedTuple):
     """none, selective, full."""
     precision: str
     """bf16 or fp8 (fp32: for tests on a CPU)."""
-    split: Split
+    split: StageLayers
     pipeline_layout: str = "even"
     """parallel.pipeline_layout, which the split is made by."""
 
@@ -159,50 +162,44 @@ class Candidate(NamedTuple):
         return self.micro_batch_size * sequence_length // self.context
 
 
-def splits(work: Workload, pipeline: int, virtual: int) -> list[tuple[str, Split]]:
-    """(parallel.pipeline_layout, what it makes of the layers): even, and auto where that is another."""
-    flops = expected_flops(work.model, work.diffusion, work.sequence_length)
-    found: list[tuple[str, Split]] = []
-    for layout in ("even", "auto") if pipeline > 1 else ("even",):
-        with suppress(ValueError):
-            one = as_split(split_layers(work.model, pipeline, virtual, layout, flops))
-            if one not in [other for _, other in found]:
-                found.append((layout, one))
-    return found
-
-
-def as_split(split: Sequence[Sequence[int]]) -> Split:
-    """Hashable."""
+def stage_layers(split: Sequence[Sequence[int]]) -> StageLayers:
+    """The same, hashable."""
     return tuple(tuple(chunks) for chunks in split)
 
 
-class Held(NamedTuple):
-    """Elements that a tensor-parallel rank holds."""
-
-    table: int
-    """The embedding, and as much the head where it is not the embedding."""
-    linear: int
-    """A layer's projections, which FP8 quantises."""
-    rest: int
-    """A layer's norms and biases."""
-    final_norm: int
+def bf16_split(work: Workload, candidate: Candidate) -> StageLayers:
+    """[pipeline rank][model chunk] -> how many of its layers stay bf16 in an FP8 run (fp8.num_layers_at_start_in_bf16,
+    ..._end_...)."""
+    ends = work.fp8.bf16_layers if candidate.precision == "fp8" else (0, 0)
+    return _within_ends(candidate.split, *ends)
 
 
-def held_elements(work: Workload, tensor: int) -> Held:
-    """By the shapes of `config/parameters.py`, which checkpoints are made of."""
-    if tensor not in work.held:
-        one_layer = work.model.model_copy(update={"num_layers": 1})
-        sizes = {one.name: math.prod(one.held_shape(tensor)) for one in parameters(one_layer)}
-        layer = {name: size for name, size in sizes.items() if name not in (EMBEDDING, HEAD, FINAL_NORM)}
-        linear = sum(size for name, size in layer.items() if name.endswith("weight") and "linear" in name)
-        work.held[tensor] = Held(sizes[EMBEDDING], linear, sum(layer.values()) - linear, sizes[FINAL_NORM])
-    return work.held[tensor]
+@lru_cache(maxsize=1024)
+def _within_ends(split: StageLayers, first: int, last: int) -> StageLayers:
+    """Of each chunk, the layers among the model's `first` and `last` ones."""
+    if not first and not last:
+        return tuple((0,) * len(chunks) for chunks in split)
+    total = sum(sum(chunks) for chunks in split)
+    ends = {*range(first), *range(total - last, total)}
+    begins = first_layers(split)
+    return tuple(
+        tuple(len(ends.intersection(range(begin, begin + count))) for begin, count in zip(*both, strict=True))
+        for both in zip(begins, split, strict=True)
+    )
+
+
+def has_userbuffers(work: Workload, candidate: Candidate) -> bool:
+    """parallel.tp_comm_overlap, where a layout can have it (config/communication.py, config/layout.py)."""
+    blockwise = candidate.precision == "fp8" and work.fp8.recipe == "blockwise"
+    possible = candidate.tensor > 1 and not blockwise and not (candidate.context > 1 and work.rows_differ)
+    return work.tp_comm_overlap and possible
 
 
 class StageElements(NamedTuple):
     """Elements that one rank holds."""
 
     linear: int
+    """Projections, but those of layers that stay bf16 in an FP8 run."""
     rest: int
     tables: int
 
@@ -214,7 +211,10 @@ class StageElements(NamedTuple):
 def stage_elements(work: Workload, candidate: Candidate, stage: int) -> StageElements:
     """Of pipeline rank `stage`: its layers; on the first the embedding; on the last the final norm and the head, which
     is a copy of the embedding where the two are tied and the pipeline has several stages."""
-    held = held_elements(work, candidate.tensor)
-    layers, first, last = sum(candidate.split[stage]), stage == 0, stage == candidate.pipeline - 1
+    whole, ranks = work.elements, candidate.tensor
+    linear, biases, table = whole.linear // ranks, whole.biases // ranks, whole.table // ranks
+    layers, bf16 = sum(candidate.split[stage]), sum(bf16_split(work, candidate)[stage])
+    first, last = stage == 0, stage == candidate.pipeline - 1
     head = last and not (work.model.tie_word_embeddings and first)
-    return StageElements(layers * held.linear, layers * held.rest + last * held.final_norm, (first + head) * held.table)
+    rest = layers * (biases + whole.norms) + bf16 * linear + last * whole.final_norm
+    return StageElements((layers - bf16) * linear, rest, (first + head) * table)

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from launch import Illada
 
 from benchmarks.planning.published import MODELS, ROWS, Row, fitted_share, predicted, row_workload
-from illada_megatron.config import load_config
+from illada_megatron.cli.run_commands import ConfigOption
+from illada_megatron.config import load_config, preset_names
 from illada_megatron.config.layout import resolve_layout
 from illada_megatron.planning import (
     MEMORY_SHARE,
@@ -21,7 +23,7 @@ from illada_megatron.planning import (
 )
 from illada_megatron.planning.report import overrides
 from illada_megatron.planning.search import candidates
-from illada_megatron.planning.workload import mean_attended, mean_masked
+from illada_megatron.runtime.device import bf16_peak_tflops
 from illada_megatron.training.flops import training_flops
 
 H100 = load_device("h100")
@@ -54,17 +56,18 @@ def test_flops_of_a_token_are_those_of_a_step(preset: str) -> None:
     assert work.flops_per_token * tokens == pytest.approx(training_flops(work.model, tokens, squares, masked), rel=1e-6)
 
 
-def test_means_of_segments_and_masks() -> None:
-    split = load_config("illada-8b").diffusion
-    assert mean_attended(split, 8192) == pytest.approx(0.9 * 8192)
-    assert mean_attended(load_config("llada-8b").diffusion, 4096) == 4096
-    assert mean_masked(split) == pytest.approx((1 + split.eps) / 2)
-    cosine = split.model_copy(update={"noise_schedule": "cosine"})
-    assert mean_masked(cosine) == pytest.approx(0.6366, abs=1e-3)
+@pytest.mark.parametrize("name", device_names())
+def test_peaks_are_those_that_mfu_is_reported_with(name: str) -> None:
+    device = load_device(name)
+    peak = bf16_peak_tflops(device.name)
+    assert peak is not None
+    assert device.bf16_peak_flops.value == peak * 1e12
+    assert device.fp8_peak_flops.value == pytest.approx(2 * peak * 1e12, rel=1e-3)  # runtime/device.py
 
 
-@pytest.mark.parametrize("device", device_names())
-@pytest.mark.parametrize(("preset", "gpus"), [("illada-8b", 8), ("illada-70b", 256)])
+@pytest.mark.parametrize(
+    ("preset", "gpus", "device"), [("illada-8b", 8, "h100"), ("illada-8b", 8, "b200"), ("illada-70b", 64, "h200")]
+)
 def test_search(preset: str, gpus: int, device: str) -> None:
     config, chip = load_config(preset), load_device(device)
     work = workload(config)
@@ -85,11 +88,10 @@ def test_search(preset: str, gpus: int, device: str) -> None:
 
 def test_every_layout_is_one_that_the_configuration_takes() -> None:
     work = workload(load_config("illada-8b"))
-    for one in [*candidates(work, 64, H100, ["bf16"], contexts=[1])][::17]:
-        fields = [text for text in overrides(one, sharded=True) if "context" not in text]
-        layout = resolve_layout(load_config("illada-8b", fields), 64, padded=False)
-        assert (layout.tensor, layout.pipeline, layout.virtual, layout.data) == (
-            *(one.tensor, one.pipeline, one.virtual, one.data),
+    for one in [*candidates(work, 64, H100, ["bf16", "fp8"])][::97]:
+        layout = resolve_layout(load_config("illada-8b", overrides(work, one)), 64, padded=False)
+        assert (layout.tensor, layout.pipeline, layout.virtual, layout.context, layout.data) == (
+            *(one.tensor, one.pipeline, one.virtual, one.context, one.data),
         )
         assert layout.num_microbatches == one.microbatches(work.global_batch_size)
 
@@ -111,15 +113,15 @@ def test_more_of_a_pipeline_is_more_of_a_bubble() -> None:
     work = workload(load_config("illada-70b"))
     found = {
         (one.pipeline, one.virtual): step_time(work, one, H100)
-        for one in candidates(work, 1024, H100, ["bf16"], contexts=[1])
-        if one.tensor == 8 and one.micro_batch_size == 1
+        for one in candidates(work, 256, H100, ["bf16"])
+        if (one.tensor, one.context, one.micro_batch_size, one.pipeline_layout) == (8, 1, 1, "even")
     }
     assert found[8, 1].bubble > found[8, 2].bubble > found[8, 5].bubble > found[4, 5].bubble > 0
 
 
 def test_arithmetic_is_the_tables() -> None:
     work = workload(load_config("illada-70b"))
-    best = search(work, 1024, H100, ["fp8"])[0]
+    best = search(work, 64, H100, ["fp8"])[0]
     lines = dict(explained(work, best, H100))
     assert f"{best.memory.total / 2**30:.2f} GiB" in lines["total"]
     assert f"{best.tokens_per_second:,.0f}" == lines["tokens/s/GPU"]
@@ -151,6 +153,10 @@ def test_the_command(illada: Illada) -> None:
     [
         ([], "say what to plan"),
         (["--config", "illada-8b", "--failures"], "say what to plan"),
+        (["--config", "illada-8b", "--fewer"], "--fewer: no use with --config"),
+        (["--config", "illada-8b", "--gpus-per-node", "4"], "--gpus-per-node: no use with --config"),
+        (["--failures", "--top", "3"], "--top: no use with --failures"),
+        (["--failures", "training.lr=1e-3"], "overrides: no use with --failures"),
         (["--config", "illada-8b", "--device", "h1000"], "device h1000: there are b200, h100, h200"),
         (["--config", "illada-8b", "--precision", "fp4"], "--precision fp4: expected bf16 or fp8"),
         (["--config", "illada-8b", "--gpus", "8", "--explain", "100000"], "layouts fit"),
@@ -160,6 +166,11 @@ def test_the_command(illada: Illada) -> None:
 def test_what_cannot_be_planned(illada: Illada, arguments: list[str], message: str) -> None:
     outcome = illada("plan", *arguments)
     assert message in outcome.out + outcome.err
+
+
+def test_help_names_the_presets() -> None:
+    option = get_args(ConfigOption)[1]
+    assert all(name in option.help for name in preset_names())
 
 
 def test_a_device_of_ones_own(tmp_path: Path, illada: Illada) -> None:

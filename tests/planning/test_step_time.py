@@ -1,0 +1,91 @@
+"""What a step takes and sends, by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from illada_megatron.config import load_config
+from illada_megatron.planning import Candidate, load_device, step_time, workload
+from illada_megatron.planning.layer_time import (
+    attention_seconds,
+    context_seconds,
+    exposed_context,
+    head_passes,
+    layer_passes,
+)
+from illada_megatron.planning.memory import buffers, gradients
+from illada_megatron.planning.step_time import gradient_rate, group_rate, stage_passes
+from illada_megatron.planning.workload import stage_elements
+
+H100 = load_device("h100")
+WORK = workload(load_config("illada-8b"))
+SENT = ("tensor", "context")
+
+
+def layout(gpus: int, tensor: int = 1, context: int = 1, precision: str = "bf16") -> Candidate:
+    return Candidate(gpus, tensor, 1, 1, context, 1, "none", precision, ((32,),))
+
+
+def test_each_stage_takes_its_own_time() -> None:
+    """An FP8 run whose first and last layer stay bf16, and whose last stage has the head."""
+    one = Candidate(8, 1, 4, 1, 1, 1, "none", "fp8", ((7,), (9,), (9,), (7,)), "auto")
+    fp8, bf16 = (layer_passes(WORK, one, H100, precision).total for precision in ("fp8", "bf16"))
+    head = head_passes(WORK, one, H100).total
+    found = [passes.total for passes in stage_passes(WORK, one, H100)]
+    assert found == pytest.approx([6 * fp8 + bf16, 9 * fp8, 9 * fp8, 6 * fp8 + bf16 + head])
+    parts = step_time(WORK, one, H100).parts
+    assert parts["compute"].value == pytest.approx(one.microbatches(WORK.global_batch_size) * max(found))
+    assert parts["bubble"].value == pytest.approx(sum(found) - max(found))
+
+
+def test_gradients_that_ranks_add_up_themselves() -> None:
+    """grad_reduce_in_bf16: each to each through a rank's own network card, and twice their bf16 besides the fp32."""
+    summed, two, one = replace(WORK, sent_gradient_bytes=2), layout(16), layout(8)
+    card = H100.network_bytes_per_second.value
+    assert group_rate(two, H100) == gradient_rate(WORK, two, H100) == H100.node_bytes_per_second.value  # 8 cards
+    assert gradient_rate(summed, two, H100) == pytest.approx(card * 15 / 8)
+    assert gradient_rate(summed, one, H100) == H100.node_bytes_per_second.value
+    held = stage_elements(WORK, two, 0).total
+    assert [gradients(work, two, 0).value for work in (WORK, summed)] == [4 * held, 8 * held]
+    assert gradients(summed, layout(1), 0).value == 4 * held  # nobody to exchange them with
+
+
+def test_userbuffers_are_counted_where_they_are_asked_for() -> None:
+    one = layout(8, tensor=2)
+    asked = replace(WORK, tp_comm_overlap=True)
+    more = buffers(asked, one).value - buffers(WORK, one).value
+    assert more == 10 * 2 * 8192 * WORK.model.hidden_size
+    assert buffers(asked, layout(8)).value == buffers(WORK, layout(8)).value
+    blockwise = replace(asked, fp8=asked.fp8.model_copy(update={"recipe": "blockwise"}))
+    assert buffers(blockwise, one._replace(precision="fp8")).value == buffers(WORK, one).value
+
+
+def test_recomputation_sends_again_what_it_repeats() -> None:
+    """Full: a forward pass of 4 exchanges beside 4 and 6, a ring beside 3. Selective: the ring."""
+    one = layout(16, tensor=2, context=2)
+    none, selective, full = (
+        step_time(WORK, one._replace(recompute=way), H100).sent for way in ("none", "selective", "full")
+    )
+    assert [selective[name] / none[name] for name in SENT] == pytest.approx([1.0, 4 / 3])
+    assert [full[name] / none[name] for name in SENT] == pytest.approx([1.4, 4 / 3])
+
+
+@pytest.mark.parametrize("way", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_tensor_parallel_communication_never_hides(way: str, precision: str) -> None:
+    step = step_time(WORK, layout(8, tensor=8, precision=precision)._replace(recompute=way), H100)
+    assert step.hidden == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("way", "forwards"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_what_hides_of_a_ring_between_machines(way: str, forwards: int) -> None:
+    one = layout(16, context=16)._replace(recompute=way)
+    attend, ring = attention_seconds(WORK, one, H100), context_seconds(WORK, one, H100)
+    exposed = forwards * exposed_context(attend, ring, 16) + exposed_context(2.5 * attend, 2 * ring, 16)
+    assert exposed > 0
+    step = step_time(WORK, one, H100)
+    rings = 32 * one.microbatches(WORK.global_batch_size)
+    seen = rings * exposed + step.parts["gradient exchange"].value + step.parts["weight exchange"].value
+    rate = group_rate(one, H100)
+    all_ = rings * (forwards + 2) * ring + (step.sent["gradients"] + step.sent["weights"]) / rate
+    assert step.hidden == pytest.approx(1 - seen / all_)
