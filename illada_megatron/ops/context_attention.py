@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from illada_megatron.ops.segment_attention import rotate
+
 
 def context_attention(
     qkv: Tensor,
@@ -40,8 +42,8 @@ def context_attention(
     """
     plan = _plan(cu_seqlens, cu_seqlens_padded, group.rank(), group.size())
     turn = (cos[plan.position][:, None, None], sin[plan.position][:, None, None])
-    query = _rotate(qkv[:, :, :-2], *turn).reshape(len(qkv), -1, qkv.shape[3])
-    keys_values = torch.cat((_rotate(qkv[:, :, -2:-1], *turn), qkv[:, :, -1:]), dim=2)
+    query = rotate(qkv[:, :, :-2], *turn).reshape(len(qkv), -1, qkv.shape[3])
+    keys_values = torch.cat((rotate(qkv[:, :, -2:-1], *turn), qkv[:, :, -1:]), dim=2)
     out: Tensor = _Attention.apply(query, keys_values, plan, scale, group)
     return out
 
@@ -86,12 +88,6 @@ def _zigzag(chunk: int, rank: int, ranks: int) -> Tensor:
     """Positions in a segment of a rank's two chunks of it, `[2 * chunk]`."""
     first = torch.arange(chunk)
     return torch.cat((first + rank * chunk, first + (2 * ranks - 1 - rank) * chunk))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [t, ng, heads, d] turned by angles [t, 1, 1, d / 2]; a head's halves are the two coordinates."""
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class _Attention(torch.autograd.Function):
