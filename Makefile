@@ -17,7 +17,7 @@ help:
 	@echo "make demo      text -> tokenizer -> shards -> training -> restart at TP2 x PP2 -> evaluation -> generation"
 	@echo "make test      the test suite;  make test-all: with the slow tests"
 	@echo "make test-te   the tests of the Transformer Engine path on the real package, without a GPU (Python 3.12)"
-	@echo "make gpu       on a machine with one GPU, in 8 minutes: the tests that want one, then its speed"
+	@echo "make gpu       on a machine with one GPU, in about 8 minutes: the tests that want one, then its speed"
 	@echo "make check     ruff, mypy, clang-format"
 	@echo "make fuzz      libFuzzer on the parser of shard indexes (needs clang; FUZZ_SECONDS=600)"
 	@echo "make fuzz-formats  atheris on what is read of checkpoints, exports, corpora, templates and configurations"
@@ -31,10 +31,12 @@ $(VENV)/.runtime: requirements.txt pyproject.toml setup.py $(CXX_FILES)
 	@$(BIN)/python -c 'from illada_megatron.ops import kernels; why = kernels.without_cuda(); print("CUDA kernels: " + ("not built, because " + why if why else "built"))'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.runtime $(TE_PYTHON)/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	test -d $(TE_PYTHON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    --target $(TE_PYTHON) transformer-engine==2.11.0 einops==0.8.2
+	touch $@
+
+$(TE_PYTHON)/.installed: $(VENV)/.runtime requirements-te.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TE_PYTHON) -r requirements-te.txt
 	touch $@
 
 demo: $(VENV)/.runtime
@@ -50,8 +52,9 @@ test-all: $(VENV)/.dev
 test-te:
 	tools/test_te.sh
 
-gpu: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.gpu
+# in the environment that is active, where Transformer Engine is: no virtual environment is made for it
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

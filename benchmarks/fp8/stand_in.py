@@ -26,7 +26,7 @@ from benchmarks.fp8 import kernels
 FOLDER = Path(os.environ.get("TRANSFORMER_ENGINE_PYTHON") or Path(sys.prefix) / "share" / "transformer-engine")
 HOW = (
     f"needs Transformer Engine or its Python: {sys.executable} -m pip install --no-deps --target {FOLDER} "
-    "transformer-engine==2.11.0 einops==0.8.2"
+    "-r requirements-te.txt"
 )
 # their order is their value in transformer_engine's headers
 _ENUMERATIONS = {

@@ -14,14 +14,17 @@ NOTHING_COLLECTED = 5
 """pytest's exit code."""
 
 
-def run_device_tests(places: list[str]) -> dict[str, Any]:
-    """Of `places` (files and folders). Their output goes to stderr; returns numbers, the reasons of skips with how many
-    they are of, and the names of what failed."""
+def run_device_tests(places: list[str], seconds: float) -> dict[str, Any]:
+    """Of `places` (files and folders), for that long at most. Their output goes to stderr; returns numbers, the reasons
+    of skips with how many they are of, and the names of what failed."""
     with tempfile.TemporaryDirectory(prefix="illada-gpu-") as folder:
         xml = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={xml}", *places]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
-        ended = subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr)
+        try:
+            ended = subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"exit_code": 1, "passed": 0, "skipped": {}, "failed": [f"not done after {seconds:.0f} seconds"]}
         cases = list(ElementTree.parse(xml).getroot().iter("testcase")) if xml.exists() else []
     if not cases and ended.returncode not in (0, NOTHING_COLLECTED):
         return {"exit_code": ended.returncode, "passed": 0, "skipped": {}, "failed": ["pytest did not start"]}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.step_runs import RunFailedError
 from benchmarks.loss.loss_cases import FUSED, GEMMS, MAIN_GRAD
 
 _ROOT = Path(__file__).parents[2]
@@ -14,13 +15,17 @@ _DRY = ("--tiny", "--device", "cpu", "--rounds", "1", "--threads", "1")
 _DRY_WHO = (GEMMS, "liger-kernel", FUSED, MAIN_GRAD)
 
 
-def measure_loss(dry: bool) -> dict[str, Any] | str:
-    """The last line of `benchmarks.loss.masked_cross_entropy`, whose tables go to stderr; or why there is none."""
+def measure_loss(dry: bool, seconds: float) -> dict[str, Any]:
+    """The last line of `benchmarks.loss.masked_cross_entropy`, whose tables go to stderr. Raises RunFailedError: it
+    ended with an error, or was not done after so many seconds."""
     settings = [*_DRY, *(word for one in _DRY_WHO for word in ("--who", one))] if dry else ["--device", "cuda"]
     command = [sys.executable, "-m", "benchmarks.loss.masked_cross_entropy", *_COMMON, *settings]
-    ended = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        ended = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RunFailedError(f"not done after {seconds:.0f} seconds") from None
     lines = ended.stdout.splitlines()
     if ended.returncode or not lines:
-        return f"its process ended with {ended.returncode}"
+        raise RunFailedError(f"its process ended with {ended.returncode}")
     print("\n".join(lines[:-1]), file=sys.stderr)
     return json.loads(lines[-1])

@@ -13,6 +13,11 @@ from benchmarks.step.step_variants import OURS, SAME_LAYERS, Settings, Variant
 from benchmarks.step.step_worker import measure
 from benchmarks.step.workloads import TINY_WORKLOADS, Workload
 
+
+class RunFailedError(Exception):
+    """A measurement that began and gave no figures; the message says why."""
+
+
 Runs = list[tuple[Variant, Workload]]
 _WARM_UP = 2
 _MFU, _FP8_GAIN, _LOSS_TOLERANCE = 0.5, 1.3, 1e-2
@@ -33,8 +38,8 @@ def runs_on(fitting: Fitting | None) -> Runs:
     ]
 
 
-def measure_run(variant: Variant, workload: Workload, steps: int) -> Figures | str:
-    """`steps` timed steps; or why there are none (its process has said more on stderr)."""
+def measure_run(variant: Variant, workload: Workload, steps: int) -> Figures:
+    """`steps` timed steps. Raises RunFailedError; its process has said more on stderr."""
     settings = Settings(None, "highest", weights_on_device=True)
     process = MeasuringProcess(variant.name, measure, variant, workload, settings)
     try:
@@ -42,8 +47,8 @@ def measure_run(variant: Variant, workload: Workload, steps: int) -> Figures | s
         for number in range(_WARM_UP + steps):
             process.ask("warm up" if number < _WARM_UP else "step")
         return process.finish(False)
-    except SystemExit:
-        return "its process ended with an error"
+    except SystemExit as error:
+        raise RunFailedError("its process ended with an error") from error
 
 
 def step_results(found: dict[Variant, Figures], layers: dict[Variant, int], peak_tflops: float | None) -> list[dict]:

@@ -65,14 +65,13 @@ def check_overlap(parallel: ParallelConfig, training: TrainingConfig, runtime: R
                 "parallel.tp_comm_overlap true needs Transformer Engine on GPUs, found runtime.device "
                 f"{runtime.device} and transformer_impl {runtime.transformer_impl}: set tp_comm_overlap=false"
             )
-    interleaved = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
-    if parallel.overlap_p2p_comm and not interleaved:
+    if parallel.overlap_p2p_comm and parallel.model_chunks == 1:
         raise ValueError(
             "parallel.overlap_p2p_comm true needs virtual_pipeline_model_parallel_size > 1, found "
             f"{parallel.virtual_pipeline_model_parallel_size}: a stage that is not interleaved has nothing to compute "
             "meanwhile; raise it, or leave overlap_p2p_comm out"
         )
-    if parallel.overlap_p2p_comm is False and interleaved and parallel.pipeline_model_parallel_size == 2:
+    if parallel.overlap_p2p_comm is False and parallel.model_chunks > 1 and parallel.pipeline_model_parallel_size == 2:
         # megatron-core's own check (training/arguments.py)
         raise ValueError(
             "parallel.overlap_p2p_comm false with interleaved stages needs pipeline_model_parallel_size > 2, found 2: "

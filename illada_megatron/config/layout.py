@@ -131,7 +131,7 @@ def check_config(config: RunConfig) -> None:
             fix = "make_vocab_size_divisible_by" if name == "padded_vocab_size" else name
             raise ValueError(f"model.{name} {value} is not a multiple of {tp_text}: change model.{fix} or the layout")
     pipeline_split(config)
-    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and pp == 1:
+    if parallel.model_chunks > 1 and pp == 1:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size {parallel.virtual_pipeline_model_parallel_size} needs "
             "parallel.pipeline_model_parallel_size > 1, found 1: raise it, or leave the interleaving out"
@@ -177,7 +177,7 @@ def check_config(config: RunConfig) -> None:
         check_fp8(config)
     check_gradients(parallel, training.precision == "fp8" and config.fp8.param_gather)
     check_overlap(parallel, training, config.runtime, config.fp8)
-    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    virtual = parallel.model_chunks
     if row_tokens(config) is None and virtual > 1 and parallel.pipeline_model_parallel_size == 2:
         raise ValueError(
             f"virtual_pipeline_model_parallel_size {virtual} on two stages with context_parallel_size "
@@ -216,7 +216,7 @@ def pipeline_split(config: RunConfig) -> Split:
     return split_layers(
         model,
         parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size or 1,
+        parallel.model_chunks,
         parallel.pipeline_layout,
         expected_flops(model, config.diffusion, config.data.sequence_length),
     )
@@ -274,7 +274,7 @@ def resolve_layout(config: RunConfig, world_size: int, padded: bool = True) -> L
     if training.rampup_batch_size:
         sizes["training.rampup_batch_size start"] = training.rampup_batch_size[0]
         sizes["training.rampup_batch_size increment"] = training.rampup_batch_size[1]
-    virtual, micro = parallel.virtual_pipeline_model_parallel_size or 1, training.micro_batch_size
+    virtual, micro = parallel.model_chunks, training.micro_batch_size
     layout = Layout(world_size, tp, pp, virtual, cp, dp, num_microbatches=0)
     for name, size in sizes.items() if not (padded and training.pad_global_batch) else ():
         if size % (micro * dp):

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from illada_megatron.config import ConfigError, RunConfig, RuntimeConfig
 from illada_megatron.model.activation import SwiGLU
 from illada_megatron.model.attention import SegmentAttention, SegmentSelfAttention
+from illada_megatron.model.main_grad import bind_weight_gradient
 from illada_megatron.model.norm import RMSNorm
 from illada_megatron.model.remade_input import ColumnLinear, RowLinear
 from illada_megatron.runtime.device import (
@@ -98,6 +99,7 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
 
 
 def _local_layer(qk_layernorm: bool) -> ModuleSpec:
+    bind_weight_gradient()
     qk_norm = RMSNorm if qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnLinear,

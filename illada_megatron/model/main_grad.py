@@ -38,8 +38,10 @@ def _wgrad_gemm_accum_fp32(inputs: Tensor, grad_outputs: Tensor, main_grad: Tens
         add_product_(main_grad, grad_outputs.t(), inputs)
 
 
-# the name that the backward pass of megatron-core's linears looks up and calls; it offers no argument for the GEMM
-layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_wgrad_gemm_accum_fp32)
+def bind_weight_gradient() -> None:
+    """Give the backward pass of megatron-core's linears this GEMM: it looks up Apex's name in its own module, and has no
+    argument for it. Calling it again does nothing."""
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_wgrad_gemm_accum_fp32)
 
 
 def hand_over(parameter: Tensor) -> Tensor:

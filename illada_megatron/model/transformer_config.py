@@ -22,7 +22,7 @@ def transformer_config(config: RunConfig, device: Device, implementation: str) -
     and the fusions that `device` has."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.precision]
-    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    virtual = parallel.model_chunks
     overlaps_p2p = parallel.overlaps_p2p(device.is_cuda)
     recompute = config.training.recompute
     # Weights come from `initial_weights`; megatron-core only has to mark the parameters as parallel. Those made in FP8

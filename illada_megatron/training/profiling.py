@@ -54,8 +54,8 @@ class Profiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._recording is not None:  # the run ends within its steps
-            self._recording.close()
+        if (said := self._end()) is not None:  # the run ends within its steps
+            say(said, error=True)
 
     def begins(self, step: int) -> None:
         """Step `step` comes next."""
@@ -68,7 +68,11 @@ class Profiler:
 
     def ended(self, step: int) -> str | None:
         """Step `step` is done. What the user should hear, once the last one is."""
-        if self._recording is None or step < self._last:
+        return self._end() if step >= self._last else None
+
+    def _end(self) -> str | None:
+        """Write what was recorded, if anything was. What the user should hear."""
+        if self._recording is None:
             return None
         if self._run.device.is_cuda:
             torch.cuda.synchronize()

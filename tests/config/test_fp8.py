@@ -67,6 +67,10 @@ IMPOSSIBLE = {
         ["fp8.param_gather=true", "parallel.grad_reduce_in_bf16=true", "parallel.overlap_grad_reduce=true"],
         ["grad_reduce_in_bf16, overlap_grad_reduce and fp8.param_gather are all true"],
     ),
+    "userbuffers without a kind for its blocks": (
+        [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true", "fp8.recipe=blockwise"],
+        ["Transformer Engine has no such buffers for fp8.recipe blockwise"],
+    ),
     "one of several layouts": (
         ["parallel.layouts=[{tensor_model_parallel_size: 2}]", "model.ffn_hidden_size=720"],
         ["parallel.layouts[0]: model.ffn_hidden_size 720 is 360"],

@@ -76,3 +76,20 @@ def test_gloo_does_not_average() -> None:
 
         with pytest.raises(ConfigError, match="gloo, which the ranks use on CPUs"):
             wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
+
+
+def test_what_ddp_and_the_layers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fields that change no loss."""
+    from illada_megatron.model import build_model_chunks
+
+    fields = ["runtime.device=cpu", "training.deterministic=true", "parallel.ddp_average_in_collective=true"]
+    config = load_config("tiny", [*fields, "parallel.ddp_pad_buckets_for_high_nccl_busbw=true"])
+    with runtime(config) as run:
+        from illada_megatron.training.gradient_reduction import wrap_data_parallel
+
+        monkeypatch.setattr(dist, "get_backend", lambda *_: "nccl")
+        (chunk,) = wrap_data_parallel(config.parallel, build_model_chunks(config, run.device))
+        monkeypatch.undo()
+        assert chunk.ddp_config.average_in_collective
+        assert chunk.ddp_config.pad_buckets_for_high_nccl_busbw
+        assert chunk.config.deterministic_mode

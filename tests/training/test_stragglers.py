@@ -20,7 +20,7 @@ def _times(layout: tuple[int, int, int], seconds: list[float]) -> ComputeTimes:
     tensor, pipeline, data = layout
     size = tensor * pipeline * data
     return ComputeTimes(
-        Layout(size, tensor, pipeline, 1, data, 1), [f"node{rank // 2}" for rank in range(size)], seconds
+        Layout(size, tensor, pipeline, 1, 1, data, 1), [f"node{rank // 2}" for rank in range(size)], seconds
     )
 
 

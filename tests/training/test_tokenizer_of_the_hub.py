@@ -33,7 +33,7 @@ def asked() -> Iterator[tuple[str, list[str]]]:
 def test_one_rank_asks_for_all(
     asked: tuple[str, list[str]], tiny_run: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """srun gives every rank of a machine LOCAL_RANK 0 where each sees its own GPU alone: the host's name tells."""
+    """Ranks of a machine are told by its host's name."""
     hub, paths = asked
     for name, value in {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}.items():
         monkeypatch.setenv(name, value)

@@ -144,7 +144,7 @@ def find_slots(directory: Path, config: RunConfig) -> tuple[Slots, int]:
     """
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    virtual = parallel.model_chunks
     split = pipeline_split(config)
     slots: Slots = {}
     steps: set[int] = set()

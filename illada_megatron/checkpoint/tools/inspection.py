@@ -116,7 +116,7 @@ def _facts(opened: OpenCheckpoint, verify: bool) -> list[tuple[str, str]]:
     elements = sum(math.prod(one.shape) for one in of_model)
     total = sum(one.nbytes for one in tensors.values())
     average = sum(one.nbytes for name, one in tensors.items() if split_name(name).state == EMA)
-    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    virtual = parallel.model_chunks
     layout = (
         f"tensor {parallel.tensor_model_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}"
         f"{f' x {virtual} chunks' if virtual > 1 else ''}, "

@@ -81,7 +81,7 @@ def new_config(opened: OpenCheckpoint, change: LayoutChange, overrides: Sequence
         f"parallel.virtual_pipeline_model_parallel_size={virtual or 'null'}",
         f"parallel.data_parallel_size={change.data or 'null'}",
     ]
-    stages = (saved.pipeline_model_parallel_size, saved.virtual_pipeline_model_parallel_size or 1)
+    stages = (saved.pipeline_model_parallel_size, saved.model_chunks)
     written = saved.pipeline_layout not in ("auto", "even")  # of the old stages
     first = ["parallel.pipeline_layout=auto"] if written and (pipeline, virtual or 1) != stages else []
     if tensor == 1:

@@ -211,7 +211,11 @@ class ParallelConfig(Section):
     """Layouts that the run may take, in order of preference: at each start the first that fits the number of ranks
     replaces the fields above, with the global batch unchanged. Empty: only the fields above."""
 
+    @property
+    def model_chunks(self) -> int:
+        """Of a pipeline rank; several are interleaved."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
     def overlaps_p2p(self, on_gpu: bool) -> bool:
         """overlap_p2p_comm, chosen."""
-        interleaved = (self.virtual_pipeline_model_parallel_size or 1) > 1
-        return interleaved and on_gpu if self.overlap_p2p_comm is None else self.overlap_p2p_comm
+        return self.model_chunks > 1 and on_gpu if self.overlap_p2p_comm is None else self.overlap_p2p_comm

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.layer_shape import layers_that_fit, workload_of
-from benchmarks.gpu.step_runs import head_saving, measure_run, runs_on, step_bars, step_results
+from benchmarks.gpu.step_runs import RunFailedError, head_saving, measure_run, runs_on, step_bars, step_results
 from benchmarks.measuring.processes import Timing
 from benchmarks.step.step_figures import Figures, Work
 from benchmarks.step.step_variants import OURS, SAME_LAYERS, Variant
@@ -64,7 +64,8 @@ def test_what_there_is_no_time_for_is_named() -> None:
 def test_layers_of_an_h100_and_an_h200() -> None:
     """By the planner's memory, which tests/planning checks; more with more memory, fewer beside all logits."""
     small, large = layers_that_fit(80 * GIB), layers_that_fit(139 * GIB)
-    assert 0 < small.peer < small.ours < large.ours <= 32
+    assert (small.ours, large.ours) == (12, 23)  # docs/h100.md
+    assert 0 < small.peer < small.ours
     assert small.peer < large.peer < large.ours
     assert small.of_local_layers().ours == small.ours // 2
     with pytest.raises(ValueError, match=r"a GPU of 16 GiB holds no layer"):
@@ -108,8 +109,8 @@ def test_bars_of_figures() -> None:
 
 
 def test_a_run_that_ends_with_an_error_is_no_end_of_the_others(capfd: pytest.CaptureFixture[str]) -> None:
-    found = measure_run(Variant("W1", "fp8", OURS), TINY_WORKLOADS["W1"], 1)  # a CPU has no FP8
-    assert found == "its process ended with an error"
+    with pytest.raises(RunFailedError, match="its process ended with an error"):
+        measure_run(Variant("W1", "fp8", OURS), TINY_WORKLOADS["W1"], 1)  # a CPU has no FP8
     assert "set training.precision=bf16" in capfd.readouterr().err
 
 
