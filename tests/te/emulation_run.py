@@ -37,7 +37,7 @@ def main(place: Path) -> None:
     for recipe in RECIPES:
         found[recipe] = _run(place, recipe, shard, "training.precision=fp8", f"fp8.recipe={recipe}")
     found["stale"] = _with_stale_weights(place, shard)
-    held_out = f"data.validation_paths={shard.partition('=')[2]}"
+    held_out = f"data.validation_paths=[{write_corpus(place / 'held_out')}]"
     validation = (held_out, "validation.interval_steps=1", "validation.num_samples=4")
     found["validated"] = _run(place, "validated", shard, *_precision("delayed"), *validation)
     found["bad step"] = _with_a_bad_step(place, shard)
@@ -64,14 +64,15 @@ def _install() -> None:
 
 
 def _run(place: Path, name: str, *overrides: str) -> dict[str, Any]:
-    """Of a run: losses, matrix products by the formats of their operands, names in its curves; and what delayed scaling
-    has kept: factors, and the largest of each tensor's history."""
+    """Of a run: losses, which steps were skipped, matrix products by the formats of their operands, its curves; what
+    delayed scaling has kept: factors, and the largest of each tensor's history."""
     from benchmarks.fp8 import emulation, kernels
     from illada_megatron.training import reporter, train, trainer
 
     kernels.GEMMS.clear()
     curves: dict[str, float] = {}
-    log, schedule, layers = place / f"{name}.jsonl", trainer.run_schedule, []
+    layers: list[Any] = []
+    log, schedule = place / f"{name}.jsonl", trainer.run_schedule
 
     def seen(source: Any, chunks: Any, *arguments: Any, **options: Any) -> Any:
         layers[:] = chunks
@@ -83,14 +84,15 @@ def _run(place: Path, name: str, *overrides: str) -> dict[str, Any]:
         _instead(trainer, "run_schedule", seen),
     ):
         train(config)
-    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    return {"losses": losses, "gemms": dict(kernels.GEMMS), "curves": curves, "scaling": _scaling(layers)}
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    found = {name: [step[field] for step in steps] for name, field in (("losses", "loss"), ("skipped", "skipped"))}
+    return {**found, "gemms": dict(kernels.GEMMS), "curves": curves, "scaling": _scaling(layers)}
 
 
 def _scaling(chunks: Any) -> dict[str, list[float]]:
     from illada_megatron.checkpoint.fp8_state import scalings
 
-    found = {}
+    found: dict[str, list[float]] = {}
     for one in scalings(chunks, True):
         factors, history = one.names()
         found |= {factors: one.scale.tolist(), history: one.amax_history.amax(0).tolist()}
@@ -131,14 +133,16 @@ def _with_a_bad_step(place: Path, shard: str) -> dict[str, Any]:
     from illada_megatron.config.schema import ModelConfig
     from illada_megatron.training import trainer
 
-    schedule, layers, found = trainer.run_schedule, [], {}
+    schedule = trainer.run_schedule
+    found: dict[str, Any] = {"steps": 0}
+    layers: list[Any] = []
     before: list[Tensor] = []
 
     def state() -> list[Tensor]:
         return [one for scaling in fp8_state.scalings(layers, True) for one in (scaling.scale, scaling.amax_history)]
 
     def poisoned(source: Any, chunks: Any, *arguments: Any, **options: Any) -> Any:
-        found["steps"], layers[:] = found.get("steps", 0) + 1, chunks
+        found["steps"], layers[:] = found["steps"] + 1, chunks
         weight = chunks[0].module.decoder.layers[0].self_attention.linear_qkv.layer_norm_weight.data
         kept = weight.clone()
         if found["steps"] == 2:
