@@ -145,7 +145,7 @@ def test_ranks_read_their_files_from_front_to_back(tmp_path: Path) -> None:
     assert sorted(map(len, readers.values())) == [1] * len(readers) == [1] * 4
 
 
-DELAYED = ("training.precision=fp8", "fp8.recipe=delayed", "fp8.amax_history_len=8")
+DELAYED = ("training.precision=fp8", "fp8.recipe=delayed", "fp8.amax_history_len=8", "model.ffn_hidden_size=64")
 
 
 def test_delayed_scalings_state_goes_along(tmp_path: Path, illada: Illada) -> None:
