@@ -218,3 +218,5 @@ def _say_written(done: "Rewritten", seconds: float) -> None:
     )
     if done.without_ema:
         say("the moving average of the weights is left out: Megatron's format has no place for it")
+    if done.without_fp8_state:
+        say("delayed scaling's state (fp8.*) is left out of Megatron's format: factors begin at 1 (docs/fp8.md)")

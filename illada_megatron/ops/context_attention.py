@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from illada_megatron.ops.segment_attention import rotate
+
 
 def context_attention(
     qkv: Tensor,
@@ -40,8 +42,8 @@ def context_attention(
     """
     plan = _plan(cu_seqlens, cu_seqlens_padded, group.rank(), group.size())
     turn = (cos[plan.position][:, None, None], sin[plan.position][:, None, None])
-    query = _rotate(qkv[:, :, :-2], *turn).reshape(len(qkv), -1, qkv.shape[3])
-    keys_values = torch.cat((_rotate(qkv[:, :, -2:-1], *turn), qkv[:, :, -1:]), dim=2)
+    query = rotate(qkv[:, :, :-2], *turn).reshape(len(qkv), -1, qkv.shape[3])
+    keys_values = torch.cat((rotate(qkv[:, :, -2:-1], *turn), qkv[:, :, -1:]), dim=2)
     out: Tensor = _Attention.apply(query, keys_values, plan, scale, group)
     return out
 
@@ -51,7 +53,10 @@ class _Plan:
     """Where a rank's tokens and everybody's lie."""
 
     position: Tensor  # [t] int64, of each own token in its segment, padding's too
-    segments: list[tuple[Tensor, Tensor]]  # of each with own queries: rows of these, rows of its gathered keys in order
+    queries: Tensor  # [q] int64, rows of the own tokens that are no padding, segment after segment
+    keys: Tensor  # [k] int64, rows of the gathered keys, in order, of each segment that has own queries
+    query_lengths: list[int]  # of each of these segments
+    key_lengths: list[int]
 
 
 @lru_cache(maxsize=4)
@@ -59,7 +64,9 @@ def _plan(cu_seqlens: Tensor, cu_seqlens_padded: Tensor, rank: int, ranks: int) 
     """Once a micro-batch: all layers are given the same tensors."""
     lengths, padded = cu_seqlens.diff().tolist(), cu_seqlens_padded.diff().tolist()
     device, tokens = cu_seqlens.device, sum(padded) // ranks
-    positions, segments, begin = [], [], 0
+    positions, begin = [], 0
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
     for length, whole in zip(lengths, padded, strict=True):
         chunk = whole // (2 * ranks)
         of_ranks = [_zigzag(chunk, one, ranks) for one in range(ranks)]
@@ -69,21 +76,18 @@ def _plan(cu_seqlens: Tensor, cu_seqlens_padded: Tensor, rank: int, ranks: int) 
             gathered[own] = torch.arange(2 * chunk) + one * tokens + begin
         rows = (of_ranks[rank] < length).nonzero().flatten() + begin
         if rows.numel():
-            segments.append((rows.to(device), gathered[:length].to(device)))
+            queries.append(rows)
+            keys.append(gathered[:length])
         begin += 2 * chunk
-    return _Plan(torch.cat(positions).to(device), segments)
+    none = torch.empty(0, dtype=torch.int64)
+    position, picked, seen = (torch.cat([none, *parts]).to(device) for parts in (positions, queries, keys))
+    return _Plan(position, picked, seen, [len(rows) for rows in queries], [len(rows) for rows in keys])
 
 
 def _zigzag(chunk: int, rank: int, ranks: int) -> Tensor:
     """Positions in a segment of a rank's two chunks of it, `[2 * chunk]`."""
     first = torch.arange(chunk)
     return torch.cat((first + rank * chunk, first + (2 * ranks - 1 - rank) * chunk))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [t, ng, heads, d] turned by angles [t, 1, 1, d / 2]; a head's halves are the two coordinates."""
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -106,7 +110,7 @@ class _Attention(torch.autograd.Function):
         everybodys = _gathered(keys_values, ctx.group).requires_grad_()
         with torch.enable_grad():
             out = _attend(query, everybodys, ctx.plan, ctx.scale)
-        if ctx.plan.segments:
+        if ctx.plan.query_lengths:
             grad_query, grad_all = torch.autograd.grad(out, (query, everybodys), grad_out)
         else:
             grad_query, grad_all = torch.zeros_like(query), torch.zeros_like(everybodys)
@@ -123,10 +127,15 @@ def _gathered(keys_values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _attend(query: Tensor, keys_values: Tensor, plan: _Plan, scale: float) -> Tensor:
+    """Rows are picked and put back once for all segments: of each alone, autograd would copy the whole once more."""
     out = torch.zeros_like(query)
-    for rows, everybodys in plan.segments:
-        key, value = keys_values[everybodys].unbind(2)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[rows], key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        out = out.index_copy(0, rows, attended.squeeze(0).transpose(0, 1))
-    return out
+    if not plan.query_lengths:
+        return out
+    queries = query.index_select(0, plan.queries).split(plan.query_lengths)
+    everybodys = keys_values.index_select(0, plan.keys).split(plan.key_lengths)
+    attended = []
+    for own, whole in zip(queries, everybodys, strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (own, *whole.unbind(2)))
+        of_segment = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        attended.append(of_segment.squeeze(0).transpose(0, 1))
+    return out.index_copy(0, plan.queries, torch.cat(attended))

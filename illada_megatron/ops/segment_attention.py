@@ -63,16 +63,16 @@ def segment_attention_reference(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: 
     outputs = []
     for start, count, length in _runs(lengths):
         rows = qkv[start : start + count * length].view(count, length, *qkv.shape[1:])
-        query, key = (_rotate(x, cos[:length], sin[:length]) for x in (rows[..., :-2, :], rows[..., -2:-1, :]))
+        turn = (cos[:length, None, None], sin[:length, None, None])
+        query, key = (rotate(x, *turn) for x in (rows[..., :-2, :], rows[..., -2:-1, :]))
         q, k, v = (x.reshape(count, length, -1, dim).transpose(1, 2) for x in (query, key, rows[..., -1:, :]))
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).reshape(count * length, heads, dim))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [count, length, ng, heads, d] turned by angles [length, d / 2]; a head's halves are the two coordinates."""
-    cos, sin = (table[:, None, None, :] for table in (cos, sin))
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., length, ng, heads, d] turned by angles [length, 1, 1, d / 2]; a head's halves are the two coordinates."""
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from illada_megatron.config.layout import Layout
 
 # The dimensions that each kind of group spans, as megatron-core makes them without experts (parallel_state.py:
-# decoder_rank_generator.get_ranks, and the whole world for the distributed optimizer). Of size 1: left out.
+# decoder_rank_generator.get_ranks, and the whole world for the distributed optimizer). Of size 1: left out. The context
+# parallel group is counted apart.
 _SPANS: tuple[tuple[str, ...], ...] = (
-    *(("dp", "cp"), ("dp",), ("cp",), (), ("tp", "pp"), ("tp",), ("pp",)),
+    *(("dp", "cp"), ("dp",), (), ("tp", "pp"), ("tp",), ("pp",)),
     *(("tp", "dp", "cp"), ("tp", "dp"), ("tp", "cp"), ("tp", "dp", "cp", "pp")),
 )
+_CONTEXT_PARALLEL = "CONTEXT_PARALLEL_GROUP"  # megatron-core's description of it (0.16 to 0.19)
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,20 @@ def count_groups(layout: Layout) -> GroupCount:
     spans = {tuple(one for one in span if sizes[one] > 1) for span in _SPANS}
     in_the_world = sum(layout.world_size // prod(sizes[one] for one in span) for span in spans)
     # embeddings: the first and the last stage together; with one or two stages that is a set that is there already
-    embedding = layout.pipeline > 2
-    pipelines = layout.world_size // layout.pipeline
-    return GroupCount(1 + in_the_world + embedding * pipelines, 1 + len(spans) + embedding)
+    embedding, context = layout.pipeline > 2, layout.context > 1
+    more = embedding * layout.world_size // layout.pipeline + context * layout.world_size // layout.context
+    return GroupCount(1 + in_the_world + more, 1 + len(spans) + embedding + context)
 
 
 @contextmanager
 def own_groups() -> Iterator[None]:
-    """Within it megatron-core makes the groups that this rank is in, and no set of ranks twice.
+    """Within it megatron-core makes the groups that this rank is in, and no set of ranks twice but context parallel's.
 
     All of its groups are made by one function, whose name is bound anew here: torch's `use_local_synchronization` lets
     a rank leave out what it is no member of. Nothing overlaps on the groups that become one: they are those of experts,
-    which are not there, or of the optimizer's norm, which waits for the gradients.
+    which are not there, or of the optimizer's norm, which waits for the gradients. Context parallel ranks keep their
+    own: Transformer Engine's ring sends keys and values while DDP reduces gradients, without data parallelism over the
+    same ranks, and a communicator does one after the other.
     """
     from megatron.core import parallel_state
 
@@ -69,6 +73,8 @@ def own_groups() -> Iterator[None]:
         key: tuple[Any, ...] = (tuple(ranks), options.get("backend"))
         if options.get("pg_options") is not None:  # a communicator that is configured is nobody else's
             key = (*key, options.get("group_desc"))
+        elif len(ranks) > 1 and options.get("group_desc") == _CONTEXT_PARALLEL:
+            key = (*key, _CONTEXT_PARALLEL)
         if key not in made:
             made[key] = create(list(ranks), **(options | {"use_local_synchronization": True}))
         return made[key]

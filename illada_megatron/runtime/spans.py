@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-_named: list[bool] = []  # whether NVTX gets the names; empty: nobody asks for them
+_named: list[bool] = []  # of each who asks for the names, the last one decides: whether NVTX gets them
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def named_spans(nvtx: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        _named.clear()
+        _named.pop()
 
 
 def span(name: str) -> AbstractContextManager[object]:

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from illada_megatron.checkpoint.fp8_state import linear_layers
 from illada_megatron.config import RunConfig
-from illada_megatron.config.parameters import canonical_name, layer_of
+from illada_megatron.config.parameters import layer_of
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 # of a linear layer, Transformer Engine's quantisers by direction and place
 TENSORS = (("input", "scaling_fwd", 0), ("weight", "scaling_fwd", 1), ("grad_output", "scaling_bwd", 0))
-_WEIGHT = ".weight"
 
 
 def fp8_figures(chunks: Sequence[nn.Module], config: RunConfig, device: torch.device) -> dict[str, float]:
@@ -25,21 +25,13 @@ def fp8_figures(chunks: Sequence[nn.Module], config: RunConfig, device: torch.de
         return {}
     # of a tensor the largest value and the inverse of its factor: the largest over ranks is wanted of both
     found = torch.zeros(config.model.num_layers, len(LINEARS), len(TENSORS), 2, device=device)
-    for chunk in chunks:
-        for name, module in chunk.named_modules():
-            if name.endswith(LINEARS) and getattr(module, "fp8_initialized", False):
-                layer, linear = _place(chunk, name, config.model.tie_word_embeddings)
-                for index, (_, direction, number) in enumerate(TENSORS):
-                    _fill(found[layer, linear, index], module, direction, number)
+    for name, module in linear_layers(chunks, config.model.tie_word_embeddings):
+        if name.endswith(LINEARS) and module.fp8_initialized:
+            layer, linear = layer_of(name) or 0, next(i for i, one in enumerate(LINEARS) if name.endswith(one))
+            for index, (_, direction, number) in enumerate(TENSORS):
+                _fill(found[layer, linear, index], module, direction, number)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return _named(found.cpu())
-
-
-def _place(chunk: Any, name: str, tied: bool) -> tuple[int, int]:
-    """Number of the layer in the whole model, and of the linear among `LINEARS`. The chunk may be in DDP's wrapper."""
-    inner, within = getattr(chunk, "module", chunk), name.removeprefix("module.")
-    whole = canonical_name(f"{within}{_WEIGHT}", inner.layer_offset, tied).removesuffix(_WEIGHT)
-    return layer_of(f"{whole}.") or 0, next(i for i, linear in enumerate(LINEARS) if whole.endswith(linear))
 
 
 def _fill(found: torch.Tensor, module: Any, direction: str, number: int) -> None:

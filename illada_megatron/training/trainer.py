@@ -18,6 +18,7 @@ from illada_megatron.runtime.tables import tell
 from illada_megatron.training.bad_steps import BadStep
 from illada_megatron.training.flops import training_flops
 from illada_megatron.training.fp8_figures import fp8_figures
+from illada_megatron.training.fp8_history import ScalingBefore
 from illada_megatron.training.metrics import StepSums, reduce_sums
 from illada_megatron.training.optimizer import apply_gradients, gradient_norm, set_learning_rate
 from illada_megatron.training.profiling import Profiler
@@ -97,6 +98,7 @@ def train(config: RunConfig) -> TrainResult:
                 stop |= state.step >= last_step
                 if _due(config.validation.interval_steps, state.step) and state.validation is not None:
                     watchdog.now("validation", state.step)
+                    before = ScalingBefore(state.chunks, config)
                     figures = evaluate(state.chunks, state.validation)
                     state.held_out = figures.noted(state.step)
                     reporter.held_out(state.step, figures)
@@ -105,6 +107,7 @@ def train(config: RunConfig) -> TrainResult:
                         with state.ema.as_weights():
                             figures = evaluate(state.chunks, state.validation)
                         reporter.held_out(state.step, figures, ema=True)
+                    before.restore()
                 # In a row of bad steps the weights may be what is bad: the checkpoint before it stays the newest.
                 save_due |= _due(config.checkpoint.interval_steps, state.step)
                 if save_due and not state.bad_steps.streak:
@@ -132,6 +135,7 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    before = ScalingBefore(state.chunks, config)
     state.clock.begin_step()
     with span("forward and backward passes"):
         local = run_schedule(state.source, list(state.chunks), state.loader, batch_size, forward_only=False)
@@ -156,6 +160,8 @@ def train_step(state: TrainingState, stop_requested: bool = False) -> tuple[Step
         if state.ema is not None:
             with span("moving average of the weights"):
                 state.ema.update()
+    else:
+        before.restore()
     state.step += 1
     state.consumed_samples = first_sample + batch_size
     seconds = time.perf_counter() - start

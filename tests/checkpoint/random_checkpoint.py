@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.checkpoint import store
-from illada_megatron.checkpoint.files.names import EMA, MOMENTS, tensor_name
+from illada_megatron.checkpoint.files.names import EMA, FP8, MOMENTS, tensor_name
 from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig
@@ -23,10 +23,11 @@ PROGRESS = {
 
 
 def random_tensors(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
-    """All tensors of a checkpoint of `config`, moments, fp32 main weights (of a bf16 model) and the weights' moving
-    average (where the run keeps one) included."""
+    """All tensors of a checkpoint of `config`: weights, moments, fp32 main weights (of a bf16 model), the weights'
+    moving average (where the run keeps one) and delayed scaling's state (where it scales so)."""
     generator = torch.Generator().manual_seed(seed)
-    bf16 = config.training.precision == "bf16"
+    bf16 = config.training.precision != "fp32"
+    moments = torch.bfloat16 if config.optimizer.moments_dtype == "bf16" else torch.float32
     tensors = {}
     for parameter in parameters(config.model):
         main = torch.randn(parameter.shape, generator=generator)
@@ -34,7 +35,13 @@ def random_tensors(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
         average = [EMA] if config.optimizer.ema_decay else []
         for state in (*MOMENTS, *(["main"] if bf16 else []), *average):
             value = main if state == "main" else torch.randn(parameter.shape, generator=generator)
-            tensors[tensor_name(parameter.name, state)] = value
+            tensors[tensor_name(parameter.name, state)] = value.to(moments) if state in MOMENTS else value
+        if config.training.precision == "fp8" and config.fp8.recipe == "delayed" and ".linear_" in parameter.name:
+            layer, history = parameter.name.removesuffix(".weight"), config.fp8.amax_history_len
+            for direction, count in (("fwd", 3), ("bwd", 2)):
+                for state, shape in (("scale", (count,)), ("amax_history", (history, count))):
+                    name = tensor_name(layer, f"{FP8}{state}_{direction}")
+                    tensors[name] = torch.rand(shape, generator=generator)
     return tensors
 
 

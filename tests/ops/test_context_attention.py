@@ -1,12 +1,15 @@
 """Attention over context-parallel ranks against the same on one: values and gradients, real processes over gloo."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from illada_megatron.diffusion.context import context_share
 from illada_megatron.ops.context_attention import context_attention
@@ -15,6 +18,18 @@ from illada_megatron.ops.segment_attention import segment_attention_reference
 GROUPS, HEADS, DIM, SCALE = 2, 3, 8, 0.3
 # the third has a rank without any token of its own: its row is mostly padding
 CASES = {"whole": ([24], None), "cut": ([5, 19], None), "mostly padding": ([6], 48), "documents": ([1, 9, 2, 4], 96)}
+
+
+class _Calls(TorchDispatchMode):
+    """How often each of torch's operators is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _inputs(lengths: list[int]) -> tuple[torch.Tensor, ...]:
@@ -33,9 +48,14 @@ def _work(rank: int, ranks: int, directory: str) -> None:
         share = context_share(cu_seqlens, None, rank, ranks, row, 1)
         real = share.positions >= 0
         own = torch.where(real[:, None, None, None], qkv[share.positions], 7.0).requires_grad_()
-        out = context_attention(own, cos, sin, cu_seqlens, share.cu_seqlens_padded, SCALE, dist.group.WORLD)
+        with _Calls() as calls:
+            out = context_attention(own, cos, sin, cu_seqlens, share.cu_seqlens_padded, SCALE, dist.group.WORLD)
         assert not out[~real].any()
-        out.backward(torch.where(real[:, None, None], grad[share.positions], 0.0))
+        # of the whole row, however many segments it has: the time would grow with their square
+        assert calls.names["index_copy"] <= 1
+        with _Calls() as calls:
+            out.backward(torch.where(real[:, None, None], grad[share.positions], 0.0))
+        assert calls.names["index_add"] + calls.names["index_add_"] + calls.names["index_put_"] <= 2
         assert own.grad is not None
         assert not own.grad[~real].any()
         found = (share.positions[real], out[real].detach(), own.grad[real])

@@ -24,7 +24,8 @@ cpu_adaptor.install()
 from megatron.core import parallel_state as state
 new_group, asked = dist.new_group, []
 def counted(**arguments):
-    asked.append(tuple(arguments["ranks"]))
+    ring = len(arguments["ranks"]) > 1 and arguments["group_desc"] == "CONTEXT_PARALLEL_GROUP"
+    asked.append((tuple(arguments["ranks"]), ring))
     return new_group(**arguments)
 dist.new_group = counted
 for case in sys.argv[1:]:
@@ -44,13 +45,15 @@ for case in sys.argv[1:]:
         assert [group.size() for group in groups] == [tp, pp, dp * cp, tp * pp, world, dp * cp, cp, dp]
         assert state.get_tensor_model_parallel_rank() == rank % tp
         assert state.get_pipeline_model_parallel_rank() == rank // (world // pp)
-        assert all(rank in ranks for ranks in asked)
-        print(case, rank, len(asked), *{hash(ranks) for ranks in asked})
+        assert all(rank in ranks for ranks, _ in asked)
+        # attention's ring and DDP's collectives run at the same time
+        assert cp == 1 or state.get_context_parallel_group() not in groups[:6]
+        print(case, rank, len(asked), *{hash(group) for group in asked})
         state.destroy_model_parallel()
         dist.destroy_process_group()
 """
 _SMALL = [(8, 2, 2, 1), (8, 1, 1, 1), (8, 8, 1, 1), (8, 1, 4, 1), (64, 4, 1, 1), (64, 8, 4, 1)]
-_SMALL += [(8, 1, 1, 2), (8, 2, 1, 4), (8, 2, 2, 2), (64, 2, 4, 4)]
+_SMALL += [(8, 1, 1, 2), (8, 2, 1, 4), (8, 2, 2, 2), (64, 2, 4, 4), (4, 1, 1, 4)]
 _LARGE = [("illada-8b", 4, 1), ("illada-70b", 8, 4)]
 _RANKS = (0, 511, 1023)
 

@@ -4,11 +4,16 @@ python -m tests.te.emulation_run DIRECTORY
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from benchmarks.fp8 import stand_in
 
@@ -24,37 +29,74 @@ _MODEL = (
 
 
 def main(place: Path) -> None:
-    stand_in.install()
-    from illada_megatron.runtime.megatron import import_megatron
-
-    import_megatron()
-    from benchmarks.fp8 import emulation
+    _install()
     from tests.corpus import write_corpus
 
-    emulation.install()
     shard = f"data.train_paths=[{write_corpus(place / 'text')}]"
     found: dict[str, Any] = {"bf16": _run(place, "bf16", shard, "training.precision=bf16")}
     for recipe in RECIPES:
         found[recipe] = _run(place, recipe, shard, "training.precision=fp8", f"fp8.recipe={recipe}")
     found["stale"] = _with_stale_weights(place, shard)
+    held_out = f"data.validation_paths=[{write_corpus(place / 'held_out')}]"
+    validation = (held_out, "validation.interval_steps=1", "validation.num_samples=4")
+    found["validated"] = _run(place, "validated", shard, *_precision("delayed"), *validation)
+    found["bad step"] = _with_a_bad_step(place, shard)
     found |= _resumed(place, shard)
     found |= _gathered(place, shard)
     print(json.dumps(found))
 
 
+def tensor_parallel_rank(rank: int, place: str, shard: str) -> None:
+    """A rank of a run with delayed scaling, which writes what it has found to `rank_0.json`, ..."""
+    _install()
+    found = _run(Path(place), "ranks", shard, *_precision("delayed"), "parallel.tensor_model_parallel_size=2")
+    (Path(place) / f"rank_{rank}.json").write_text(json.dumps(found))
+
+
+def _install() -> None:
+    stand_in.install()
+    from illada_megatron.runtime.megatron import import_megatron
+
+    import_megatron()
+    from benchmarks.fp8 import emulation
+
+    emulation.install()
+
+
 def _run(place: Path, name: str, *overrides: str) -> dict[str, Any]:
-    """Of a run: losses, matrix products by the formats of their operands, names in its curves."""
+    """Of a run: losses, which steps were skipped, matrix products by the formats of their operands, its curves; what
+    delayed scaling has kept: factors, and the largest of each tensor's history."""
     from benchmarks.fp8 import emulation, kernels
-    from illada_megatron.training import reporter, train
+    from illada_megatron.training import reporter, train, trainer
 
     kernels.GEMMS.clear()
     curves: dict[str, float] = {}
-    log = place / f"{name}.jsonl"
+    layers: list[Any] = []
+    log, schedule = place / f"{name}.jsonl", trainer.run_schedule
+
+    def seen(source: Any, chunks: Any, *arguments: Any, **options: Any) -> Any:
+        layers[:] = chunks
+        return schedule(source, chunks, *arguments, **options)
+
     config = emulation.emulated_config(None, [*_MODEL, f"logging.jsonl_path={log}", *overrides])
-    with _instead(reporter.Reporter, "scalars", lambda _self, _step, values: curves.update(values)):
+    with (
+        _instead(reporter.Reporter, "scalars", lambda _self, _step, values: curves.update(values)),
+        _instead(trainer, "run_schedule", seen),
+    ):
         train(config)
-    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    return {"losses": losses, "gemms": dict(kernels.GEMMS), "curves": curves}
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    found = {name: [step[field] for step in steps] for name, field in (("losses", "loss"), ("skipped", "skipped"))}
+    return {**found, "gemms": dict(kernels.GEMMS), "curves": curves, "scaling": _scaling(layers)}
+
+
+def _scaling(chunks: Any) -> dict[str, list[float]]:
+    from illada_megatron.checkpoint.fp8_state import scalings
+
+    found: dict[str, list[float]] = {}
+    for one in scalings(chunks, True):
+        factors, history = one.names()
+        found |= {factors: one.scale.tolist(), history: one.amax_history.amax(0).tolist()}
+    return found
 
 
 @contextmanager
@@ -82,6 +124,44 @@ def _with_stale_weights(place: Path, shard: str) -> dict[str, Any]:
 
     with _instead(MegatronModule, "set_is_first_microbatch", only_once):
         return _run(place, "stale", shard, "training.precision=fp8", "fp8.recipe=tensorwise")
+
+
+def _with_a_bad_step(place: Path, shard: str) -> dict[str, Any]:
+    """A run whose second step meets an infinite weight: whether what delayed scaling has seen is finite behind the
+    step's passes, and as before them in the next step. Then its layers load a checkpoint that has none of it."""
+    from illada_megatron.checkpoint import fp8_state
+    from illada_megatron.config.schema import ModelConfig
+    from illada_megatron.training import trainer
+
+    schedule = trainer.run_schedule
+    found: dict[str, Any] = {"steps": 0}
+    layers: list[Any] = []
+    before: list[Tensor] = []
+
+    def state() -> list[Tensor]:
+        return [one for scaling in fp8_state.scalings(layers, True) for one in (scaling.scale, scaling.amax_history)]
+
+    def poisoned(source: Any, chunks: Any, *arguments: Any, **options: Any) -> Any:
+        found["steps"], layers[:] = found["steps"] + 1, chunks
+        weight = chunks[0].module.decoder.layers[0].self_attention.linear_qkv.layer_norm_weight.data
+        kept = weight.clone()
+        if found["steps"] == 2:
+            before.extend(one.clone() for one in state())
+            weight.fill_(math.inf)
+        elif found["steps"] == 3:
+            found["as before"] = len(before) > 0 and all(map(torch.equal, before, state()))
+        sums = schedule(source, chunks, *arguments, **options)
+        if found["steps"] == 2:
+            found["finite"] = all(bool(one.isfinite().all()) for one in state())
+        weight.copy_(kept)
+        return sums
+
+    with _instead(trainer, "run_schedule", poisoned):
+        found |= _run(place, "bad step", shard, *_precision("delayed"))
+    nothing: Any = SimpleNamespace(tensors={})
+    fp8_state.load(nothing, [chunk.module for chunk in layers], ModelConfig())
+    found["begun anew"] = all(bool((one == float(one.dim() == 1)).all()) for one in state())
+    return found
 
 
 def _resumed(place: Path, shard: str) -> dict[str, Any]:

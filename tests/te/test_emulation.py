@@ -4,12 +4,15 @@ weights are quantised anew with each step, and that a run goes on in FP8, from i
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus import write_corpus
+from ranks import run_ranks
 
 from benchmarks.fp8 import stand_in
-from tests.te.emulation_run import LAYERS, RECIPES, SAVED, STEPS
+from tests.te.emulation_run import LAYERS, RECIPES, SAVED, STEPS, tensor_parallel_rank
 
 pytestmark = pytest.mark.skipif(stand_in.is_installed() or stand_in.missing() is not None, reason=stand_in.HOW)
 MICROBATCHES = 2 * STEPS
@@ -91,6 +94,40 @@ def test_delayed_scalings_state_has_canonical_names(found: dict[str, Any]) -> No
     assert tensors[f"fp8.amax_history_fwd.{linear}"] == [1024, 3]
     assert tensors[f"fp8.scale_bwd.{linear}"] == [2]
     assert len(tensors) == 4 * 4 * LAYERS
+
+
+def test_validation_changes_nothing(found: dict[str, Any]) -> None:
+    """Its passes would raise the largest values that the next step's factors are made of."""
+    for what in ("losses", "curves", "scaling"):
+        assert found["validated"][what] == found["delayed"][what]
+
+
+def test_a_skipped_step_leaves_delayed_scaling_as_it_was(found: dict[str, Any]) -> None:
+    """An infinite value would keep factors as they are for as many passes as are remembered."""
+    bad = found["bad step"]
+    assert bad["skipped"] == [False, True, False, False]
+    assert not bad["finite"]
+    assert bad["as before"]
+
+
+def test_layers_that_have_seen_something_begin_anew(found: dict[str, Any]) -> None:
+    """Where a run goes back to a checkpoint that has none of delayed scaling's state."""
+    assert found["bad step"]["begun anew"]
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_keep_what_one_does(found: dict[str, Any], tmp_path: Path) -> None:
+    """Under the same names: largest values are reduced over the ranks, and each rank has the whole layer's. FP8 rounds
+    one's sums otherwise than two's, and Adam's first steps follow the sign of what is rounded."""
+    corpus = write_corpus(tmp_path / "text")
+    run_ranks(tensor_parallel_rank, 2, str(tmp_path), f"data.train_paths=[{corpus}]")
+    ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["scaling"] == ranks[1]["scaling"]
+    for what in ("curves", "scaling"):
+        one, two = found["delayed"][what], ranks[0][what]
+        assert list(two) == list(one)
+        for name, values in one.items():
+            assert two[name] == pytest.approx(values, rel=0.25), name
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])

@@ -44,8 +44,9 @@ class LegacyFile:
 
     name: str
     """From the checkpoint's directory."""
-    spans: tuple[tuple[int, int], ...]
-    """First byte and end of each tensor's elements, in ascending order."""
+    spans: tuple[tuple[int, int, torch.dtype], ...]
+    """First byte and end of each tensor's elements, in ascending order, and what they are: Adam's moments are fp32
+    here, whatever they were."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def stages_to_write(directory: Path, config: RunConfig) -> list[LegacyStage]:
         sizes = [math.prod(parameter.held_shape(tensor_parallel)) for _, parameter in named]
         spans = [
             tuple(
-                (slots[rank].offset, slots[rank].offset + size * slots[rank].dtype.itemsize)
+                (slots[rank].offset, slots[rank].offset + size * slots[rank].dtype.itemsize, slots[rank].dtype)
                 for size, (_, slots) in zip(sizes, tensors, strict=True)
             )
             for rank in range(tensor_parallel)

@@ -129,16 +129,16 @@ class _Filled:
         skeleton = path / file.name
         self._skeleton, self._spans, self._end = skeleton.open("rb"), iter(file.spans), 0
         skeleton.unlink()  # open, it can be read on
-        self._file = RecordedFile(LocalFolder(path), file.name)
+        self._file, self._dtype = RecordedFile(LocalFolder(path), file.name), torch.uint8
 
     def begin(self) -> None:
         """The elements of the next tensor are next."""
-        begin, end = next(self._spans)
+        begin, end, self._dtype = next(self._spans)
         self._go_to(begin)
         self._end = end
 
     def append(self, part: Tensor) -> None:
-        self._file.write(bytes_of(part))
+        self._file.write(bytes_of(part.to(self._dtype)))
 
     def close(self) -> WrittenPart:
         if next(self._spans, None) is not None:

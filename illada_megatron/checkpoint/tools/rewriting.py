@@ -12,13 +12,13 @@ from illada_megatron.checkpoint import store
 from illada_megatron.checkpoint.files.errors import CheckpointError
 from illada_megatron.checkpoint.files.integrity import FileRecord, checksum
 from illada_megatron.checkpoint.files.local_files import LocalFolder
-from illada_megatron.checkpoint.files.names import EMA, OPTIMIZER_STATE, WEIGHT, tensor_name
+from illada_megatron.checkpoint.files.names import EMA, FP8, OPTIMIZER_STATE, WEIGHT, split_name, tensor_name
 from illada_megatron.checkpoint.files.new_directory import staged
 from illada_megatron.checkpoint.files.storage import Folder
 from illada_megatron.checkpoint.files.tensors import PIECE_BYTES, WrittenPart, write_metadata
 from illada_megatron.checkpoint.megatron import legacy_layout
 from illada_megatron.checkpoint.megatron.legacy_files import LegacyFile, stages_to_write
-from illada_megatron.checkpoint.megatron.legacy_skeleton import write_skeleton
+from illada_megatron.checkpoint.megatron.legacy_skeleton import DTYPES, write_skeleton
 from illada_megatron.checkpoint.megatron.stage_parameters import Implementation, parameters_of_stages
 from illada_megatron.checkpoint.store import CheckpointInfo
 from illada_megatron.checkpoint.tools.copying import DistSink, LegacySink, Sink, copy_tensors
@@ -66,6 +66,9 @@ class Rewritten:
     """Of the tensors, each once."""
     without_ema: bool = False
     """The source has a moving average of the weights, and Megatron's format has no place for it."""
+    without_fp8_state: bool = False
+    """The source has delayed scaling's factors and largest values; in Megatron's format they would be Transformer
+    Engine's pickled bytes."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,10 @@ def rewrite(
     states = [state for state in OPTIMIZER_STATE if _has(content.source, state)]
     without_ema = format_ == "legacy" and EMA in states
     tasks = _copies(content, [state for state in states if not (without_ema and state == EMA)])
+    without_fp8_state = False
+    if fp8_state := _fp8_state(content.source, len(tasks)):
+        without_fp8_state = format_ == "legacy"
+        tasks += [] if without_fp8_state else [fp8_state]
     checks = [
         _Check(info.path, name, record) for info in content.verified for name, record in sorted(info.files.items())
     ]
@@ -151,7 +158,7 @@ def rewrite(
         else:
             files = dict(sorted(entry for part in parts for entry in part.files.items()))
         _finish(path, content, files, format_)
-    return Rewritten(target, step, tensors, nbytes, without_ema)
+    return Rewritten(target, step, tensors, nbytes, without_ema, without_fp8_state)
 
 
 def _has(source: Source, state: str) -> bool:
@@ -191,6 +198,16 @@ def _copies(content: Content, states: Sequence[str]) -> list[_Copy]:
         if group:
             tasks.append(_Copy(len(tasks), tuple(group), _nbytes(source, group)))
     return tasks
+
+
+def _fp8_state(source: Source, number: int) -> _Copy | None:
+    """All of delayed scaling's state: every rank of a tensor parallel group has the whole of a layer's."""
+    named = tuple(
+        (name, Parameter(name, info.shape, split=None))
+        for name, info in source.tensors.items()
+        if split_name(name).state.startswith(FP8)
+    )
+    return _Copy(number, named, _nbytes(source, named)) if named else None
 
 
 def _legacy_copies(path: Path, content: Content, implementation: Implementation) -> list[_Copy]:
@@ -255,10 +272,11 @@ def _finish(path: Path, content: Content, files: dict[str, FileRecord], format_:
 def _written_bytes(tasks: Sequence[_Copy], config: RunConfig, format_: Format) -> int:
     """About; legacy: each tensor-parallel rank has its own norms, the last stage its own embedding, the distributed
     optimizer its own weights of an fp32 model."""
-    total = sum(task.nbytes for task in tasks)
     if format_ == "torch_dist":
-        return total
+        return sum(task.nbytes for task in tasks)
     held = [(name, one) for task in tasks for name, one in task.named]
+    itemsize = DTYPES[config.training.precision].itemsize  # of weights; the optimizer's state is fp32
+    total = sum(math.prod(one.shape) * (itemsize if name == one.name else 4) for name, one in held)
     if config.model.tie_word_embeddings and config.parallel.pipeline_model_parallel_size > 1:
         total += sum(math.prod(one.shape) * 16 for name, one in held if name == EMBEDDING)
     if config.parallel.use_distributed_optimizer and config.training.precision == "fp32":

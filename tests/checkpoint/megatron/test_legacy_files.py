@@ -34,6 +34,7 @@ MODEL = (
     *("model.num_query_groups=2", "model.vocab_size=250", "model.max_sequence_length=64", "data.sequence_length=32"),
     *("training.micro_batch_size=1", "training.global_batch_size=8", "runtime.device=cpu", "runtime.num_threads=1"),
 )
+FP8 = ("runtime.device=auto", "model.ffn_hidden_size=64")  # a tensor parallel rank's part is a multiple of 16
 # of a layer, in the order of megatron-core's modules
 LOCAL = (
     *("input_layernorm.weight", "self_attention.linear_proj.weight", "self_attention.linear_qkv.weight"),
@@ -79,6 +80,7 @@ def _stage(tensors: dict[str, Tensor], layers: list[int], first: bool, last: boo
         (1, 2, 2, False, "fp32", "local", "false"),
         (2, 4, 1, False, "bf16", "local", "true"),
         (2, 2, 2, True, "fp32", "transformer_engine", "false"),
+        (2, 1, 1, False, "fp8", "local", "false"),
     ],
 )
 def test_files_are_megatrons_and_come_back_bit_for_bit(
@@ -90,6 +92,7 @@ def test_files_are_megatrons_and_come_back_bit_for_bit(
         [
             *(*MODEL, f"training.precision={precision}", f"model.add_qkv_bias={bias}", f"model.qk_layernorm={bias}"),
             f"parallel.use_distributed_optimizer={str(distributed).lower()}",
+            *(FP8 if precision == "fp8" else []),
         ],
     )
     tensors = random_tensors(config)
@@ -142,6 +145,22 @@ def test_files_are_megatrons_and_come_back_bit_for_bit(
     assert compare(ours, returned, processes=2).identical
     assert returned.info.progress == ours.info.progress
     assert returned.config == ours.config
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_moments_in_bf16_become_fp32(distributed: str, tmp_path: Path) -> None:
+    """Megatron's optimizers have fp32 moments: the same numbers."""
+    overrides = ["training.precision=bf16", "optimizer.moments_dtype=bf16", "optimizer.adam_beta2=0.95"]
+    config = load_config(None, [*MODEL, *overrides, f"parallel.use_distributed_optimizer={distributed}"])
+    tensors = random_tensors(config)
+    write_checkpoint(tmp_path / "ours", config, tensors)
+    change = LayoutChange(tensor=2, pipeline=2)
+    reshard(open_checkpoint(str(tmp_path / "ours")), tmp_path / "legacy", change, "legacy", "local", processes=1)
+    found = open_checkpoint(str(tmp_path / "legacy")).source
+    for name, tensor in tensors.items():
+        value = found.read(name)
+        assert value.dtype == (torch.float32 if name.startswith("optimizer.") else torch.bfloat16), name
+        assert torch.equal(value, tensor.to(value.dtype)), name
 
 
 UNEVEN = {
@@ -205,7 +224,7 @@ def _check_plain(optimizer: Any, _: Path, chunks: list[Any], rank: int, tp: int,
                 for local, value in chunk(f"optimizer.{state}.").items()
                 if (value.dim() == 1) == vectors
             ]
-            for state in ("exp_avg", "exp_avg_sq", *(["main"] if precision == "bf16" else []))
+            for state in ("exp_avg", "exp_avg_sq", *(["main"] if precision != "fp32" else []))
         }
         assert inner["param_groups"][group]["params"] == list(range(number, number + len(whole["exp_avg"])))
         for index in range(len(whole["exp_avg"])):
@@ -232,7 +251,7 @@ def _check_distributed(
         for key, prefix in (
             ("exp_avg", "optimizer.exp_avg."),
             ("exp_avg_sq", "optimizer.exp_avg_sq."),
-            ("param", "optimizer.main." if precision == "bf16" else ""),
+            ("param", "optimizer.main." if precision != "fp32" else ""),
         ):
             expected: list[Tensor] = []
             for local, value in reversed(chunk(prefix).items()):
@@ -419,7 +438,7 @@ def test_main_weights_that_are_not_the_weights_are_refused(tmp_path: Path) -> No
 def test_a_gap_where_elements_belong_is_an_error(tmp_path: Path) -> None:
     """Files are made of zeros before they are written: what nobody writes must not stay so."""
     (tmp_path / "file.pt").write_bytes(bytes(40))
-    file = LegacyFile("file.pt", ((8, 24),))
+    file = LegacyFile("file.pt", ((8, 24, torch.float32),))
     parameter = Parameter("a", (4,), None)
     block = Block((0,), (4,), (Target(0, 0, None),))
     sink = LegacySink(tmp_path, [file])

@@ -145,6 +145,21 @@ def test_ranks_read_their_files_from_front_to_back(tmp_path: Path) -> None:
     assert sorted(map(len, readers.values())) == [1] * len(readers) == [1] * 4
 
 
+DELAYED = ("training.precision=fp8", "fp8.recipe=delayed", "fp8.amax_history_len=8", "model.ffn_hidden_size=64")
+
+
+def test_delayed_scalings_state_goes_along(tmp_path: Path, illada: Illada) -> None:
+    """Without it the continued run would begin with factors of 1. Megatron's files hold none, which is said."""
+    source = _random(tmp_path / "source", *DELAYED)
+    assert illada("checkpoint", "reshard", source, tmp_path / "new", "--tp", 2, "--pp", 2).code == 0
+    both = [open_checkpoint(str(place)) for place in (source, tmp_path / "new")]
+    assert sum(name.startswith("fp8.") for name in both[1].source.tensors) == 2 * 4 * 4
+    assert compare(*both, processes=1).identical
+    legacy = illada("checkpoint", "reshard", source, tmp_path / "legacy", "--format", "legacy")
+    assert legacy.code == 0, legacy.err
+    assert "delayed scaling's state (fp8.*) is left out of Megatron's format" in " ".join(legacy.out.split())
+
+
 def test_a_bit_changed_in_the_source_is_refused(tmp_path: Path, illada: Illada) -> None:
     """And nothing is left of the attempt; with --no-verify it is copied as it is."""
     source = _random(tmp_path / "source")
