@@ -1,5 +1,5 @@
-"""Trains the demo's layers (preset tiny) in bf16 and in each FP8 recipe from the same start, on a CPU, over stand-ins for
-Transformer Engine's kernels; prints a table and draws the losses.
+"""Trains the demo's layers (preset tiny) in bf16 and in each FP8 recipe from the same start, on a CPU, over stand-ins
+for Transformer Engine's kernels; prints a table and draws the losses.
 
     python -m benchmarks.fp8.emulated_training [--steps 300] [--directory DIR] [--png FILE]
 

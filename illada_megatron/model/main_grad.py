@@ -39,8 +39,8 @@ def _wgrad_gemm_accum_fp32(inputs: Tensor, grad_outputs: Tensor, main_grad: Tens
 
 
 def bind_weight_gradient() -> None:
-    """Give the backward pass of megatron-core's linears this GEMM: it looks up Apex's name in its own module, and has no
-    argument for it. Calling it again does nothing."""
+    """Give the backward pass of megatron-core's linears this GEMM: it looks up Apex's name in its own module, and has
+    no argument for it. Calling it again does nothing."""
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_wgrad_gemm_accum_fp32)
 
 
