@@ -74,8 +74,8 @@ def _missing(name: str) -> Any:
 
 
 def is_installed() -> bool:
-    """Transformer Engine itself, with its compiled module; asked before `install`."""
-    return importlib.util.find_spec("transformer_engine_torch") is not None
+    """Transformer Engine itself; asked before `install`. Its compiled module lies inside of the package since 2.20."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def missing() -> str | None:

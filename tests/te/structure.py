@@ -22,9 +22,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.fp8 import stand_in
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+_CONTEXT = "parallel.context_parallel_size=2"
 # preset -> its layout, ranks: the first, one in the middle and the last (illada-8b: all), tensor parallel ones fastest
 LAYOUTS: dict[str, tuple[list[str], list[int]]] = {
     "illada-8b": (["parallel.tensor_model_parallel_size=4", "parallel.pipeline_model_parallel_size=2"], [*range(8)]),
+    "illada-8b-32k": (
+        ["parallel.tensor_model_parallel_size=4", "parallel.pipeline_model_parallel_size=2", _CONTEXT],
+        [0, 6, 15],
+    ),
     "illada-70b": ([], [0, 13, 31]),
 }
 LOCAL, BF16 = "local", "bf16"
@@ -68,11 +73,13 @@ def _ranks(preset: str) -> Iterator[tuple[str, dict[str, Any]]]:
     overrides, ranks = LAYOUTS[preset]
     for rank in ranks:
         base = load_config(preset, overrides)
-        tensor, pipeline = base.parallel.tensor_model_parallel_size, base.parallel.pipeline_model_parallel_size
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tensor * pipeline)
+        parallel = base.parallel
+        model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        ranks_in_all = model_ranks * parallel.context_parallel_size
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks_in_all)
         from illada_megatron.runtime.device import Device
 
-        _init_megatron(base, resolve_layout(base, tensor * pipeline), Device(torch.device("cpu"), "meta", None))
+        _init_megatron(base, resolve_layout(base, ranks_in_all), Device(torch.device("cpu"), "meta", None))
         torch.cuda.current_device = lambda: "meta"  # type: ignore[assignment,return-value]
         kinds = {}
         for kind in (LOCAL, BF16, *RECIPES):
