@@ -1,5 +1,5 @@
-"""Trains the demo's layers (preset tiny) in bf16 and in each FP8 recipe from the same start, on a CPU, over stand-ins
-for Transformer Engine's kernels; prints a table and draws the losses.
+"""Trains the demo's layers (preset tiny) in bf16, in fp32 and in each FP8 recipe from the same start, on a CPU, over
+stand-ins for Transformer Engine's kernels; prints a table and draws the losses.
 
     python -m benchmarks.fp8.emulated_training [--steps 300] [--directory DIR] [--png FILE]
 
@@ -17,7 +17,8 @@ import numpy as np
 import typer
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("bf16", "tensorwise", "delayed", "blockwise")
+RECIPES = ("bf16", "fp32", "tensorwise", "delayed", "blockwise")
+"""fp32 shows how far roundings alone lead apart."""
 _MODEL = (
     *("model.num_layers=4", "model.hidden_size=256", "model.ffn_hidden_size=704", "model.num_attention_heads=8"),
     *("model.num_query_groups=2", "model.vocab_size=262", "model.init_method_std=0.05", "model.rotary_base=10000.0"),
@@ -94,9 +95,9 @@ def _train(recipe: str, steps: int, place: Path) -> None:
 
 
 def precision(recipe: str) -> list[str]:
-    """Overrides: bf16, or a recipe with all layers in FP8."""
-    if recipe == "bf16":
-        return ["training.precision=bf16"]
+    """Overrides: bf16, fp32, or a recipe with all layers in FP8."""
+    if recipe in ("bf16", "fp32"):
+        return [f"training.precision={recipe}"]
     ends = ["fp8.num_layers_at_start_in_bf16=0", "fp8.num_layers_at_end_in_bf16=0"]
     return ["training.precision=fp8", f"fp8.recipe={recipe}", *ends]
 
@@ -135,15 +136,14 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for recipe, steps in runs.items():
         smooth = np.convolve([step["loss"] for step in steps], kernel, "valid")
         at = np.arange(width, width + len(smooth))
-        above.plot(at, smooth, label=recipe, linewidth=1)
+        (line,) = above.plot(at, smooth, label=recipe, linewidth=1)
         if recipe != "bf16":
-            below.plot(at, smooth - base, label=recipe, linewidth=1)
+            below.plot(at, smooth - base, color=line.get_color(), linewidth=1)
     above.set_ylabel("loss (nats/token), mean of 20 steps")
     above.legend()
     below.set_ylabel("minus bf16's")
     below.set_xlabel("step")
     below.axhline(0.0, color="black", linewidth=0.5)
-    below.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
 
