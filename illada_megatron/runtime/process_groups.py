@@ -16,13 +16,14 @@ import torch.distributed as dist
 from illada_megatron.config.layout import Layout
 
 # The dimensions that each kind of group spans, as megatron-core makes them without experts (parallel_state.py:
-# decoder_rank_generator.get_ranks, and the whole world for the distributed optimizer). Of size 1: left out. The context
-# parallel group is counted apart.
+# decoder_rank_generator.get_ranks). Of size 1: left out.
 _SPANS: tuple[tuple[str, ...], ...] = (
-    *(("dp", "cp"), ("dp",), (), ("tp", "pp"), ("tp",), ("pp",)),
-    *(("tp", "dp", "cp"), ("tp", "dp"), ("tp", "cp"), ("tp", "dp", "cp", "pp")),
+    *(("dp", "cp"), ("dp",), (), ("cp",), ("tp", "pp"), ("tp",), ("pp",)),
+    *(("tp", "dp", "cp"), ("tp", "dp"), ("tp", "cp")),
 )
-_CONTEXT_PARALLEL = "CONTEXT_PARALLEL_GROUP"  # megatron-core's description of it (0.16 to 0.19)
+# megatron-core's descriptions (0.16 to 0.19) of groups that work while another over the same ranks may
+_AT_THE_SAME_TIME = ("CONTEXT_PARALLEL_GROUP", "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP")
+_OF_THE_OPTIMIZER = "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"  # the whole world
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,27 @@ def count_groups(layout: Layout) -> GroupCount:
     spans = {tuple(one for one in span if sizes[one] > 1) for span in _SPANS}
     in_the_world = sum(layout.world_size // prod(sizes[one] for one in span) for span in spans)
     # embeddings: the first and the last stage together; with one or two stages that is a set that is there already
-    embedding, context = layout.pipeline > 2, layout.context > 1
-    more = embedding * layout.world_size // layout.pipeline + context * layout.world_size // layout.context
-    return GroupCount(1 + in_the_world + more, 1 + len(spans) + embedding + context)
+    embedding, replicas = layout.pipeline > 2, layout.data * layout.context
+    ring, amax = layout.context > 1 and layout.data == 1, layout.tensor * replicas > 1 and 1 in (layout.tensor, replicas)
+    more = embedding * layout.world_size // layout.pipeline + ring * layout.world_size // layout.context
+    more += amax * layout.pipeline
+    return GroupCount(1 + in_the_world + more, 1 + len(spans) + embedding + ring + amax)
 
 
 @contextmanager
 def own_groups() -> Iterator[None]:
-    """Within it megatron-core makes the groups that this rank is in, and no set of ranks twice but context parallel's.
+    """Within it megatron-core makes the groups that this rank is in, and hardly a set of ranks twice.
 
     All of its groups are made by one function, whose name is bound anew here: torch's `use_local_synchronization` lets
-    a rank leave out what it is no member of. Nothing overlaps on the groups that become one: they are those of experts,
-    which are not there, or of the optimizer's norm, which waits for the gradients. Context parallel ranks keep their
-    own: Transformer Engine's ring sends keys and values while DDP reduces gradients, without data parallelism over the
-    same ranks, and a communicator does one after the other.
+    a rank leave out what it is no member of. A communicator does one collective after the other, so two kinds have
+    their own: Transformer Engine's ring sends keys and values, and delayed scaling's largest values are reduced, while
+    DDP reduces gradients, over the same ranks where there is no data or no tensor parallelism. The others that become
+    one are experts', which are not there.
+
+    torch names such a group after its ranks and the number of groups that a rank has made: all members have to have
+    made as many. The first and the last stage have their embeddings' group more than those between, so no group that
+    spans the stages may come after it. megatron-core's last one does, the optimizer's over the whole world, for the
+    norm alone: it is torch's own.
     """
     from megatron.core import parallel_state
 
@@ -70,11 +78,13 @@ def own_groups() -> Iterator[None]:
     def create_own(ranks: Sequence[int], **options: Any) -> Any:
         if dist.get_rank() not in ranks:
             return dist.GroupMember.NON_GROUP_MEMBER
-        key: tuple[Any, ...] = (tuple(ranks), options.get("backend"))
-        if options.get("pg_options") is not None:  # a communicator that is configured is nobody else's
-            key = (*key, options.get("group_desc"))
-        elif len(ranks) > 1 and options.get("group_desc") == _CONTEXT_PARALLEL:
-            key = (*key, _CONTEXT_PARALLEL)
+        purpose, configured = options.get("group_desc"), options.get("pg_options") is not None
+        key: tuple[Any, ...] = (tuple(sorted(ranks)), options.get("backend"))
+        if purpose == _OF_THE_OPTIMIZER and key not in made:
+            return dist.group.WORLD
+        # a communicator that is configured is nobody else's
+        if configured or (len(ranks) > 1 and purpose in _AT_THE_SAME_TIME and key in made):
+            key = (*key, purpose)
         if key not in made:
             made[key] = create(list(ranks), **(options | {"use_local_synchronization": True}))
         return made[key]
