@@ -114,10 +114,11 @@ def _measure_steps(
             report["left_out"][variant.name] = reason
             continue
         try:
-            figures[variant], layers[variant] = measure_run(variant, workload, steps), workload.num_layers
+            figures[variant] = measure_run(variant, workload, steps, end - time.monotonic())
         except RunFailedError as error:
             _failed(report, variant.name, error)
         else:
+            layers[variant] = workload.num_layers
             console.print(f"{variant.name}: {figures[variant].seconds:.3f} s a step")
     return figures, layers
 

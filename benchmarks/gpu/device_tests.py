@@ -1,13 +1,14 @@
 """The tests marked gpu, in a pytest of their own, and what became of each."""
 
 import os
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu.limited import run_limited
 
 _ROOT = Path(__file__).parents[2]
 NOTHING_COLLECTED = 5
@@ -21,14 +22,14 @@ def run_device_tests(places: list[str], seconds: float) -> dict[str, Any]:
         xml = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={xml}", *places]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
-        try:
-            ended = subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"exit_code": 1, "passed": 0, "skipped": {}, "failed": [f"not done after {seconds:.0f} seconds"]}
+        code, _ = run_limited(command, _ROOT, seconds, env=environment, stdout=sys.stderr)
         cases = list(ElementTree.parse(xml).getroot().iter("testcase")) if xml.exists() else []
-    if not cases and ended.returncode not in (0, NOTHING_COLLECTED):
-        return {"exit_code": ended.returncode, "passed": 0, "skipped": {}, "failed": ["pytest did not start"]}
-    return {"exit_code": ended.returncode, **_counted(cases)}
+    if not cases and code not in (None, 0, NOTHING_COLLECTED):
+        return {"exit_code": code, "passed": 0, "skipped": {}, "failed": ["pytest did not start"]}
+    found = _counted(cases)
+    if code is None:
+        found["failed"].append(f"cut off after {seconds:.0f} seconds")
+    return {"exit_code": 1 if code is None else code, **found}
 
 
 def _path() -> list[str]:

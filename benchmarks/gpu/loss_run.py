@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.limited import run_limited
 from benchmarks.gpu.step_runs import RunFailedError
 from benchmarks.loss.loss_cases import FUSED, GEMMS, MAIN_GRAD
 
@@ -20,12 +21,11 @@ def measure_loss(dry: bool, seconds: float) -> dict[str, Any]:
     ended with an error, or was not done after so many seconds."""
     settings = [*_DRY, *(word for one in _DRY_WHO for word in ("--who", one))] if dry else ["--device", "cuda"]
     command = [sys.executable, "-m", "benchmarks.loss.masked_cross_entropy", *_COMMON, *settings]
-    try:
-        ended = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise RunFailedError(f"not done after {seconds:.0f} seconds") from None
-    lines = ended.stdout.splitlines()
-    if ended.returncode or not lines:
-        raise RunFailedError(f"its process ended with {ended.returncode}")
+    code, out = run_limited(command, _ROOT, seconds, stdout=subprocess.PIPE)
+    if code is None:
+        raise RunFailedError(f"not done after {seconds:.0f} seconds")
+    lines = out.splitlines()
+    if code or not lines:
+        raise RunFailedError(f"its process ended with {code}")
     print("\n".join(lines[:-1]), file=sys.stderr)
     return json.loads(lines[-1])

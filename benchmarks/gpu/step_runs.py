@@ -38,10 +38,10 @@ def runs_on(fitting: Fitting | None) -> Runs:
     ]
 
 
-def measure_run(variant: Variant, workload: Workload, steps: int) -> Figures:
-    """`steps` timed steps. Raises RunFailedError; its process has said more on stderr."""
+def measure_run(variant: Variant, workload: Workload, steps: int, seconds: float) -> Figures:
+    """`steps` timed steps. Raises RunFailedError, also after so many seconds; its process has said more on stderr."""
     settings = Settings(None, "highest", weights_on_device=True)
-    process = MeasuringProcess(variant.name, measure, variant, workload, settings)
+    process = MeasuringProcess(variant.name, measure, variant, workload, settings, seconds=seconds)
     try:
         process.receive()
         for number in range(_WARM_UP + steps):

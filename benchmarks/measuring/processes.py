@@ -40,8 +40,10 @@ def timed(function: Callable[[], float | None]) -> Timing:
 class MeasuringProcess:
     """`target(connection, *arguments)` in a process of its own, from this side. It answers one command at a time."""
 
-    def __init__(self, name: str, target: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, name: str, target: Callable[..., None], *arguments: Any, seconds: float | None = None) -> None:
+        """seconds: after which it is killed, if it has not ended."""
         self.name = name
+        self._end = None if seconds is None else time.monotonic() + seconds
         context = multiprocessing.get_context("spawn")
         self._connection: Connection
         self._connection, theirs = context.Pipe()
@@ -50,7 +52,10 @@ class MeasuringProcess:
         theirs.close()  # so that its end is noticed here
 
     def receive(self) -> Any:
-        """Its next answer; exits with 1 where it died, having said why on stderr."""
+        """Its next answer; exits with 1 where it died or was killed, having said why on stderr."""
+        if self._end is not None and not self._connection.poll(max(self._end - time.monotonic(), 0.0)):
+            print(f"{self.name}: no time is left for it", file=sys.stderr)
+            self._process.kill()
         try:
             return self._connection.recv()
         except EOFError:

@@ -50,7 +50,8 @@ def count_groups(layout: Layout) -> GroupCount:
     in_the_world = sum(layout.world_size // prod(sizes[one] for one in span) for span in spans)
     # embeddings: the first and the last stage together; with one or two stages that is a set that is there already
     embedding, replicas = layout.pipeline > 2, layout.data * layout.context
-    ring, amax = layout.context > 1 and layout.data == 1, layout.tensor * replicas > 1 and 1 in (layout.tensor, replicas)
+    ring = layout.context > 1 and layout.data == 1
+    amax = layout.tensor * replicas > 1 and 1 in (layout.tensor, replicas)
     more = embedding * layout.world_size // layout.pipeline + ring * layout.world_size // layout.context
     more += amax * layout.pipeline
     return GroupCount(1 + in_the_world + more, 1 + len(spans) + embedding + ring + amax)

@@ -21,15 +21,21 @@ class ScalingBefore:
     def __init__(self, chunks: Sequence[nn.Module], config: RunConfig) -> None:
         delayed = config.training.precision == "fp8" and config.fp8.recipe == "delayed"
         self._chunks, self._tied = list(chunks) if delayed else [], config.model.tie_word_embeddings
-        self._before = {
-            one.names(): (one.scale.clone(), one.amax_history.clone()) for one in scalings(self._chunks, self._tied)
-        }
+        found = list(scalings(self._chunks, self._tied))
+        self._before: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        if found:  # hundreds of tensors, copied by a few kernels: times 1, for there is none that only copies
+            factors, histories = (
+                torch._foreach_mul(tensors, 1.0)
+                for tensors in ([one.scale for one in found], [one.amax_history for one in found])
+            )
+            pairs = zip(factors, histories, strict=True)
+            self._before = {one.names(): pair for one, pair in zip(found, pairs, strict=True)}
 
     @torch.no_grad()
     def restore(self) -> None:
         """As if there had been no pass since; layers whose first one it was have seen nothing."""
         for one in scalings(self._chunks, self._tied):
-            known: tuple[Tensor, Tensor] | None = self._before.get(one.names())
+            known = self._before.get(one.names())
             if known is None:
                 one.begin_anew()
             else:

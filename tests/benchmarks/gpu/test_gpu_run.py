@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.gpu.layer_shape import layers_that_fit, workload_of
+from benchmarks.gpu.limited import run_limited
 from benchmarks.gpu.step_runs import RunFailedError, head_saving, measure_run, runs_on, step_bars, step_results
 from benchmarks.measuring.processes import Timing
 from benchmarks.step.step_figures import Figures, Work
@@ -110,7 +114,7 @@ def test_bars_of_figures() -> None:
 
 def test_a_run_that_ends_with_an_error_is_no_end_of_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunFailedError, match="its process ended with an error"):
-        measure_run(Variant("W1", "fp8", OURS), TINY_WORKLOADS["W1"], 1)  # a CPU has no FP8
+        measure_run(Variant("W1", "fp8", OURS), TINY_WORKLOADS["W1"], 1, 600.0)  # a CPU has no FP8
     assert "set training.precision=bf16" in capfd.readouterr().err
 
 
@@ -122,3 +126,25 @@ def test_runs_on_a_gpu() -> None:
         ("bf16", fitting.peer),
         ("bf16", fitting.peer),
     ]
+
+
+def test_what_takes_too_long_is_cut_off_with_what_it_has_started(tmp_path: Path) -> None:
+    """It would be on the GPU while others are measured. What is interrupted may still write what it has found."""
+    code = """
+import pathlib, subprocess, sys, time
+deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
+pathlib.Path("pid").write_text(str(child.pid))
+print("begun", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    found = run_limited([sys.executable, "-c", code], tmp_path, 5.0, stdout=subprocess.PIPE)
+    assert found == (None, "begun\ninterrupted\n")
+    child = int((tmp_path / "pid").read_text())
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
+    assert run_limited([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 60.0) == (3, "")
