@@ -75,7 +75,7 @@ def test_a_slow_rank_is_named(small: tuple[str, ...], tmp_path: Path) -> None:
         thread = threading.Thread(target=hold)
         thread.start()
         try:
-            wait_for_step(jsonl, 61, launcher)  # of many intervals, as a busy machine holds up the other rank, too
+            wait_for_step(jsonl, 41, launcher)  # of many intervals, as a busy machine holds up the other rank, too
         finally:
             enough.set()
             thread.join()
