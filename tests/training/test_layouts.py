@@ -57,6 +57,7 @@ MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2": (2, (TP2,)),
     "PP2": (2, (PP2,)),
     "PP4": (4, (PP4,)),
+    "PP4 DP2, overlapped": (8, (PP4, *OVERLAP)),
     "DP2, plain optimizer": (2, (PLAIN,)),
     "DP2, overlapped in small buckets": (2, (*OVERLAP, BUCKETS)),
     "PP2 DP2, overlapped in small buckets": (4, (PP2, *OVERLAP, BUCKETS)),
