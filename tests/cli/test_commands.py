@@ -166,6 +166,7 @@ def test_evaluate_gives_the_same_figures_in_every_layout(two_steps: Path, illada
         assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_a_checkpoint_of_any_layout(tiny_run: tuple[str, ...], tmp_path: Path, illada: Illada) -> None:
     """Saved by four ranks at TP2 x PP2, read by one, by two in the stages that are asked for, by three, though they
     divide no batch, and by four."""

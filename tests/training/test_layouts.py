@@ -49,10 +49,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DP3, filled up": (3, (PAD,)),
     "PP2, uneven": (2, (PP2, UNEVEN)),
     "CP2": (2, (CP2,)),
-    "DP2, padded buckets, deterministic": (2, (*OVERLAP, PADDED_BUCKETS, DETERMINISTIC)),
     "TP2 PP2": (4, (TP2, PP2)),
 }
 MORE_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "DP2, padded buckets, deterministic": (2, (*OVERLAP, PADDED_BUCKETS, DETERMINISTIC)),
     "CP2 TP2, sequence parallel": (4, (CP2, TP2, SEQUENCE)),
     "TP2": (2, (TP2,)),
     "PP2": (2, (PP2,)),

@@ -24,6 +24,7 @@ LARGEST, SHARED = "as many layers as fit", "with all logits"
 GIB = 2**30
 
 
+@pytest.mark.slow
 def test_dry_run() -> None:
     """All that needs no GPU: the tests of one file, three runs, the loss, the tables, the last line."""
     arguments = ["--dry", "--steps", "1", "--minutes", "60", "--test", "tests/ops/test_operators_on_device.py"]
