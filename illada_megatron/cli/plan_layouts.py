@@ -21,6 +21,7 @@ from illada_megatron.planning import (
     Workload,
     as_json,
     explained,
+    fp8_refusal,
     layout_words,
     memory_gib,
     planned,
@@ -124,6 +125,8 @@ def _explain(work: Workload, one: Planned, device: Device, goodput: float) -> No
 def _nothing_fits(work: Workload, gpus: int, device: Device, precisions: list[str]) -> str:
     least = smallest(work, gpus, device, precisions)
     if least is None:
+        if refusal := fp8_refusal(work, gpus, device):
+            return f"no layout in FP8: {refusal}"
         return (
             f"no layout divides the batch of {work.global_batch_size:,} over {gpus:,} GPUs: change "
             "training.global_batch_size or --gpus"

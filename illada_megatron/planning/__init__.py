@@ -20,7 +20,7 @@ from illada_megatron.planning.failures import (
 from illada_megatron.planning.measured import Measured, PlanError, measured_in
 from illada_megatron.planning.memory import Memory, Part, memory
 from illada_megatron.planning.report import MEMORY_COLUMNS, as_json, explained, layout_words, memory_gib
-from illada_megatron.planning.search import MEMORY_SHARE, Planned, planned, search, smallest
+from illada_megatron.planning.search import MEMORY_SHARE, Planned, fp8_refusal, planned, search, smallest
 from illada_megatron.planning.step_time import Step, step_time
 from illada_megatron.planning.workload import Candidate, Workload, stage_layers, workload
 
@@ -44,6 +44,7 @@ __all__ = [
     "device_names",
     "expected_goodput",
     "explained",
+    "fp8_refusal",
     "layout_words",
     "load_device",
     "measured_in",

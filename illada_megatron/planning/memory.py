@@ -22,9 +22,9 @@ _NCCL_COMMUNICATOR_BYTES = 24 * 2 * 4 * 2**20
 _CUBLAS_BYTES = 5 * 32 * 2**20
 # CUDA's context and the kernels of torch, NCCL, cuDNN and Transformer Engine. An estimate.
 _CONTEXT_BYTES = 1.0 * 2**30
-# Products whose tensor parallel communication goes through userbuffers of a whole micro-batch: forward and input
-# gradient of the four projections, weight gradients of the two column-parallel ones (TE's initialize_ub).
-_USERBUFFERS = 10
+# Userbuffers of a whole micro-batch, one for each of a layer's 12 products, as they gather or reduce and scatter by
+# default (module/base.py, initialize_ub, of Transformer Engine 2.11.0 and 2.20.2).
+_GATHERING, _SCATTERING = 8, 4
 _GPU_LOGITS_SHARE = 0.02
 """ops/masked_linear_cross_entropy.py: of a GPU's memory, the logits that exist at a time."""
 
@@ -231,10 +231,19 @@ def communicators(candidate: Candidate) -> int:
     return 0 if candidate.gpus == 1 else 1 + sum(several)
 
 
+def userbuffer_bytes(work: Workload, candidate: Candidate) -> int:
+    """What Transformer Engine is asked for in `model/userbuffers.py`: a set in bf16; in an FP8 run a set whose gathered
+    micro-batches are FP8, and the one in bf16 besides where layers stay bf16."""
+    if not has_userbuffers(work, candidate):
+        return 0
+    bf16, fp8 = _BF16 * (_GATHERING + _SCATTERING), _GATHERING + _BF16 * _SCATTERING
+    each = bf16 if candidate.precision != "fp8" else fp8 + bf16 * any(work.fp8.bf16_layers)
+    return each * candidate.tokens(work.sequence_length) * work.model.hidden_size
+
+
 def buffers(work: Workload, candidate: Candidate) -> Part:
     """CUDA's context, cuBLAS's workspaces, NCCL's buffers, userbuffers of overlapped tensor parallel communication."""
-    count, tokens = communicators(candidate), candidate.tokens(work.sequence_length)
-    users = _USERBUFFERS * _BF16 * tokens * work.model.hidden_size if has_userbuffers(work, candidate) else 0
+    count, users = communicators(candidate), userbuffer_bytes(work, candidate)
     return Part(
         _CONTEXT_BYTES + _CUBLAS_BYTES + count * _NCCL_COMMUNICATOR_BYTES + users,
         "context {:,.0f} B + cuBLAS {:,} B + {} communicators x {:,} B + userbuffers {:,} B",

@@ -57,6 +57,13 @@ def smallest(work: Workload, gpus: int, device: Device, precisions: Sequence[str
     return min(needed, key=lambda pair: pair[1].total, default=None)
 
 
+def fp8_refusal(work: Workload, gpus: int, device: Device) -> str | None:
+    """Why the first layout that bf16 has cannot have FP8, in the words of the configuration's own check; None where it
+    can, or bf16 has no layout either."""
+    first = next(candidates(work, gpus, device, ["bf16"]), None)
+    return None if first is None else _fp8_problem(work, first)
+
+
 def planned(work: Workload, candidate: Candidate, device: Device, needed: Memory | None = None) -> Planned:
     """One layout."""
     step = step_time(work, candidate, device)
@@ -81,7 +88,7 @@ def candidates(work: Workload, gpus: int, device: Device, precisions: Sequence[s
         for tensor, context in _group_sizes(work, gpus // pipeline, device):
             for micro in _micro_batch_sizes(work, gpus // (tensor * pipeline * context), tensor, context):
                 of_gpus = Candidate(gpus, tensor, pipeline, 1, context, micro, "none", "bf16", ())
-                formats = [one for one in precisions if one != "fp8" or _fp8_fits(work, of_gpus)]
+                formats = [one for one in precisions if one != "fp8" or _fp8_problem(work, of_gpus) is None]
                 for virtual, layout, split in ways:
                     one = of_gpus._replace(virtual=virtual, pipeline_layout=layout, split=split)
                     if virtual == 1 or _interleaves(work, one):
@@ -136,8 +143,8 @@ def _interleaves(work: Workload, one: Candidate) -> bool:
     return full and not (one.pipeline == 2 and one.context > 1 and work.rows_differ)
 
 
-def _fp8_fits(work: Workload, candidate: Candidate) -> bool:
-    """What a configuration with this layout is asked."""
+def _fp8_problem(work: Workload, candidate: Candidate) -> str | None:
+    """What a configuration with this layout is told; None: it is taken."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=candidate.tensor,
         pipeline_model_parallel_size=candidate.pipeline,
@@ -150,6 +157,6 @@ def _fp8_fits(work: Workload, candidate: Candidate) -> bool:
     try:
         check_fp8_layout(work.fp8, work.model, parallel, candidate.micro_batch_size, work.sequence_length)
         check_gradients(parallel, work.fp8.param_gather)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return None

@@ -17,7 +17,8 @@ from illada_megatron.planning.workload import Candidate, Workload, bf16_split, s
 
 _BF16 = 2
 _BUCKET = 40_000_000
-"""megatron-core's ddp_bucket_size: 40 million parameters, or a million a data-parallel rank where that is more."""
+"""megatron-core's ddp_bucket_size: 40 million parameters, or a million a data-parallel rank (context parallel ranks are
+not counted) where that is more."""
 
 
 class Step(NamedTuple):
@@ -48,7 +49,8 @@ def step_time(work: Workload, candidate: Candidate, device: Device) -> Step:
     exchange = pipeline_exchange(work, candidate, device)
     gradient, weight = gradient_bytes(work, candidate, 0), gathered_bytes(work, candidate, 0)
     sum_rate, rate = gradient_rate(work, candidate, device), group_rate(candidate, device)
-    pieces = buckets(work, candidate)
+    pieces, (cast, summed) = buckets(work, candidate), summing_bytes(work, candidate, 0)
+    backward = first.backward.total + cast / device.memory_rate
     parts = {
         "compute": Part(
             count * slowest.total,
@@ -61,7 +63,12 @@ def step_time(work: Workload, candidate: Candidate, device: Device) -> Step:
             (1e3 * others, pipeline - 1, candidate.virtual),
         ),
         "pipeline exchange": exchange,
-        "gradient exchange": exposed(gradient, sum_rate, first.backward.total, pieces),
+        "gradient exchange": exposed(gradient, sum_rate, backward, pieces),
+        "gradient sums": Part(
+            (cast + summed) / device.memory_rate,
+            "{:,.0f} B to bf16 + {:,.0f} B added up, at {:,.0f} GB/s",
+            (cast, summed, device.memory_rate / 1e9),
+        ),
         "weight exchange": exposed(weight, rate, first.forward.total, pieces),
         "optimizer step": optimizer_seconds(work, candidate, device),
     }
@@ -160,6 +167,18 @@ def gradient_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
     return work.sent_gradient_bytes * total * (ranks - 1) / ranks
 
 
+def summing_bytes(work: Workload, candidate: Candidate, stage: int) -> tuple[float, float]:
+    """What a rank's memory moves where it adds up gradients itself (`training/gradient_reduction.py`), before the
+    exchange and behind it: each gradient read and written in what travels; all that was received read, and the sums of
+    the rank's part written. The backward pass's stream does both, so that the first makes that pass longer, beside
+    which earlier exchanges run, and nothing is left that hides the second."""
+    ranks = candidate.gradient_ranks
+    if not work.sums_gradients or ranks == 1:
+        return 0.0, 0.0
+    total, kept, sent = stage_elements(work, candidate, stage).total, work.gradient_bytes, work.sent_gradient_bytes
+    return total * float(kept + sent), total * (sent + kept / ranks)
+
+
 def gathered_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
     """The same of the all-gather of the new weights: bf16, or FP8 for the layers' projections (fp8.param_gather)."""
     held, ranks = stage_elements(work, candidate, stage), candidate.gradient_ranks
@@ -169,7 +188,7 @@ def gathered_bytes(work: Workload, candidate: Candidate, stage: int) -> float:
 
 def buckets(work: Workload, candidate: Candidate) -> int:
     """Pieces in which the first stage's gradients and weights are exchanged; it is the last to finish."""
-    size = max(_BUCKET, 1_000_000 * candidate.gradient_ranks)
+    size = max(_BUCKET, 1_000_000 * candidate.data)
     return max(1, round(stage_elements(work, candidate, 0).total / size))
 
 

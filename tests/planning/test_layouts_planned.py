@@ -161,6 +161,13 @@ def test_the_command(illada: Illada) -> None:
         (["--config", "illada-8b", "--precision", "fp4"], "--precision fp4: expected bf16 or fp8"),
         (["--config", "illada-8b", "--gpus", "8", "--explain", "100000"], "layouts fit"),
         (["--config", "illada-8b", "--gpus", "37"], "no layout divides the batch"),
+        (
+            [
+                *("--config", "illada-8b", "--gpus", "8", "--precision", "fp8", "--device", "b200"),
+                *("fp8.recipe=mxfp8", "fp8.param_gather=true"),
+            ],
+            "no layout in FP8: fp8.param_gather true with fp8.recipe mxfp8",
+        ),
     ],
 )
 def test_what_cannot_be_planned(illada: Illada, arguments: list[str], message: str) -> None:

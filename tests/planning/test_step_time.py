@@ -14,7 +14,7 @@ from illada_megatron.planning.layer_time import (
     layer_passes,
 )
 from illada_megatron.planning.memory import buffers, gradients
-from illada_megatron.planning.step_time import gradient_rate, group_rate, stage_passes
+from illada_megatron.planning.step_time import buckets, exposed, gradient_rate, group_rate, stage_passes
 from illada_megatron.planning.workload import stage_elements
 
 H100 = load_device("h100")
@@ -50,11 +50,41 @@ def test_gradients_that_ranks_add_up_themselves() -> None:
     assert gradients(summed, layout(1), 0).value == 4 * held  # nobody to exchange them with
 
 
-def test_userbuffers_are_counted_where_they_are_asked_for() -> None:
+def test_what_adding_gradients_up_takes() -> None:
+    """Each read in fp32, written in bf16 beside the backward pass; then 16 ranks' bf16 read, and their sum written."""
+    summed, one = replace(WORK, sent_gradient_bytes=2), layout(16)
+    held, rate = stage_elements(WORK, one, 0).total, H100.memory_rate
+    parts = step_time(summed, one, H100).parts
+    assert parts["gradient sums"].value == pytest.approx(held * (4 + 2 + 2 + 4 / 16) / rate)
+    longer = stage_passes(summed, one, H100)[0].backward.total + held * 6 / rate
+    exchange = exposed(2 * held * 15 / 16, gradient_rate(summed, one, H100), longer, buckets(summed, one))
+    assert parts["gradient exchange"].value == pytest.approx(exchange.value)
+    assert step_time(WORK, one, H100).parts["gradient sums"].value == 0
+    assert step_time(summed, layout(1), H100).parts["gradient sums"].value == 0
+
+
+@pytest.mark.parametrize(("context", "size"), [(1, 64e6), (2, 40e6), (8, 40e6)])
+def test_buckets_grow_with_data_parallel_ranks_alone(context: int, size: float) -> None:
+    """Gradients are exchanged among all 64."""
+    one = layout(64, context=context)
+    assert buckets(WORK, one) == round(stage_elements(WORK, one, 0).total / size)
+
+
+@pytest.mark.parametrize(
+    ("precision", "ends", "bytes_"), [("bf16", None, 24), ("fp8", 0, 8 + 8), ("fp8", None, 8 + 8 + 24)]
+)
+def test_userbuffers_of_each_number_format(precision: str, ends: int | None, bytes_: int) -> None:
+    """12 of a micro-batch, in FP8 8 of them of 1 byte; besides those of the layers that stay bf16, tensorwise's by
+    default."""
+    layers = {"num_layers_at_start_in_bf16": ends, "num_layers_at_end_in_bf16": ends}
+    one, plain = layout(8, tensor=2, precision=precision), replace(WORK, fp8=WORK.fp8.model_copy(update=layers))
+    more = buffers(replace(plain, tp_comm_overlap=True), one).value - buffers(plain, one).value
+    assert more == bytes_ * 8192 * WORK.model.hidden_size
+
+
+def test_userbuffers_are_counted_where_they_can_be() -> None:
     one = layout(8, tensor=2)
     asked = replace(WORK, tp_comm_overlap=True)
-    more = buffers(asked, one).value - buffers(WORK, one).value
-    assert more == 10 * 2 * 8192 * WORK.model.hidden_size
     assert buffers(asked, layout(8)).value == buffers(WORK, layout(8)).value
     blockwise = replace(asked, fp8=asked.fp8.model_copy(update={"recipe": "blockwise"}))
     assert buffers(blockwise, one._replace(precision="fp8")).value == buffers(WORK, one).value
