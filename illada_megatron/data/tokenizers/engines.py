@@ -33,7 +33,7 @@ from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["AUDITED_SHARE", "ENGINE_NAMES", "Engine", "choose_engine", "open_engine"]
 
-AUDITED_SHARE = 1 / 1000
+AUDITED_SHARE = 1 / 4000
 """Of the documents, and so of the text, chosen by a hash of the text: the same documents in every run."""
 
 # of a long text: about as much as another batch has

@@ -172,13 +172,13 @@ def test_the_audit_takes_its_share_and_always_the_same(
     monkeypatch.setattr(engines, "open_reference", open_reference)
     engine = open_engine(paths["gpt2"], chosen("gpt2").name)
     audited.clear()
-    documents = [f"text {number}" for number in range(50_000)]
+    documents = [f"text {number}" for number in range(100_000)]
     for _ in range(2):
         for start in range(0, len(documents), 10_000):
             engine.encode(documents[start : start + 10_000])
     half = len(audited) // 2
     assert audited[:half] == audited[half:]
-    assert sum(map(len, audited[:half])) == pytest.approx(50_000 * engines.AUDITED_SHARE, rel=0.4)
+    assert sum(map(len, audited[:half])) == pytest.approx(100_000 * engines.AUDITED_SHARE, rel=0.4)
 
 
 def test_failures_of_a_library_end_the_run(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
