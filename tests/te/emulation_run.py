@@ -22,7 +22,7 @@ LAYERS, STEPS, SAVED = 2, 4, 2
 _MODEL = (
     *(f"model.num_layers={LAYERS}", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
     *("model.num_query_groups=2", "model.vocab_size=250", "data.sequence_length=64", "training.micro_batch_size=1"),
-    *("training.global_batch_size=2", f"training.train_steps={STEPS}", "training.lr=5e-3", "schedule.warmup_steps=0"),
+    *("training.global_batch_size=2", f"training.train_steps={STEPS}", "training.lr=1e-3", "schedule.warmup_steps=0"),
     *("faults.watchdog_seconds=null", "runtime.num_threads=1", "checkpoint.asynchronous=false"),
     *("fp8.num_layers_at_start_in_bf16=0", "fp8.num_layers_at_end_in_bf16=0", "logging.interval_steps=1"),
 )

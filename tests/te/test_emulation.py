@@ -52,9 +52,11 @@ def test_bf16_takes_none(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_loss_is_that_of_bf16_within_fp8s_rounding(recipe: str, found: dict[str, Any]) -> None:
+    """At a learning rate at which four steps do not multiply it: at five times this one the same rounding is 2 % of a
+    loss on some processors, by the signs that Adam's first steps follow."""
     losses, bf16 = found[recipe]["losses"], found["bf16"]["losses"]
     assert losses != bf16
-    assert losses == pytest.approx(bf16, rel=0.02)
+    assert losses == pytest.approx(bf16, rel=0.01)
 
 
 def test_stale_weights_are_another_run(found: dict[str, Any]) -> None:
@@ -73,8 +75,10 @@ def test_a_resumed_run_goes_on_to_the_last_bit(recipe: str, found: dict[str, Any
 
 @pytest.mark.parametrize("change", ["delayed -> bf16", "bf16 -> delayed", "delayed -> blockwise"])
 def test_another_precision_on_resume(change: str, found: dict[str, Any]) -> None:
-    losses = found[change]["losses"]
-    assert losses == pytest.approx(found["bf16"]["losses"][SAVED:], rel=0.02)
+    """Delayed scaling that begins at trained weights has no factors yet: its first step rounds as if all were 1."""
+    losses, bf16 = found[change]["losses"], found["bf16"]["losses"][SAVED:]
+    assert losses[0] == pytest.approx(bf16[0], rel=0.05 if change == "bf16 -> delayed" else 0.01)
+    assert losses[1:] == pytest.approx(bf16[1:], rel=0.01)
     formats = set("".join(found[change]["gemms"]).replace("x", " ").split())
     assert ("bf16" in formats) == change.endswith("bf16")
 
