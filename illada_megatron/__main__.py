@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 
+from illada_megatron.system.process import search_garbage_rarely
+
 
 def program() -> None:
     """The command that sys.argv names; the process ends with its exit code, and without taking the interpreter apart.
@@ -30,6 +32,7 @@ def program() -> None:
         finally:
             os._exit(code or int(unsaid))
 
+    search_garbage_rarely()
     atexit.register(end)  # before all else of this program: what is registered first runs last
     from illada_megatron.cli.main import main
 

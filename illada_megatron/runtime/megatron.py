@@ -2,13 +2,15 @@
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 
 from illada_megatron.runtime.device import apex_problem, has_transformer_engine, transformer_engine_problem
+from illada_megatron.system.process import search_garbage_as_usual
 
 # What torch and megatron-core 0.19 advise each process's user of, who can do nothing about it: by logger, its beginning
 _NOT_FOR_USERS = {
@@ -24,13 +26,33 @@ def import_megatron() -> None:
 
     Without the compiler where there is no GPU: megatron-core's fusions are applied to functions while they are
     imported, no CPU run uses them, and the compiler's import is a fifth of a process's start. megatron-core's own
-    switch is in a module whose package has applied it already when it is imported.
+    switch is in a module whose package has applied it already when it is imported. Without wandb too, which
+    megatron-core imports for its own inference engine alone: a tenth of a start, where it is installed.
     """
     for name, beginning in _NOT_FOR_USERS.items():
         logging.getLogger(name).addFilter(partial(_is_for_users, beginning))
     for package, problem in (("transformer_engine", transformer_engine_problem()), ("apex", apex_problem())):
         if problem is not None:
             _hide(package)
+    with _without_wandb():
+        _import_core()
+    search_garbage_as_usual()
+
+
+@contextmanager
+def _without_wandb() -> Iterator[None]:
+    """A board that a run asks for imports it later."""
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
+def _import_core() -> None:
     if torch.cuda.is_available():
         _bind_split()
         return

@@ -1,6 +1,8 @@
-"""Processes as others may ask for them later: whether one that left its name in a file is still there."""
+"""Processes as others may ask for them later: whether one that left its name in a file is still there; and what this
+one does with its memory."""
 
 import ctypes
+import gc
 import os
 import platform
 from contextlib import suppress
@@ -57,3 +59,25 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+_searches: tuple[int, int, int] | None = None
+"""Python's own thresholds, while others are set."""
+
+
+def search_garbage_rarely() -> None:
+    """Until `search_garbage_as_usual`, for a command that begins: to search what torch and megatron-core make when they
+    are imported, of which nothing is garbage, is a sixth of a rank's start."""
+    global _searches
+    if _searches is None:
+        _searches = gc.get_threshold()
+        gc.set_threshold(100_000)
+
+
+def search_garbage_as_usual() -> None:
+    """What there is by now stays: no later search goes through it. Does nothing where nothing was changed."""
+    global _searches
+    if _searches is not None:
+        gc.freeze()
+        gc.set_threshold(*_searches)
+        _searches = None

@@ -1,6 +1,7 @@
 """Whether a process that left its number in a file is there still: wrong in the one direction, two write where one may;
 in the other, the next one waits."""
 
+import gc
 import os
 import platform
 import subprocess
@@ -82,3 +83,18 @@ def test_a_thread_that_is_left_is_the_process() -> None:
     child.kill()
     child.wait()
     assert has_ended(machine(), child.pid, since)
+
+
+def test_garbage_is_searched_as_usual_once_all_is_imported() -> None:
+    usual = gc.get_threshold()
+    process.search_garbage_as_usual()  # nothing was changed
+    assert gc.get_freeze_count() == 0
+    process.search_garbage_rarely()
+    process.search_garbage_rarely()
+    assert gc.get_threshold()[0] > 50 * usual[0]
+    process.search_garbage_as_usual()
+    try:
+        assert gc.get_threshold() == usual
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
