@@ -10,9 +10,11 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.style import Style
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text as Words
 
-from illada_megatron.generation.denoise import GIVEN, Denoised
+from illada_megatron.generation.generator import Result
+from illada_megatron.generation.settings import Settings
+from illada_megatron.generation.text import GIVEN, Text
 
 Piece = Callable[[int], str]  # token id -> the text it stands for
 
@@ -24,11 +26,11 @@ _MASK_CHARACTER = "░"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def render(result: Denoised, piece: Piece, moments: int = 5) -> Group:
+def render(result: Result | Text, piece: Piece, moments: int = 5) -> Group:
     """The coloured text with its legend, then the film.
 
     Args:
-        result: from `generate` or `infill`.
+        result: from `Generator.generate`.
         piece: text of a token id (from the tokenizer); spaces and newlines are shown as they are.
         moments: frames of the film, the first before any step, the last after all; at least 2.
     """
@@ -38,20 +40,32 @@ def render(result: Denoised, piece: Piece, moments: int = 5) -> Group:
     )
 
 
-def coloured_text(result: Denoised, piece: Piece) -> Text:
+def coloured_text(result: Result | Text, piece: Piece) -> Words:
     """The finished text, given tokens dim, each generated token in the colour of its step."""
     return _frame(result, piece, result.steps - 1)
 
 
-def legend(steps: int, width: int = 24) -> Text:
+def frame(text: Text, piece: Piece, steps: int) -> Panel:
+    """A text in work, as it stands. steps: that it may take, for the colours."""
+    return Panel(_frame(text, piece, text.step - 1, steps), title=f"step {text.step} of at most {steps}")
+
+
+def most_steps(settings: Settings) -> int:
+    """Steps that a continued text may take."""
+    block = settings.block_length or settings.gen_length
+    lengths = [block] * (settings.gen_length // block) + [settings.gen_length % block]
+    return sum(min(settings.steps if settings.reveal == "steps" else length, length) for length in lengths)
+
+
+def legend(steps: int, width: int = 24) -> Words:
     """The colour scale from the first to the last step."""
-    text = Text("step 1 ")
+    text = Words("step 1 ")
     for cell in range(width):
         text.append("█", _step_style(cell, width))
     return text.append(f" {steps}")
 
 
-def film(result: Denoised, piece: Piece, moments: int = 5) -> Table:
+def film(result: Result | Text, piece: Piece, moments: int = 5) -> Table:
     """The text at evenly spaced moments. Masks are as wide as what they hide, so that words do not move; blocks that
     were not appended yet do not show.
 
@@ -69,16 +83,19 @@ def film(result: Denoised, piece: Piece, moments: int = 5) -> Table:
     return table
 
 
-def _frame(result: Denoised, piece: Piece, step: int) -> Text:
-    """The text as it stood after `step` (GIVEN: before the first)."""
-    text = Text()
+def _frame(result: Result | Text, piece: Piece, step: int, steps: int | None = None) -> Words:
+    """The text as it stood after `step` (GIVEN: before the first). steps: for the colours; None: the text's."""
+    text, steps = Words(), steps or result.steps
+    mask = result.mask_token_id if isinstance(result, Text) else None
     rows = zip(result.tokens.tolist(), result.order.tolist(), result.appended.tolist(), strict=True)
     for token, revealed, appended in rows:
         shown = _CONTROL.sub("·", piece(token))
-        if revealed == GIVEN:
+        if token == mask:
+            text.append(_MASK_CHARACTER, _MASK_STYLE)
+        elif revealed == GIVEN:
             text.append(shown, _GIVEN_STYLE)
         elif revealed <= step:
-            text.append(shown, _step_style(revealed, result.steps))
+            text.append(shown, _step_style(revealed, steps))
         elif appended <= max(step, 0):
             text.append(re.sub(r"[^\n]", _MASK_CHARACTER, shown) or _MASK_CHARACTER, _MASK_STYLE)
     return text

@@ -74,6 +74,7 @@ class SegmentAttention(torch.nn.Module):
             raise ValueError(f"layer {layer_number}: expected a bidirectional layer (no_mask), found {attn_mask_type}")
         if attention_type != "self":
             raise ValueError(f"layer {layer_number}: expected self attention, found {attention_type}")
+        self.layer_number = layer_number
         self.dim = config.kv_channels
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.scale = softmax_scale or 1 / math.sqrt(self.dim)
@@ -86,7 +87,9 @@ class SegmentAttention(torch.nn.Module):
         tokens = qkv.shape[0]
         cos, sin = _cos_sin(rotary_pos_emb)
         split, cu_seqlens = qkv.view(tokens, -1, self.heads_per_group + 2, self.dim), packed_seq_params.cu_seqlens_q
-        if (padded := packed_seq_params.cu_seqlens_q_padded) is None:
+        if (kept := packed_seq_params.kept) is not None:
+            out = kept.attend(self.layer_number, split, cos, sin, self.scale)
+        elif (padded := packed_seq_params.cu_seqlens_q_padded) is None:
             out = segment_attention(split, cos, sin, cu_seqlens, self.scale, packed_seq_params.lengths)
         else:
             group = parallel_state.get_context_parallel_group()

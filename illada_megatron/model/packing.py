@@ -7,6 +7,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from illada_megatron.model.kept_keys import KeptPass
+
 
 @dataclass
 class Segments(PackedSeqParams):
@@ -14,6 +16,8 @@ class Segments(PackedSeqParams):
 
     lengths: tuple[int, ...] = ()
     """Tokens of each, for those who have to know them where cu_seqlens are on a GPU."""
+    kept: KeptPass | None = None
+    """In generation: only some of the tokens are computed, and attend to what was kept of the others."""
 
 
 def pack(

@@ -1,9 +1,12 @@
 """An exact mask predictor: the posterior of a Markov chain given the visible tokens, by forward-backward."""
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from illada_megatron.generation import Engine, FunctionModel, Predict, Settings, Text, Words
 
 MASK = 0  # the mask token has a logit like any other; states are 1..n
 
@@ -55,3 +58,20 @@ def drift() -> MarkovPredictor:
     """A token stays or goes one up (never down): what lies between two tokens depends on both."""
     transition = torch.tensor([[0.6, 0.4, 0.0, 0.0], [0.0, 0.6, 0.4, 0.0], [0.0, 0.0, 0.6, 0.4], [0.0, 0.0, 0.0, 1.0]])
     return MarkovPredictor(torch.tensor([0.4, 0.3, 0.2, 0.1]), transition)
+
+
+def denoised(
+    predict: Predict,
+    tokens: Sequence[int] | Tensor,
+    settings: Settings,
+    eos: int | None = None,
+    infill: bool = False,
+    decode: Callable[[list[int]], str] | None = None,
+) -> Text:
+    """A text after all its steps."""
+    model = FunctionModel(predict, len(predict.initial) + 1 if isinstance(predict, MarkovPredictor) else 6)
+    engine = Engine(model, Words(MASK, eos))
+    job = engine.add(Text(torch.as_tensor(tokens, dtype=torch.int64), settings, MASK, infill), decode)
+    for _ in engine.run():
+        pass
+    return job.text

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-from markov import MASK, cycle
+from markov import MASK, cycle, denoised
 from rich.console import Console
 
-from illada_megatron.generation import DenoiseConfig, Denoised, generate, infill, render
+from illada_megatron.generation import Result, Settings, Text, render
 from illada_megatron.generation.render import coloured_text, film, legend
 
 WORDS = ["<mask>", "one ", "two ", "three ", "four ", "five\n"]
@@ -24,8 +24,8 @@ def printed(renderable) -> str:
 
 
 @pytest.fixture(scope="module")
-def result() -> Denoised:
-    return generate(cycle(), [1, 2], DenoiseConfig(steps=4, block_length=4, gen_length=8), MASK)
+def result() -> Text:
+    return denoised(cycle(), [1, 2], Settings(steps=4, block_length=4, gen_length=8))
 
 
 def test_text_is_coloured_by_step(result):
@@ -64,7 +64,7 @@ def rows(result):
 
 
 def test_film_of_an_infilling_shows_all_masks_from_the_start():
-    filled = infill(cycle(), [1, MASK, MASK, 4], DenoiseConfig(steps=1, block_length=1), MASK)
+    filled = denoised(cycle(), [1, MASK, MASK, 4], Settings(steps=1, block_length=1), infill=True)
     frames = [frame.plain for frame in film(filled, piece, moments=3).columns[1].cells]
     assert frames == ["one ░░░░░░░░░░four ", "one two ░░░░░░four ", "one two three four "]
 
@@ -82,16 +82,16 @@ def test_svg(result, tmp_path):
 
 
 def test_nothing_generated_and_one_step():
-    given = infill(cycle(), [1, 2], DenoiseConfig(), MASK)
+    given = denoised(cycle(), [1, 2], Settings(), infill=True)
     assert "one two" in printed(render(given, piece))
-    once = infill(cycle(), [1, MASK], DenoiseConfig(steps=1), MASK)
+    once = denoised(cycle(), [1, MASK], Settings(steps=1), infill=True)
     assert "1/1" in printed(render(once, piece))
 
 
 def test_markup_and_terminal_codes_in_tokens_are_only_text():
     """A model may write anything; it must not recolour the terminal or break rich's markup."""
     tokens = torch.tensor([0, 1])
-    hostile = Denoised(tokens, tokens * 0, tokens * 0)
+    hostile = Result(tokens, tokens * 0, tokens * 0, tokens * 0.0, "", "length", 0, 0, 1)
     output = printed(render(hostile, lambda token: ["[bold]x[/]", "\x1b[31mred"][token]))
     assert "[bold]x[/]·[31mred" in output
 

@@ -6,14 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from markov import MASK, MarkovPredictor, cycle, drift
+from markov import MASK, MarkovPredictor, cycle, denoised, drift
 
-from illada_megatron.generation import DenoiseConfig, generate, infill
-from illada_megatron.generation.denoise import GIVEN, masks_per_step
+from illada_megatron.generation import GIVEN, Settings
+from illada_megatron.generation.text import masks_per_step
 
 
-def config(**fields) -> DenoiseConfig:
-    return DenoiseConfig(**{"steps": 4, "block_length": 4, "gen_length": 8} | fields)
+def config(**fields) -> Settings:
+    return Settings(**{"steps": 4, "block_length": 4, "gen_length": 8} | fields)
 
 
 def the_cycle(start: int, length: int) -> list[int]:
@@ -22,16 +22,16 @@ def the_cycle(start: int, length: int) -> list[int]:
 
 @pytest.mark.parametrize(("steps", "block_length"), [(4, 4), (2, 4), (1, 2), (8, 8), (3, None), (1, 1)])
 def test_greedy_continues_the_cycle(steps, block_length):
-    result = generate(cycle(), [3, 4], config(steps=steps, block_length=block_length), MASK)
+    result = denoised(cycle(), [3, 4], config(steps=steps, block_length=block_length))
     assert result.tokens.tolist() == the_cycle(3, 10)
 
 
 def test_greedy_reveals_what_is_most_certain_first():
     """One token a step: certainty falls with the distance from the prompt, so it grows from left to right; with the end
     given, from right to left."""
-    result = generate(cycle(), [3], config(), MASK)
+    result = denoised(cycle(), [3], config())
     assert result.order.tolist() == [GIVEN, 0, 1, 2, 3, 4, 5, 6, 7]
-    backwards = infill(cycle(), [MASK] * 6 + [1], config(steps=6, block_length=None), MASK)
+    backwards = denoised(cycle(), [MASK] * 6 + [1], config(steps=6, block_length=None), infill=True)
     assert backwards.tokens.tolist() == the_cycle(5, 7)
     assert backwards.order.tolist() == [5, 4, 3, 2, 1, 0, GIVEN]
 
@@ -42,7 +42,7 @@ def test_as_many_a_step_as_scheduled(remasking, temperature):
     """Blocks of 7, 7 and 3 in 4 steps: 2, 2, 2, 1 twice, then the short block one at a time."""
     predict = cycle()
     cfg = config(steps=4, block_length=7, gen_length=17, remasking=remasking, temperature=temperature)
-    result = generate(predict, [1, 2], cfg, MASK)
+    result = denoised(predict, [1, 2], cfg)
     assert [(result.order == step).sum() for step in range(result.steps)] == [2, 2, 2, 1, 2, 2, 2, 1, 1, 1, 1]
     assert predict.calls == result.steps == 11
     blocks = [range(4), range(4, 8), range(8, 11)]
@@ -64,13 +64,13 @@ def test_given_tokens_stay_and_masks_are_never_produced(remasking, temperature):
     prompt = torch.tensor([2, 2, 5])
     for seed in range(20):
         cfg = config(temperature=temperature, remasking=remasking, seed=seed)
-        result = generate(cycle(), prompt, cfg, MASK)
+        result = denoised(cycle(), prompt, cfg)
         assert result.tokens[:3].tolist() == prompt.tolist() == [2, 2, 5]
         assert result.order[:3].tolist() == [GIVEN] * 3
         assert len(result.tokens) == 11
         assert (result.tokens != MASK).all()
         holes = torch.tensor([1, MASK, MASK, 4, MASK])
-        filled = infill(cycle(), holes, cfg, MASK)
+        filled = denoised(cycle(), holes, cfg, infill=True)
         assert holes.tolist() == [1, MASK, MASK, 4, MASK], "the caller's tokens were overwritten"
         assert (filled.tokens != MASK).all()
         assert filled.tokens[[0, 3]].tolist() == [1, 4]
@@ -79,24 +79,24 @@ def test_given_tokens_stay_and_masks_are_never_produced(remasking, temperature):
 
 def test_eos_ends_the_text_inside_its_block():
     predict = cycle()
-    result = generate(predict, [1], config(), MASK, eos_token_id=4)
+    result = denoised(predict, [1], config(), eos=4)
     assert result.tokens.tolist() == [1, 2, 3, 4]
     assert predict.calls == 4, "a block was denoised after EOS"
     assert len(result.order) == len(result.appended) == 4
 
 
 def test_eos_in_the_prompt_does_not_end_the_text():
-    assert len(generate(cycle(), [4, 5], config(gen_length=3), MASK, eos_token_id=4).tokens) == 5
+    assert len(denoised(cycle(), [4, 5], config(gen_length=3), eos=4).tokens) == 5
 
 
-def test_stop_sees_the_generated_tokens_after_each_block():
+def test_a_stop_string_is_looked_for_after_each_block():
     seen = []
 
-    def stop(generated):
-        seen.append(generated.tolist())
-        return 1 in seen[-1]
+    def decode(generated):
+        seen.append(generated)
+        return "".join(map(str, generated))
 
-    result = generate(cycle(), [1, 2], config(block_length=2, steps=2, gen_length=20), MASK, stop=stop)
+    result = denoised(cycle(), [1, 2], config(block_length=2, steps=2, gen_length=20, stop=("51",)), decode=decode)
     assert seen == [[3, 4], [3, 4, 5, 1]]
     assert result.tokens.tolist() == [1, 2, 3, 4, 5, 1]
 
@@ -104,17 +104,17 @@ def test_stop_sees_the_generated_tokens_after_each_block():
 def test_infilling_uses_both_sides():
     """Between two tokens of a chain that only rises, the answer depends on what comes after the gap."""
     cfg = config(steps=1, block_length=None)
-    assert infill(drift(), [1, MASK, 3], cfg, MASK).tokens.tolist() == [1, 2, 3]
-    assert infill(drift(), [1, MASK, 1], cfg, MASK).tokens.tolist() == [1, 1, 1]
-    assert infill(drift(), [MASK, 1], cfg, MASK).tokens.tolist() == [1, 1]
-    assert infill(drift(), [2, MASK], cfg, MASK).tokens.tolist() == [2, 2]
+    assert denoised(drift(), [1, MASK, 3], cfg, infill=True).tokens.tolist() == [1, 2, 3]
+    assert denoised(drift(), [1, MASK, 1], cfg, infill=True).tokens.tolist() == [1, 1, 1]
+    assert denoised(drift(), [MASK, 1], cfg, infill=True).tokens.tolist() == [1, 1]
+    assert denoised(drift(), [2, MASK], cfg, infill=True).tokens.tolist() == [2, 2]
 
 
 def test_infilling_one_at_a_time_follows_the_exact_posterior():
     """Each step's position and token are those of the largest exact posterior, found by enumerating all fillings."""
     predict = drift()
     tokens = [1, MASK, MASK, 2, MASK, MASK, MASK, 4]
-    result = infill(predict, tokens, config(steps=5, block_length=None), MASK)
+    result = denoised(predict, tokens, config(steps=5, block_length=None), infill=True)
     current = list(tokens)
     for step in range(5):
         holes = [i for i, token in enumerate(current) if token == MASK]
@@ -135,7 +135,7 @@ def test_infilling_one_at_a_time_follows_the_exact_posterior():
 
 def test_infilling_in_blocks_goes_left_to_right():
     tokens = [MASK, 2, MASK, MASK, 5, MASK, MASK, 3]
-    result = infill(cycle(), tokens, config(steps=2, block_length=2), MASK)
+    result = denoised(cycle(), tokens, config(steps=2, block_length=2), infill=True)
     assert result.tokens.tolist() == the_cycle(1, 8)
     blocks = [sorted(result.order[positions].tolist()) for positions in ([0, 2], [3, 5], [6])]
     assert blocks == [[0, 1], [2, 3], [4]]
@@ -143,12 +143,12 @@ def test_infilling_in_blocks_goes_left_to_right():
 
 def test_infilling_nothing_calls_nothing():
     predict = cycle()
-    result = infill(predict, [1, 2, 3], config(), MASK)
+    result = denoised(predict, [1, 2, 3], config(), infill=True)
     assert (result.tokens.tolist(), result.steps, predict.calls) == ([1, 2, 3], 0, 0)
 
 
 def test_no_prompt():
-    result = generate(cycle(), [], config(gen_length=4), MASK)
+    result = denoised(cycle(), [], config(gen_length=4))
     assert result.tokens.tolist() == the_cycle(int(result.tokens[0]), 4)
 
 
@@ -156,10 +156,10 @@ def test_seeds():
     """The same seed gives the same text, another seed another, whatever torch's own generator has done."""
     predict = MarkovPredictor(torch.full((5,), 0.2), torch.full((5, 5), 0.2))
     cfg = {"remasking": "random", "temperature": 1.0, "gen_length": 32, "block_length": 32, "steps": 8}
-    first = generate(predict, [1], DenoiseConfig(**cfg, seed=3), MASK)
+    first = denoised(predict, [1], Settings(**cfg, seed=3))
     torch.manual_seed(99)
-    again = generate(predict, [1], DenoiseConfig(**cfg, seed=3), MASK)
-    other = generate(predict, [1], DenoiseConfig(**cfg, seed=4), MASK)
+    again = denoised(predict, [1], Settings(**cfg, seed=3))
+    other = denoised(predict, [1], Settings(**cfg, seed=4))
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.order, again.order)
     assert not torch.equal(first.tokens, other.tokens)
@@ -169,7 +169,7 @@ def test_seeds():
 def test_random_remasking_is_blind_to_confidence():
     """With the cycle, confidence falls to the right; random order must not: first steps are uniform over positions."""
     first = [
-        int((generate(cycle(), [1], config(gen_length=4, remasking="random", seed=seed), MASK).order == 0).nonzero())
+        int((denoised(cycle(), [1], config(gen_length=4, remasking="random", seed=seed)).order == 0).nonzero())
         for seed in range(800)
     ]
     counts = np.bincount(first, minlength=5)[1:]
@@ -183,7 +183,7 @@ def test_sampling_frequencies_are_softmax(temperature):
     predict = MarkovPredictor(torch.full((4,), 0.25), transition)
     n = 3000
     drawn = [
-        int(generate(predict, [1], config(gen_length=1, temperature=temperature, seed=seed), MASK).tokens[1])
+        int(denoised(predict, [1], config(gen_length=1, temperature=temperature, seed=seed)).tokens[1])
         for seed in range(n)
     ]
     expected = n * torch.softmax(transition[0].log() / temperature, 0).numpy()
@@ -196,7 +196,7 @@ def test_positions_sampled_in_one_step_are_independent():
     predict = MarkovPredictor(torch.full((2,), 0.5), torch.full((2, 2), 0.5))
     cfg = {"steps": 1, "block_length": 2, "gen_length": 2, "temperature": 1.0}
     pairs = Counter(
-        tuple(generate(predict, [1], DenoiseConfig(**cfg, seed=seed), MASK).tokens[1:].tolist()) for seed in range(1200)
+        tuple(denoised(predict, [1], Settings(**cfg, seed=seed)).tokens[1:].tolist()) for seed in range(1200)
     )
     assert sum((pairs[pair] - 300) ** 2 / 300 for pair in itertools.product((1, 2), repeat=2)) < 16.3
 
@@ -204,7 +204,7 @@ def test_positions_sampled_in_one_step_are_independent():
 def test_impossible_tokens_are_never_sampled():
     """Probability 0 means never, also next to a cumulative sum's rounding."""
     for seed in range(300):
-        tokens = generate(drift(), [4], config(temperature=1.0, seed=seed, gen_length=4), MASK).tokens
+        tokens = denoised(drift(), [4], config(temperature=1.0, seed=seed, gen_length=4)).tokens
         assert tokens.tolist() == [4] * 5
 
 
@@ -217,7 +217,7 @@ def test_impossible_tokens_are_never_sampled():
         ({"steps": 5}, "steps 5 exceeds block_length 4"),
         ({"temperature": -0.1}, "temperature .* found -0.1"),
         ({"temperature": float("nan")}, "temperature .* found nan"),
-        ({"remasking": "high"}, "'random', found 'high'"),
+        ({"remasking": "high"}, "'entropy', found 'high'"),
     ],
 )
 def test_config_errors(fields, message):
@@ -226,11 +226,11 @@ def test_config_errors(fields, message):
 
 
 def test_input_errors():
-    with pytest.raises(ValueError, match="contains the mask token 0: use infill"):
-        generate(cycle(), [1, MASK], config(), MASK)
+    with pytest.raises(ValueError, match="contains the mask token 0: infill"):
+        denoised(cycle(), [1, MASK], config())
     with pytest.raises(ValueError, match=r"one sequence \[s\], found \[1, 2\]"):
-        generate(cycle(), torch.tensor([[1, 2]]), config(), MASK)
-    with pytest.raises(ValueError, match=r"logits \[1, 5, v\], found \[5, 6\]"):
-        generate(lambda tokens: cycle()(tokens)[0], [1], config(), MASK)
-    with pytest.raises(ValueError, match="NaN at step 0"):
-        generate(lambda tokens: cycle()(tokens) * torch.nan, [1], config(), MASK)
+        denoised(cycle(), torch.tensor([[1, 2]]), config())
+    with pytest.raises(ValueError, match=r"logits \[1, 5, 6\], found \[5, 6\]"):
+        denoised(lambda tokens: cycle()(tokens)[0], [1], config())
+    with pytest.raises(ValueError, match=r"NaN, .* at step 0"):
+        denoised(lambda tokens: cycle()(tokens) * torch.nan, [1], config())

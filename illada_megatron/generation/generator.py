@@ -1,0 +1,191 @@
+"""Text from a trained model: `Generator.open(...)`, then `generate`, `infill`, `chat` or `stream`."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from illada_megatron.config import ConfigError, ModelConfig
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.generation.ending import Decode, Finish
+from illada_megatron.generation.engine import Engine, Job, Step
+from illada_megatron.generation.model import Divided, Model
+from illada_megatron.generation.proposing import Words
+from illada_megatron.generation.settings import Settings
+from illada_megatron.generation.text import Text
+
+Prompt = str | Sequence[int]
+END_OF_THINKING = "</think>"
+_GAP = re.compile(r"<mask:(\d+)>")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished text."""
+
+    tokens: Tensor  # [s] int64, the prompt's among them
+    order: Tensor  # [s] int64: step that revealed each; GIVEN (-1) where it was not generated
+    appended: Tensor  # [s] int64: step before which each was appended; GIVEN where it was there from the start
+    confidence: Tensor  # [s] float64
+    text: str
+    """What was generated, without the end-of-text token and what stopped it; of an infilling the whole text."""
+    finish: Finish
+    computed: int
+    """Positions that went through the layers, over all steps."""
+    prompt_tokens: int
+    steps: int
+    """That revealed something of `tokens`."""
+
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+class Generator:
+    """A model with its tokenizer. One thread at a time calls it."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, config: ModelConfig, pass_tokens: int = 1 << 16) -> None:
+        """Of any `Model`; `Generator.open` makes it of a checkpoint. pass_tokens: see `Engine`."""
+        self.model = model
+        self._ranks = model if isinstance(model, Divided) else None
+        self.tokenizer = tokenizer
+        self.config = config
+        self.engine = Engine(
+            model,
+            Words(
+                config.mask_token_id,
+                tokenizer.eos_id,
+                tuple(tokenizer.encode(END_OF_THINKING)),
+                min(tokenizer.vocab_size, model.vocab_size),
+            ),
+            pass_tokens,
+        )
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        tokenizer: str | Path | None = None,
+        pipeline: int = 1,
+        ema: bool = False,
+    ) -> Iterator[Self]:
+        """The newest checkpoint of a run's `checkpoint.save_dir`, one step_... below it, or a Hugging Face directory.
+
+        Where a launcher has started several ranks, their layers are shared between them: `pipeline` stages, and tensor
+        parallel within a stage. Every rank runs the same program then, and gets the same results; prompts and settings
+        are rank 0's. tokenizer: file, directory or org/name; None: the run's. Raises ConfigError, CheckpointError,
+        DataError.
+        """
+        from illada_megatron.checkpoint.predictor import open_stage
+
+        with open_stage(path, device, ema, pipeline) as opened:
+            from illada_megatron.generation.layers import LayerModel
+
+            name = tokenizer or opened.config.data.tokenizer_path
+            if name is None:
+                raise ConfigError(f"{path}: the run names no data.tokenizer_path: give its tokenizer with --tokenizer")
+            words = load_tokenizer(name, option="data.tokenizer_path" if tokenizer is None else "--tokenizer")
+            _check_tokenizer(words, name, opened.config.model)
+            yield cls(LayerModel(opened.stage, opened.config, opened.run), words, opened.config.model)
+
+    def generate(self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings]) -> list[Result]:
+        """Continue each prompt, text or token ids; `<mask:N>` in a text: its gaps of N tokens are filled in instead.
+
+        settings: of all, or one for each. Results come in the prompts' order, and are what each would be alone. Raises
+        ValueError where a prompt does not fit.
+        """
+        if self._ranks is not None and not self._ranks.leads:
+            return self._followed()
+        of_each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
+        with self._others_follow() as results:
+            texts = [self.text(prompt, one) for prompt, one in zip(prompts, of_each, strict=True)]
+            jobs = [self.engine.add(*text) for text in texts]
+            found = {job: self.result(job, step) for job, step in self.engine.run() if step.end is not None}
+            results += [found[job] for job in jobs]
+        return results
+
+    def stream(self, prompt: Prompt, settings: Settings) -> Iterator[tuple[Job, Step]]:
+        """The steps of one text, as they are made; `result(job, step)` of the last. Ends where it is closed. Of several
+        ranks the first is given the steps, the others nothing."""
+        if self._ranks is not None and not self._ranks.leads:
+            self._followed()
+            return
+        with self._others_follow():
+            job = self.engine.add(*self.text(prompt, settings))
+            try:
+                while job in self.engine.jobs:
+                    yield from ((one, step) for one, step in self.engine.step() if one is job)
+            finally:
+                self.engine.remove(job)
+
+    def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode]:
+        """A prompt as the engine takes it. Raises ValueError where it does not fit."""
+        ids = self.tokens(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.vocab_size:
+            raise ValueError(f"the prompt has ids outside of the model's {self.model.vocab_size}")
+        infill = bool((tokens == self.config.mask_token_id).any())
+        total = tokens.numel() + (0 if infill else settings.gen_length)
+        if total > self.config.max_sequence_length:
+            raise ValueError(
+                f"prompt and generation take {total} tokens, model.max_sequence_length is "
+                f"{self.config.max_sequence_length}: shorten the prompt or gen_length"
+            )
+        return Text(tokens, settings, self.config.mask_token_id, infill), self.tokenizer.decode
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids, with N masks for each `<mask:N>`."""
+        ids: list[int] = []
+        for index, part in enumerate(_GAP.split(text)):
+            ids += [self.config.mask_token_id] * int(part) if index % 2 else self.tokenizer.encode(part)
+        return ids
+
+    def result(self, job: Job, step: Step) -> Result:
+        """Of a text and the step that ended it."""
+        text, end = job.text, step.end
+        if end is None:
+            raise ValueError("the text is not finished")
+        shown = text.tokens if text.infill else text.generated
+        if end.finish == "eos":
+            shown = shown[:-1]
+        words = self.tokenizer.decode(shown.tolist())[: end.characters]
+        shown_parts = (text.tokens, text.order, text.appended, text.confidence)
+        return Result(*shown_parts, words, end.finish, job.computed, text.given, text.steps)
+
+    @contextmanager
+    def _others_follow(self) -> Iterator[list[Result]]:
+        """The list is what the other ranks are told in the end; an error too."""
+        results: list[Result] = []
+        try:
+            yield results
+        except (ValueError, GeneratorExit) as error:
+            if self._ranks is not None:
+                self._ranks.end(error if isinstance(error, ValueError) else results)
+            raise
+        if self._ranks is not None:
+            self._ranks.end(results)
+
+    def _followed(self) -> list[Result]:
+        assert self._ranks is not None
+        said = self._ranks.follow()
+        if isinstance(said, ValueError):
+            raise said
+        return said if isinstance(said, list) else []
+
+
+def _check_tokenizer(words: Tokenizer, path: str | Path, model: ModelConfig) -> None:
+    """Another's ids would be other words to this model, or none."""
+    if words.vocab_size > model.vocab_size or words.mask_id not in (None, model.mask_token_id):
+        mask = "no mask" if words.mask_id is None else f"mask {words.mask_id}"
+        raise ConfigError(
+            f"{path} has {words.vocab_size} tokens and {mask}, the checkpoint's model {model.vocab_size} ids and mask "
+            f"{model.mask_token_id}: give the tokenizer that it was trained with, with --tokenizer"
+        )

@@ -1,0 +1,150 @@
+"""The model of a checkpoint as the engine asks for it, on one rank or divided over several.
+
+Rank 0 has the engine. Of each pass it tells the other ranks what to compute (`follow`), and all compute their part:
+layers are divided over tensor-parallel ranks, and between pipeline stages. Nothing else of generation knows of ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from illada_megatron.config import RunConfig
+from illada_megatron.generation.model import WHOLE, Part
+from illada_megatron.model.kept_keys import KeptKeys, KeptPass, KeptText
+from illada_megatron.model.mask_predictor import MaskPredictor
+from illada_megatron.model.packing import Segments, pack
+from illada_megatron.runtime import Runtime
+
+
+class LayerModel:
+    """A `generation.model.Model` of a mask predictor's stages."""
+
+    def __init__(self, stage: MaskPredictor, config: RunConfig, run: Runtime) -> None:
+        self.vocab_size = config.model.vocab_size
+        self.max_sequence_length = config.model.max_sequence_length
+        self.leads = run.rank == 0
+        self._stage = stage.eval()
+        self._run = run
+        self._device = run.device.torch_device
+        self._hidden = config.model.hidden_size
+        self._kept: dict[int, KeptKeys] = {}
+        self._next = 0
+
+    def logits(self, parts: Sequence[Part]) -> Tensor:
+        """As `Model.logits`: [sum of m, v] float32. Of rank 0. Raises ValueError where a text is too long."""
+        for part in parts:
+            length = part.tokens.numel() if part.kept == WHOLE else part.length
+            if length > self.max_sequence_length:
+                raise ValueError(f"a text has {length} tokens, model.max_sequence_length is {self.max_sequence_length}")
+        self._tell("logits", list(parts))
+        found = self._pass(parts)
+        assert found is not None
+        return found
+
+    def keep(self, capacity: int) -> int:
+        """As `Model.keep`."""
+        self._next += 1
+        self._tell("keep", (self._next, capacity))
+        self._kept[self._next] = KeptKeys(capacity)
+        return self._next
+
+    def forget(self, kept: int) -> None:
+        """As `Model.forget`."""
+        self._tell("forget", kept)
+        del self._kept[kept]
+
+    def follow(self) -> Any:
+        """As `Divided.follow`: rank 0 leads."""
+        while True:
+            what, argument = self._told()
+            if what == "logits":
+                self._pass(argument)
+            elif what == "keep":
+                self._kept[argument[0]] = KeptKeys(argument[1])
+            elif what == "forget":
+                del self._kept[argument]
+            else:
+                return argument
+
+    def end(self, said: Any) -> None:
+        """As `Divided.end`."""
+        self._tell("end", said)
+
+    def _tell(self, what: str, argument: Any) -> None:
+        if self._run.world_size > 1:
+            dist.broadcast_object_list([(what, argument)], src=0, device=self._device)
+
+    def _told(self) -> tuple[str, Any]:
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told, src=0, device=self._device)
+        what, argument = told[0]
+        return what, argument
+
+    @torch.no_grad()
+    def _pass(self, parts: Sequence[Part]) -> Tensor | None:
+        """This rank's part of a pass; the logits on rank 0."""
+        wanted, offset = [], 0
+        for part in parts:
+            wanted.append(part.wanted + offset)
+            offset += part.tokens.numel()
+        rows = torch.cat(wanted)
+        if missing := self._missing(offset):
+            nothing = torch.empty(0, dtype=torch.int64)
+            parts = [*parts, Part(torch.zeros(missing, dtype=torch.int64), nothing)]
+        hidden = self._layers(parts, [part.tokens.numel() for part in parts])
+        layout = self._run.layout
+        if not self._run.is_last_stage:
+            dist.send(hidden, self._run.rank + layout.tensor)
+            if self._run.rank == 0:
+                found = torch.empty(rows.numel(), self.vocab_size, dtype=torch.float32, device=self._device)
+                dist.recv(found, (layout.pipeline - 1) * layout.tensor)
+                return found
+            return None
+        filled = torch.cat((rows, rows[:1].expand(self._missing(rows.numel()))))
+        logits = self._stage.logits(hidden[filled.to(self._device)])[: rows.numel()].float()
+        if self._run.rank == 0:
+            return logits
+        if self._run.rank == (layout.pipeline - 1) * layout.tensor:
+            dist.send(logits.contiguous(), 0)
+        return None
+
+    def _missing(self, rows: int) -> int:
+        """Rows that a matrix product of `rows` is filled up with. On a CPU a product of few rows sums in another order
+        than one of many: with a multiple of four for each thread a row's result is that of the row alone (measured with
+        MKL; tests/generation/test_layers.py looks whether it is so on the machine at hand)."""
+        if self._device.type != "cpu":
+            return 0
+        return -rows % max(16, 4 * torch.get_num_threads())
+
+    def _layers(self, parts: Sequence[Part], lengths: Sequence[int]) -> Tensor:
+        """[t, 1, h] behind this stage's layers."""
+        tokens = None
+        if self._run.is_first_stage:
+            tokens = torch.cat([part.tokens for part in parts])[None].to(self._device)
+        else:
+            dtype = next(self._stage.parameters()).dtype
+            before = torch.empty(sum(lengths), 1, self._hidden, dtype=dtype, device=self._device)
+            dist.recv(before, self._run.rank - self._run.layout.tensor)
+            self._stage.set_input_tensor(before)
+        hidden = self._stage(tokens, self._segments(parts, lengths))
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _segments(self, parts: Sequence[Part], lengths: Sequence[int]) -> Segments:
+        offsets = torch.tensor([0, *lengths]).cumsum(0).to(self._device, torch.int32)
+        if all(part.kept == WHOLE for part in parts):
+            return pack(offsets, max(lengths), lengths)
+        texts, positions = [], []
+        for part, rows in zip(parts, lengths, strict=True):
+            where = torch.arange(rows) if part.positions is None else part.positions
+            where = where.to(self._device)
+            positions.append(where)
+            own = None if part.positions is None else where
+            kept = None if part.kept == WHOLE else self._kept[part.kept]
+            texts.append(KeptText(rows, own, kept, rows if part.kept == WHOLE else part.length))
+        segments = pack(offsets, max(text.length for text in texts), lengths)
+        segments.kept = KeptPass(texts, torch.cat(positions))
+        return segments

@@ -1,0 +1,176 @@
+"""Who proposes: logits of a block's masks -> a candidate for each, and the confidence in it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from illada_megatron.diffusion.noise import uniforms
+from illada_megatron.generation.settings import Settings
+from illada_megatron.generation.text import Text
+
+_CREDIT_DECAY, _CREDIT_POWER, _CREDIT_WEIGHT = 0.8, 0.2, 0.7  # dInfer (arXiv 2510.08666)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Ids that mean something to the rules."""
+
+    mask: int
+    eos: int | None = None
+    end_think: tuple[int, ...] = ()
+    """What "</think>" is spelled in."""
+    count: int | None = None
+    """Ids that the tokenizer has words for; None: all that the model has."""
+
+
+@dataclass
+class Credit:
+    """What tokens have gained at positions by having been the best there before: one entry for each pair."""
+
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    amounts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+
+    def add(self, positions: Tensor, tokens: Tensor, probabilities: Tensor) -> None:
+        """A step's best token of each position that is masked, [m] each."""
+        masked = torch.isin(self.positions, positions)
+        self.positions, self.tokens = self.positions[masked], self.tokens[masked]
+        self.amounts = self.amounts[masked] * _CREDIT_DECAY
+        key = torch.cat((self.positions, positions)) << 32 | torch.cat((self.tokens, tokens))
+        amounts = torch.cat((self.amounts, probabilities.to(torch.float64) ** _CREDIT_POWER))
+        pairs, entry = key.unique(return_inverse=True)
+        self.positions, self.tokens = pairs >> 32, pairs & 0xFFFFFFFF
+        self.amounts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add(0, entry, amounts)
+
+
+def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[Tensor, Tensor]:
+    """Candidates [m] int64 and confidence [m] float64, on the CPU, for the masks of `text.block`.
+
+    logits: [m, v], guidance done; changed in place. Raises ValueError where one is NaN.
+    """
+    settings = text.settings
+    _exclude(logits, words, settings)
+    _boost_end_of_thinking(logits, text, words)
+    if settings.repetition_penalty != 1:
+        _penalise(logits, text, words.mask, settings.repetition_penalty)
+    if settings.credit:
+        _give_credit(logits, text, credit)
+    candidates = logits.argmax(-1) if settings.temperature == 0 else _sampled(logits, text)
+    confidence = _confidence(logits, candidates, text)
+    candidates, confidence = candidates.cpu(), confidence.cpu()
+    if confidence.isnan().any():
+        raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
+    if settings.eos == "last" and words.eos is not None:
+        ends = candidates == words.eos
+        confidence = torch.where(ends & ~ends.all(), -confidence, confidence)
+    return candidates, confidence
+
+
+def _exclude(logits: Tensor, words: Words, settings: Settings) -> None:
+    """A mask is never an answer, nor an id without a word."""
+    logits[:, words.mask] = -torch.inf
+    if words.count is not None:
+        logits[:, words.count :] = -torch.inf
+    if settings.eos == "never" and words.eos is not None:
+        logits[:, words.eos] = -torch.inf
+
+
+def _boost_end_of_thinking(logits: Tensor, text: Text, words: Words) -> None:
+    """iLLaDA's: at the leftmost mask, the token that continues what of "</think>" stands right before it."""
+    settings, sequence = text.settings, list(words.end_think)
+    if settings.end_think_boost == 0 or text.infill:
+        return
+    if not sequence:
+        raise ValueError("end_think_boost needs a tokenizer that spells </think>")
+    position = int(text.block[0])
+    written = text.generated.tolist()
+    if any(written[at : at + len(sequence)] == sequence for at in range(len(written) - len(sequence) + 1)):
+        return
+    before = text.tokens[:position].tolist()
+    matched = next((n for n in range(min(len(sequence) - 1, len(before)), 0, -1) if before[-n:] == sequence[:n]), 0)
+    progress = min(max((position - text.given + 1) / settings.gen_length, 0.0), 1.0)
+    logits[0, sequence[matched]] += settings.end_think_boost * progress**settings.end_think_power
+
+
+def _penalise(logits: Tensor, text: Text, mask: int, penalty: float) -> None:
+    held = text.tokens[text.tokens != mask].unique().to(logits.device)
+    found = logits[:, held]
+    logits[:, held] = torch.where(found > 0, found / penalty, found * penalty)
+
+
+def _give_credit(logits: Tensor, text: Text, credit: Credit) -> None:
+    """C <- 0.8 C, C of the best token += p ** 0.2; logits + 0.7 ln(C + 1)."""
+    best = logits.argmax(-1)
+    credit.add(text.block, best.cpu(), _probability(logits, best).cpu())
+    rows = torch.searchsorted(text.block, credit.positions)
+    gained = _CREDIT_WEIGHT * (credit.amounts + 1).log()
+    logits.index_put_((rows.to(logits.device), credit.tokens.to(logits.device)), gained.to(logits), accumulate=True)
+
+
+def _confidence(logits: Tensor, candidates: Tensor, text: Text) -> Tensor:
+    """[m] float64, without the noise of sampling."""
+    kind = text.settings.remasking
+    if kind == "random":
+        return _position_noise("generation.confidence", text)
+    if kind == "low_confidence":
+        return _probability(logits, candidates)
+    if kind == "margin":
+        first, second = logits.topk(2, dim=-1).values.to(torch.float64).unbind(-1)
+        return _probability(logits, logits.argmax(-1)) * -torch.expm1(second - first)
+    log_p = logits.to(torch.float64).log_softmax(-1)
+    return (log_p.exp() * log_p.clamp_min(torch.finfo(torch.float64).min)).sum(-1).exp()
+
+
+def _probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[m] float64, of softmax(logits) [m, v] at tokens [m]. Exponentials are of the logits' precision, their sum is in
+    float64: exact to 1e-8, where a sum in fp32 would change which of two is surer."""
+    largest = logits.max(-1, keepdim=True).values
+    total = (logits - largest).exp_().sum(-1, dtype=torch.float64)
+    chosen = logits.gather(1, tokens[:, None]) - largest
+    return chosen.squeeze(1).to(torch.float64).exp() / total
+
+
+def _sampled(logits: Tensor, text: Text) -> Tensor:
+    """[m] a sample of softmax(logits / T) for each, in float64: low-precision sampling is known to lower the effective
+    temperature (arXiv 2409.02908)."""
+    settings = text.settings
+    scaled = logits.to(torch.float64) / settings.temperature
+    if settings.top_k and settings.top_k < scaled.shape[1]:
+        least = scaled.topk(settings.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    probabilities = scaled.softmax(-1)
+    if settings.top_p < 1:
+        probabilities = _nucleus(probabilities, settings.top_p)
+    return sample(probabilities, _position_noise("generation.candidate", text).to(logits.device))
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The most probable tokens whose predecessors have less than top_p together; the rest are 0."""
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return probabilities.scatter(1, tokens, ordered.masked_fill(before >= top_p, 0.0))
+
+
+def sample(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Invert the cumulative distribution of each row of `[m, v]` at `u` `[m]`.
+
+    The distribution is that of LLaDA's Gumbel-max with one random number a position instead of v. Tokens of
+    probability 0 are never taken.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(cumulative, torch.minimum(u * total, below_total)[:, None], right=True).squeeze(1)
+
+
+def _position_noise(purpose: str, text: Text) -> Tensor:
+    """Uniforms [m] for the block's masks, a function of (seed, purpose, step, position): not of the device, of what
+    else is masked or of what else is in the batch."""
+    noise = uniforms(text.settings.seed, purpose, text.step, text.span[1])
+    return torch.from_numpy(noise)[text.block]
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """u + (s + 1) (c - u) (arXiv 2502.09992, appendix A; after arXiv 2207.12598)."""
+    return unconditional + (scale + 1) * (conditional - unconditional)
