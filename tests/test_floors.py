@@ -31,7 +31,7 @@ NEVER = {
     "data/preprocessing": ("torch", "megatron", "config"),
     "diffusion": ("megatron", "model", "generation"),
     "model": ("checkpoint", "training", "data"),
-    "generation": ("megatron", "checkpoint", "training"),
+    "generation": ("megatron", "training"),
     "checkpoint": ("training", "cli"),
     "checkpoint/files": ("megatron", "model", "training", "checkpoint.megatron", "checkpoint.tools"),
     "checkpoint/megatron": ("checkpoint.tools", "checkpoint.hugging_face", "checkpoint.saver"),

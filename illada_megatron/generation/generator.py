@@ -84,7 +84,7 @@ class Generator:
         are rank 0's. tokenizer: file, directory or org/name; None: the run's. Raises ConfigError, CheckpointError,
         DataError.
         """
-        from illada_megatron.checkpoint.predictor import open_stage
+        from illada_megatron.generation.opening import open_stage
 
         with open_stage(path, device, ema, pipeline) as opened:
             from illada_megatron.generation.layers import LayerModel

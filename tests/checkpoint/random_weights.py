@@ -11,6 +11,8 @@ from illada_megatron.checkpoint.files.storage import folder
 from illada_megatron.checkpoint.files.tensors import TensorWriter, write_metadata
 from illada_megatron.config import RunConfig, load_config
 from illada_megatron.config.parameters import EMBEDDING, HEAD, parameters
+from illada_megatron.generation.model import Part
+from illada_megatron.generation.opening import open_stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,3 +52,13 @@ def random_checkpoint(
     store.finish(path, step, config.model_dump(mode="json"), {"step": step}, files)
     store.move_pointer(path)
     return weights
+
+
+def logits_of(path: Path, tokens: Tensor) -> Tensor:
+    """What the newest checkpoint below `path` makes of tokens [b, s]: [b, s, vocab_size]."""
+    with open_stage(path, "cpu") as opened:
+        from illada_megatron.generation.layers import LayerModel
+
+        every = torch.arange(tokens.shape[1])
+        found = LayerModel(opened.stage, opened.config, opened.run).logits([Part(row, every) for row in tokens])
+    return found.view(*tokens.shape, -1)
