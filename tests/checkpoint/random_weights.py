@@ -1,6 +1,8 @@
 """Checkpoints of random weights, for tests of conversions: quick to make, every value of its own."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +52,10 @@ def random_checkpoint(
     store.finish(path, step, config.model_dump(mode="json"), {"step": step}, files)
     store.move_pointer(path)
     return weights
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    """Other values of a Hugging Face directory's config.json; "left out": without the key."""
+    file = directory / "config.json"
+    values = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in values.items() if value != "left out"}))
