@@ -12,10 +12,11 @@ reach what is asked of them is in "holds".
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -46,6 +47,8 @@ def main(
 
     Example: python -m benchmarks.gpu --no-tests --steps 10
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what is running is ended then: it is in a session of its own
+        signal.signal(number, _stop)
     end = time.monotonic() + 60 * minutes
     if not dry and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: torch finds no GPU; --dry tries the script on a CPU, in miniature")
@@ -71,6 +74,10 @@ def main(
     found = report.get("tests", {"failed": [], "exit_code": 0})
     broken = found["failed"] or found["exit_code"] not in (0, NOTHING_COLLECTED)
     sys.exit(1 if broken or report["failed_runs"] else 0)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _prepare(dry: bool) -> None:
@@ -108,13 +115,16 @@ def _measure_steps(
     figures: dict[Variant, Figures] = {}
     layers: dict[Variant, int] = {}
     fitting = None if dry else _fitting()
-    for variant, workload in runs_on(fitting):
+    runs = runs_on(fitting)
+    for number, (variant, workload) in enumerate(runs, start=1):
+        # one that hangs leaves the others theirs
+        own_end = end - 60 * ((len(runs) - number) * _RUN_MINUTES + _LOSS_MINUTES)
         reason = _no_fp8(dry) if variant.precision == "fp8" else None
         if (reason := reason or _no_time(end, _RUN_MINUTES)) is not None:
             report["left_out"][variant.name] = reason
             continue
         try:
-            figures[variant] = measure_run(variant, workload, steps, end - time.monotonic())
+            figures[variant] = measure_run(variant, workload, steps, max(60 * _RUN_MINUTES, own_end - time.monotonic()))
         except RunFailedError as error:
             _failed(report, variant.name, error)
         else:

@@ -23,13 +23,21 @@ def run_device_tests(places: list[str], seconds: float) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junit-xml={xml}", *places]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *_path()])}
         code, _ = run_limited(command, _ROOT, seconds, env=environment, stdout=sys.stderr)
-        cases = list(ElementTree.parse(xml).getroot().iter("testcase")) if xml.exists() else []
+        cases = _cases(xml)
     if not cases and code not in (None, 0, NOTHING_COLLECTED):
         return {"exit_code": code, "passed": 0, "skipped": {}, "failed": ["pytest did not start"]}
     found = _counted(cases)
     if code is None:
         found["failed"].append(f"cut off after {seconds:.0f} seconds")
     return {"exit_code": 1 if code is None else code, **found}
+
+
+def _cases(xml: Path) -> list[ElementTree.Element]:
+    """None where pytest was killed before it had written, or while it wrote."""
+    try:
+        return list(ElementTree.parse(xml).getroot().iter("testcase"))
+    except (FileNotFoundError, ElementTree.ParseError):
+        return []
 
 
 def _path() -> list[str]:

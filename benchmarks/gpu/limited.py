@@ -23,7 +23,10 @@ def run_limited(command: list[str], folder: Path, seconds: float, **options: Any
         with suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
         _kill_group(process)
-        return None, process.communicate()[0] or ""
+        with suppress(subprocess.TimeoutExpired):  # what has left the group may hold its stdout
+            out = process.communicate(timeout=_GRACE_SECONDS)[0]
+            return None, out or ""
+        return None, ""
     finally:
         _kill_group(process)
     return process.returncode, out or ""

@@ -71,5 +71,9 @@ class MeasuringProcess:
     def finish(self, *arguments: Any) -> Any:
         """Ask for what was found, and wait until the process has ended and its memory is free."""
         found = self.ask("finish", *arguments)
-        self._process.join()
+        self._process.join(None if self._end is None else max(self._end - time.monotonic(), 0.0))
+        if self._process.is_alive():  # a GPU's libraries may hang when they are taken apart
+            print(f"{self.name}: has not ended, and is killed", file=sys.stderr)
+            self._process.kill()
+            self._process.join()
         return found

@@ -35,7 +35,7 @@ class Settings:
     """What a candidate's confidence is: its probability, uniform noise, how far the best is ahead of the second, or
     exp(-H) of the distribution's entropy H. All are from 0 to 1."""
     reveal: Reveal = "steps"
-    """steps: the most confident, as many as make the block in `steps` steps. threshold: all from `threshold` up, and the
+    """steps: the most confident, as many as make the block in `steps` steps. threshold: all from `threshold` up, the
     most confident always (Fast-dLLM, arXiv 2505.22618). factor: as many as are jointly sure (there too). hierarchy:
     of each run of masks the most confident too, from `low_threshold` up (dInfer, arXiv 2510.08666)."""
     threshold: float = 0.9

@@ -223,12 +223,21 @@ def loss_memory(work: Workload, candidate: Candidate, stage: int, device: Device
     )
 
 
-def communicators(candidate: Candidate) -> int:
+def communicators(work: Workload, candidate: Candidate) -> int:
     """NCCL communicators that a rank has buffers for: the world's, and tensor, context, data (with context) parallel
-    groups, pipeline neighbours and the tied embedding's, where they have several ranks."""
-    pipeline = candidate.pipeline > 1
-    several = (candidate.tensor > 1, candidate.context > 1, candidate.gradient_ranks > 1, pipeline, pipeline)
-    return 0 if candidate.gpus == 1 else 1 + sum(several)
+    groups, pipeline neighbours and the tied embedding's, where they have several ranks; Transformer Engine's by which
+    userbuffers find each other, the world's again and a tensor parallel group's (`module/base.py`,
+    initialize_ub); and the stage's in which delayed scaling finds its largest values."""
+    if candidate.gpus == 1:
+        return 0
+    pipeline, users = candidate.pipeline > 1, has_userbuffers(work, candidate)
+    delayed = candidate.precision == "fp8" and work.fp8.recipe == "delayed"
+    several = (
+        *(candidate.tensor > 1, candidate.context > 1, candidate.gradient_ranks > 1, pipeline, pipeline),
+        *(users, users and candidate.gpus > candidate.tensor),
+        delayed and candidate.tensor * candidate.gradient_ranks > 1,
+    )
+    return 1 + sum(several)
 
 
 def userbuffer_bytes(work: Workload, candidate: Candidate) -> int:
@@ -243,7 +252,7 @@ def userbuffer_bytes(work: Workload, candidate: Candidate) -> int:
 
 def buffers(work: Workload, candidate: Candidate) -> Part:
     """CUDA's context, cuBLAS's workspaces, NCCL's buffers, userbuffers of overlapped tensor parallel communication."""
-    count, users = communicators(candidate), userbuffer_bytes(work, candidate)
+    count, users = communicators(work, candidate), userbuffer_bytes(work, candidate)
     return Part(
         _CONTEXT_BYTES + _CUBLAS_BYTES + count * _NCCL_COMMUNICATOR_BYTES + users,
         "context {:,.0f} B + cuBLAS {:,} B + {} communicators x {:,} B + userbuffers {:,} B",

@@ -27,7 +27,7 @@ def import_megatron() -> None:
     Without the compiler where there is no GPU: megatron-core's fusions are applied to functions while they are
     imported, no CPU run uses them, and the compiler's import is a fifth of a process's start. megatron-core's own
     switch is in a module whose package has applied it already when it is imported. Without wandb too, which
-    megatron-core imports for its own inference engine alone: a tenth of a start, where it is installed.
+    megatron-core imports for timers and an inference engine that are not used here: a tenth of a start.
     """
     for name, beginning in _NOT_FOR_USERS.items():
         logging.getLogger(name).addFilter(partial(_is_for_users, beginning))
@@ -54,6 +54,8 @@ def _without_wandb() -> Iterator[None]:
 
 def _import_core() -> None:
     if torch.cuda.is_available():
+        import megatron.core  # noqa: F401
+
         _bind_split()
         return
     compile_, torch.compile = torch.compile, _uncompiled  # type: ignore[assignment]

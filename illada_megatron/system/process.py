@@ -71,13 +71,12 @@ def search_garbage_rarely() -> None:
     global _searches
     if _searches is None:
         _searches = gc.get_threshold()
-        gc.set_threshold(100_000)
+        gc.set_threshold(20_000)
 
 
 def search_garbage_as_usual() -> None:
-    """What there is by now stays: no later search goes through it. Does nothing where nothing was changed."""
+    """Does nothing where nothing was changed."""
     global _searches
     if _searches is not None:
-        gc.freeze()
         gc.set_threshold(*_searches)
         _searches = None

@@ -1,6 +1,8 @@
 """Checkpoints of random weights, for tests of conversions: quick to make, every value of its own."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +64,10 @@ def logits_of(path: Path, tokens: Tensor) -> Tensor:
         every = torch.arange(tokens.shape[1])
         found = LayerModel(opened.stage, opened.config, opened.run).logits([Part(row, every) for row in tokens])
     return found.view(*tokens.shape, -1)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    """Other values of a Hugging Face directory's config.json; "left out": without the key."""
+    file = directory / "config.json"
+    values = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in values.items() if value != "left out"}))

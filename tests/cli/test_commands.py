@@ -285,7 +285,7 @@ def test_preprocess_counts_the_lines_it_skips(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --prompt and --prompt-file"),
+        ([], "give one of --prompt, --prompt-file and --prompts"),
         (["--prompt", "x", "--steps", "0"], "steps"),
         (["--prompt", "x", "--remasking", "highest"], "remasking"),
         (["--prompt", "x"], "the run names no data.tokenizer_path: give its tokenizer with --tokenizer"),

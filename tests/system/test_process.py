@@ -88,13 +88,8 @@ def test_a_thread_that_is_left_is_the_process() -> None:
 def test_garbage_is_searched_as_usual_once_all_is_imported() -> None:
     usual = gc.get_threshold()
     process.search_garbage_as_usual()  # nothing was changed
-    assert gc.get_freeze_count() == 0
     process.search_garbage_rarely()
     process.search_garbage_rarely()
-    assert gc.get_threshold()[0] > 50 * usual[0]
+    assert gc.get_threshold()[0] > 5 * usual[0]
     process.search_garbage_as_usual()
-    try:
-        assert gc.get_threshold() == usual
-        assert gc.get_freeze_count() > 1000
-    finally:
-        gc.unfreeze()
+    assert gc.get_threshold() == usual

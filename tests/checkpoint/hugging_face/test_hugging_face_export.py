@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import Illada
-from random_weights import random_checkpoint, small_config
+from random_weights import logits_of, random_checkpoint, small_config
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -17,7 +17,7 @@ from illada_megatron.checkpoint.hugging_face import exporting
 from illada_megatron.checkpoint.hugging_face.config_json import read_config_json
 from illada_megatron.checkpoint.hugging_face.exporting import export
 from illada_megatron.checkpoint.hugging_face.verifying import verify
-from illada_megatron.checkpoint.predictor import find_checkpoint, open_predictor
+from illada_megatron.checkpoint.predictor import find_checkpoint
 from illada_megatron.config import ModelConfig
 from illada_megatron.config.parameters import EMBEDDING, HEAD
 
@@ -45,8 +45,7 @@ def test_transformers_gives_the_same_logits(layout: str, overrides: tuple[str, .
     random_checkpoint(tmp_path / "run", config)
     export(find_checkpoint(tmp_path / "run"), tmp_path / "hf", layout, "fp32")  # type: ignore[arg-type]
     tokens = _tokens(config.model)
-    with open_predictor(tmp_path / "run", "cpu") as (predict, _):
-        expected = predict(tokens)
+    expected = logits_of(tmp_path / "run", tokens)
     for auto in (AutoModel, AutoModelForCausalLM):
         model = auto.from_pretrained(tmp_path / "hf", trust_remote_code=True)
         assert model.dtype == torch.float32
