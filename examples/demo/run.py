@@ -149,7 +149,7 @@ def generate(demo: Demo) -> None:
         settings = ("--gen-length", "64", "--temperature", "0.8")
         demo.illada("generate", *options, "--prompt-file", "demo/run/continue.txt", *settings, captured=False)
     with demo.stage(f"An infilling of held-out {infilling.path}"):
-        settings = ("--svg", "demo/denoising.svg")
+        settings = ("--svg", "demo/denoising.svg", "--html", "demo/denoising.html")
         demo.illada("generate", *options, "--prompt-file", "demo/run/infill.txt", *settings, captured=False)
         console.print(Panel(infilling.styled_truth(), title="what the file has in the gaps"))
 
@@ -164,6 +164,7 @@ def summarize(demo: Demo, seconds: float) -> None:
     rows += [
         ("time", f"{seconds / 60:.1f} minutes, {_children_cpu_seconds() / 60:.1f} CPU minutes"),
         ("pictures", "demo/loss.png, demo/denoising.svg"),
+        ("the text as it came", "demo/denoising.html, a page for the browser"),
         ("checkpoint", "demo/run/checkpoints"),
         ("log", "demo/run/steps.jsonl, one line a step"),
         ("TensorBoard", "tensorboard --logdir demo/run/tensorboard"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.generation.settings import Reveal, Settings
+from illada_megatron.generation.text import Text
 
 Rule = Callable[[Tensor, Tensor, Settings, int], Tensor]
 
@@ -50,6 +51,16 @@ RULES: dict[Reveal, Rule] = {
     "factor": by_factor,
     "hierarchy": by_hierarchy,
 }
+
+
+def choose(text: Text, candidates: Tensor, confidence: Tensor, eos: int | None) -> Tensor:
+    """Rows of the block's masks [k] that a step reveals."""
+    settings = text.settings
+    if settings.eos == "last" and eos is not None:
+        ends = candidates == eos
+        confidence = confidence - 2.0 * (ends & ~ends.all())  # below every other, in their own order
+    wanted = text.schedule.pop(0) if settings.reveal == "steps" else 0
+    return RULES[settings.reveal](text.block, confidence, settings, wanted)
 
 
 def _ranked(confidence: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from illada_megatron.generation import caching, choosing
+from illada_megatron.generation import caching
+from illada_megatron.generation.choosing import choose
 from illada_megatron.generation.ending import Decode, End, end_of
 from illada_megatron.generation.model import WHOLE, Model, Part
 from illada_megatron.generation.proposing import Credit, Words, guided, propose
@@ -143,10 +144,9 @@ class Engine:
         text = job.text
         found = guided(logits[0], logits[1], text.settings.guidance) if len(logits) == 2 else logits[0]
         candidates, confidence = propose(found, text, self.words, job.credit)
-        wanted = text.schedule.pop(0) if text.settings.reveal == "steps" else 0
-        rows = choosing.RULES[text.settings.reveal](text.block, confidence, text.settings, wanted)
+        rows = choose(text, candidates, confidence, self.words.eos)
         number = text.step
-        positions = text.reveal(rows, candidates[rows], confidence[rows].abs())
+        positions = text.reveal(rows, candidates[rows], confidence[rows])
         job.history.passed(parts[0].positions is None, positions)
         computed = sum(part.tokens.numel() for part in parts)
         job.computed += computed
@@ -154,7 +154,7 @@ class Engine:
         if end is not None:
             text.cut(end.tokens)
             self.remove(job)
-        return Step(number, positions, candidates[rows], confidence[rows].abs(), computed, end)
+        return Step(number, positions, candidates[rows], confidence[rows], computed, end)
 
     def _end(self, job: Job) -> End | None:
         """Looked for when a block is done."""

@@ -61,9 +61,6 @@ def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[T
     candidates, confidence = candidates.cpu(), confidence.cpu()
     if confidence.isnan().any():
         raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
-    if settings.eos == "last" and words.eos is not None:
-        ends = candidates == words.eos
-        confidence = torch.where(ends & ~ends.all(), -confidence, confidence)
     return candidates, confidence
 
 

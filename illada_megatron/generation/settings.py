@@ -50,7 +50,7 @@ class Settings:
     top_k: int = 0
     """Samples only of the k most probable tokens; 0: of all."""
     top_p: float = 1.0
-    """Samples only of the fewest tokens that together have this probability."""
+    """Samples only of the fewest tokens that together have this probability among those that top_k leaves."""
     repetition_penalty: float = 1.0
     """Logits of tokens that the text holds already are divided by it, where they are above 0, else multiplied (CTRL,
     arXiv 1909.05858)."""

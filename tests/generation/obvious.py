@@ -226,11 +226,12 @@ def softmax(logits: list[float]) -> list[float]:
 
 def sample(logits: list[float], settings: Settings, drawn: float) -> int:
     """The token at which the cumulative sum of what top_k and top_p leave passes `drawn` of its total."""
-    probabilities = softmax([x / settings.temperature for x in logits])
     kept = list(range(len(logits)))
     if settings.top_k:
         least = sorted(logits, reverse=True)[min(settings.top_k, len(logits)) - 1]
         kept = [token for token in kept if logits[token] >= least]
+    # of what top_k leaves, as in transformers
+    probabilities = softmax([x / settings.temperature if token in kept else -math.inf for token, x in enumerate(logits)])
     if settings.top_p < 1:
         nucleus, total = [], 0.0
         for token in sorted(kept, key=lambda token: (-probabilities[token], token)):

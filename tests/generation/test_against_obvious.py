@@ -178,11 +178,11 @@ def stopped_in_its_text(rng: random.Random, case: Case) -> Case:
     """With a stop string, or a pattern, that its text has: few of the random ones are ever met."""
     on = case.outcome(stop=(), stop_pattern=None)
     text = decode(on.tokens[len(case.ids) :])
-    draws = 9 if on.finish == "eos" else 3  # late, to be in the block of the EOS
-    start = max(rng.randrange(len(text) + 1) for _ in range(draws))
-    stop = text[start : start + rng.randint(1, 4)]
-    if not stop:
+    if not text:
         return case
+    draws = 5 if on.finish == "eos" else 2  # late, to be in the block of the EOS
+    start = max(rng.randrange(len(text)) for _ in range(draws))
+    stop = text[start : start + rng.randint(1, 4)]
     if rng.random() < 0.3:
         settings = replace(case.settings, stop_pattern=f"{stop[0]}.{{{len(stop) - 1}}}")
     else:
