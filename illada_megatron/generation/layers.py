@@ -86,15 +86,17 @@ class LayerModel:
     @torch.no_grad()
     def _pass(self, parts: Sequence[Part]) -> Tensor | None:
         """This rank's part of a pass; the logits on rank 0."""
-        wanted, offset = [], 0
-        for part in parts:
-            wanted.append(part.wanted + offset)
-            offset += part.tokens.numel()
-        rows = torch.cat(wanted)
+        wanted, offset = [parts[0].wanted] * len(parts), 0
+        order = sorted(range(len(parts)), key=lambda number: parts[number].kept != WHOLE)
+        for number in order:
+            wanted[number] = parts[number].wanted + offset
+            offset += parts[number].tokens.numel()
+        rows, in_order = torch.cat(wanted), [parts[number] for number in order]
         if missing := self._missing(offset):
             nothing = torch.empty(0, dtype=torch.int64)
-            parts = [*parts, Part(torch.zeros(missing, dtype=torch.int64), nothing)]
-        hidden = self._layers(parts, [part.tokens.numel() for part in parts])
+            in_order.insert(0, Part(torch.zeros(missing, dtype=torch.int64), nothing))
+            rows = rows + missing
+        hidden = self._layers(in_order, [part.tokens.numel() for part in in_order])
         layout = self._run.layout
         if not self._run.is_last_stage:
             dist.send(hidden, self._run.rank + layout.tensor)
@@ -134,17 +136,24 @@ class LayerModel:
         return hidden
 
     def _segments(self, parts: Sequence[Part], lengths: Sequence[int]) -> Segments:
-        offsets = torch.tensor([0, *lengths]).cumsum(0).to(self._device, torch.int32)
-        if all(part.kept == WHOLE for part in parts):
-            return pack(offsets, max(lengths), lengths)
+        """parts: those of which nothing is kept come first."""
+        whole = [length for part, length in zip(parts, lengths, strict=True) if part.kept == WHOLE]
+        longest = max(
+            length if part.kept == WHOLE else part.length for part, length in zip(parts, lengths, strict=True)
+        )
+        segments = self._packed(whole, longest)
+        if len(whole) == len(parts):
+            return segments
         texts, positions = [], []
-        for part, rows in zip(parts, lengths, strict=True):
+        for part, rows in zip(parts[len(whole) :], lengths[len(whole) :], strict=True):
             where = torch.arange(rows) if part.positions is None else part.positions
-            where = where.to(self._device)
-            positions.append(where)
-            own = None if part.positions is None else where
-            kept = None if part.kept == WHOLE else self._kept[part.kept]
-            texts.append(KeptText(rows, own, kept, rows if part.kept == WHOLE else part.length))
-        segments = pack(offsets, max(text.length for text in texts), lengths)
-        segments.kept = KeptPass(texts, torch.cat(positions))
-        return segments
+            positions.append(where.to(self._device))
+            own = None if part.positions is None else positions[-1]
+            texts.append(KeptText(rows, own, self._kept[part.kept], part.length))
+        mixed = self._packed(lengths, longest)
+        mixed.kept = KeptPass(segments, texts, torch.cat(positions))
+        return mixed
+
+    def _packed(self, lengths: Sequence[int], longest: int) -> Segments:
+        offsets = torch.tensor([0, *lengths]).cumsum(0).to(self._device, torch.int32)
+        return pack(offsets, longest, lengths)

@@ -231,7 +231,9 @@ def sample(logits: list[float], settings: Settings, drawn: float) -> int:
         least = sorted(logits, reverse=True)[min(settings.top_k, len(logits)) - 1]
         kept = [token for token in kept if logits[token] >= least]
     # of what top_k leaves, as in transformers
-    probabilities = softmax([x / settings.temperature if token in kept else -math.inf for token, x in enumerate(logits)])
+    probabilities = softmax(
+        [x / settings.temperature if token in kept else -math.inf for token, x in enumerate(logits)]
+    )
     if settings.top_p < 1:
         nucleus, total = [], 0.0
         for token in sorted(kept, key=lambda token: (-probabilities[token], token)):

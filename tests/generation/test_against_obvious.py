@@ -182,9 +182,12 @@ def stopped_in_its_text(rng: random.Random, case: Case) -> Case:
         return case
     draws = 5 if on.finish == "eos" else 2  # late, to be in the block of the EOS
     start = max(rng.randrange(len(text)) for _ in range(draws))
-    stop = text[start : start + rng.randint(1, 4)]
-    if rng.random() < 0.3:
-        settings = replace(case.settings, stop_pattern=f"{stop[0]}.{{{len(stop) - 1}}}")
+    stop = text[start : start + rng.randint(2, 4)]
+    how = rng.choice(["stop", "one of some", "pattern"])
+    if how == "pattern":
+        settings = replace(case.settings, stop=(), stop_pattern=f"{stop[0]}.{{{len(stop) - 1}}}")
+    elif how == "stop":
+        settings = replace(case.settings, stop=(stop,), stop_pattern=None)
     else:
         settings = replace(case.settings, stop=(*case.settings.stop, stop))
     return replace(case, settings=settings)

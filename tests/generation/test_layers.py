@@ -10,19 +10,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tokenizers import AddedToken, Tokenizer, models
 
-from illada_megatron.checkpoint.hugging_face.exporting import export
-from illada_megatron.checkpoint.predictor import find_checkpoint
 from illada_megatron.generation import Generator, Settings
 from illada_megatron.generation.model import Part
-from tests.checkpoint.random_weights import random_checkpoint, small_config
 
 VOCABULARY = 1200
-SIZES = (
-    *("model.hidden_size=128", "model.ffn_hidden_size=192", f"model.vocab_size={VOCABULARY}", "model.num_layers=4"),
-    *("model.max_sequence_length=256", "training.precision=fp32"),
-)
 SETTINGS = (
     Settings(gen_length=24, block_length=8, steps=4),
     Settings(gen_length=20, block_length=8, reveal="threshold", threshold=0.02, remasking="margin"),
@@ -33,22 +25,6 @@ SETTINGS = (
     Settings(gen_length=24, block_length=8, steps=8, cache="vicinity", fixed_length=True),
     Settings(gen_length=24, block_length=8, steps=8, cache="delayed", cache_refresh=3),
 )
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights, the same as a Hugging Face directory, a tokenizer."""
-    folder = tmp_path_factory.mktemp("layers")
-    words = Tokenizer(models.WordLevel({f"w{number} ": number for number in range(VOCABULARY)}, unk_token="w3 "))
-    words.add_special_tokens([AddedToken("<mask>", special=True)])
-    words.save(str(folder / "tokenizer.json"))
-    definition = json.loads((folder / "tokenizer.json").read_text())
-    definition["model"]["vocab"] = {("<mask>" if n == 5 else f"w{n} "): n for n in range(VOCABULARY)}
-    definition["added_tokens"][0]["id"] = 5
-    (folder / "tokenizer.json").write_text(json.dumps(definition))
-    random_checkpoint(folder / "run", small_config(*SIZES))
-    export(find_checkpoint(folder / "run"), folder / "hf", "illada", "fp32")
-    return folder
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -109,9 +85,14 @@ def generator(place: Path) -> Iterator[Generator]:
 
 def test_rows_do_not_depend_on_other_parts(generator: Generator) -> None:
     """Bit for bit, whatever number of rows the matrix products have."""
+    kept = [generator.model.keep(100) for _ in range(4)]
     parts = [Part(torch.tensor(ids), torch.arange(min(len(ids), 5))) for ids in prompts(24)]
+    for number, one in zip((0, 3, 10, 23), kept, strict=True):
+        parts[number] = replace(parts[number], kept=one, length=parts[number].tokens.numel())
     together = generator.model.logits(parts)
     assert torch.equal(together, torch.cat([generator.model.logits([part]) for part in parts]))
+    for one in kept:
+        generator.model.forget(one)
 
 
 def test_all_positions_computed_over_kept_keys_are_a_pass_without(generator: Generator) -> None:
