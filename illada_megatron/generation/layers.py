@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from illada_megatron.config import RunConfig
 from illada_megatron.generation.model import WHOLE, Part
@@ -30,6 +31,8 @@ class LayerModel:
         self._run = run
         self._device = run.device.torch_device
         self._hidden = config.model.hidden_size
+        self.row_multiple = _row_multiple(stage) if self._device.type == "cpu" else None
+        """See `_row_multiple`; None on a GPU, too."""
         self._kept: dict[int, KeptKeys] = {}
         self._next = 0
 
@@ -114,12 +117,8 @@ class LayerModel:
         return None
 
     def _missing(self, rows: int) -> int:
-        """Rows that a matrix product of `rows` is filled up with. On a CPU a product of few rows sums in another order
-        than one of many: with a multiple of four for each thread a row's result is that of the row alone (measured with
-        MKL; tests/generation/test_layers.py looks whether it is so on the machine at hand)."""
-        if self._device.type != "cpu":
-            return 0
-        return -rows % max(16, 4 * torch.get_num_threads())
+        """Rows that matrix products of `rows` are filled up with."""
+        return -rows % self.row_multiple if self.row_multiple else 0
 
     def _layers(self, parts: Sequence[Part], lengths: Sequence[int]) -> Tensor:
         """[t, 1, h] behind this stage's layers."""
@@ -157,3 +156,31 @@ class LayerModel:
     def _packed(self, lengths: Sequence[int], longest: int) -> Segments:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(self._device, torch.int32)
         return pack(offsets, longest, lengths)
+
+
+_MULTIPLES = (16, 32, 64, 128)
+_PROBED_ROWS = 4096
+
+
+@torch.no_grad()
+def _row_multiple(stage: MaskPredictor) -> int | None:
+    """The smallest multiple to which rows are filled up so that each has the same bits in a product of few as in one
+    of many; None: there is none. Libraries divide a product over threads, and sum in another order where few rows are
+    left for one. Asked of the stage's own matrices (of large ones the first rows), on this machine and its threads."""
+    weights = {tuple(one.shape): one[:_PROBED_ROWS] for one in stage.parameters() if one.dim() == 2}
+    for multiple in _MULTIPLES:
+        if all(_rows_are_alike(weight, multiple) for weight in weights.values()):
+            return multiple
+    return None
+
+
+def _rows_are_alike(weight: Tensor, multiple: int) -> bool:
+    source = torch.Generator().manual_seed(0)
+    rows = torch.randn(9 * multiple, weight.shape[1], generator=source).to(weight.dtype)
+    every = functional.linear(rows, weight)
+    for count in (1, 2, 3, 5):
+        first = (9 - count) * multiple
+        some = functional.linear(rows[first : first + count * multiple], weight)
+        if not torch.equal(some, every[first : first + count * multiple]):
+            return False
+    return True
