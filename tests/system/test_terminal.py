@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,7 +109,8 @@ def test_generated_text(capsys: pytest.CaptureFixture[str]) -> None:
     class Result:
         tokens = np.array(list(ATTACK.replace("\u202e", "").encode("latin-1")))
 
-    generate_command._show(Result(), _Bytes(), plain=True, svg=None)  # type: ignore[arg-type]
+    generator = SimpleNamespace(tokenizer=_Bytes())
+    generate_command._show(Result(), generator, plain=True, as_json=False, svg=None)  # type: ignore[arg-type]
     assert capsys.readouterr().out == SHOWN.replace(r"\u202e", "") + "\n"
 
 
