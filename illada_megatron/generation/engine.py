@@ -63,7 +63,13 @@ class Engine:
         self.jobs: list[Job] = []
 
     def add(self, text: Text, decode: Decode | None = None) -> Job:
-        """A text that takes part from the next step on. decode: for stop strings."""
+        """A text that takes part from the next step on. decode: for stop strings. Raises ValueError where its settings
+        ask for what is not there: in a step, that would end the others' too."""
+        settings = text.settings
+        if settings.end_think_boost and not (self.words.end_think or text.infill):
+            raise ValueError("end_think_boost needs a tokenizer that spells </think>")
+        if (settings.stop or settings.stop_pattern) and decode is None and not text.infill:
+            raise ValueError("stop and stop_pattern need a way to decode tokens")
         job = Job(text, decode)
         if text.settings.cache != "none":
             capacity = text.given + (0 if text.infill else text.settings.gen_length)

@@ -78,8 +78,6 @@ def _boost_end_of_thinking(logits: Tensor, text: Text, words: Words) -> None:
     settings, sequence = text.settings, list(words.end_think)
     if settings.end_think_boost == 0 or text.infill:
         return
-    if not sequence:
-        raise ValueError("end_think_boost needs a tokenizer that spells </think>")
     position = int(text.block[0])
     written = text.generated.tolist()
     if any(written[at : at + len(sequence)] == sequence for at in range(len(written) - len(sequence) + 1)):

@@ -234,3 +234,7 @@ def test_input_errors():
         denoised(lambda tokens: cycle()(tokens)[0], [1], config())
     with pytest.raises(ValueError, match=r"NaN, .* at step 0"):
         denoised(lambda tokens: cycle()(tokens) * torch.nan, [1], config())
+    with pytest.raises(ValueError, match="needs a tokenizer that spells </think>"):
+        denoised(cycle(), [1], config(end_think_boost=1.0))
+    with pytest.raises(ValueError, match="need a way to decode"):
+        denoised(cycle(), [1], config(stop=("x",)))
