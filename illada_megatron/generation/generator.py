@@ -56,15 +56,12 @@ class Generator:
         self._ranks = model if isinstance(model, Divided) else None
         self.tokenizer = tokenizer
         self.config = config
-        self.engine = Engine(
-            model,
-            Words(
-                config.mask_token_id,
-                tokenizer.eos_id,
-                tuple(tokenizer.encode(END_OF_THINKING)),
-                min(tokenizer.vocab_size, model.vocab_size),
-            ),
-            pass_tokens,
+        self.pass_tokens = pass_tokens
+        self.words = Words(
+            config.mask_token_id,
+            tokenizer.eos_id,
+            tuple(tokenizer.encode(END_OF_THINKING)),
+            min(tokenizer.vocab_size, model.vocab_size),
         )
 
     @classmethod
@@ -107,8 +104,9 @@ class Generator:
         of_each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
         with self._others_follow() as results:
             texts = [self.text(prompt, one) for prompt, one in zip(prompts, of_each, strict=True)]
-            jobs = [self.engine.add(*text) for text in texts]
-            found = {job: self.result(job, step) for job, step in self.engine.run() if step.end is not None}
+            with self._engine() as engine:
+                jobs = [engine.add(*text) for text in texts]
+                found = {job: self.result(job, step) for job, step in engine.run() if step.end is not None}
             results += [found[job] for job in jobs]
         return results
 
@@ -118,13 +116,9 @@ class Generator:
         if self._ranks is not None and not self._ranks.leads:
             self._followed()
             return
-        with self._others_follow():
-            job = self.engine.add(*self.text(prompt, settings))
-            try:
-                while job in self.engine.jobs:
-                    yield from ((one, step) for one, step in self.engine.step() if one is job)
-            finally:
-                self.engine.remove(job)
+        with self._others_follow(), self._engine() as engine:
+            engine.add(*self.text(prompt, settings))
+            yield from engine.run()
 
     def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode]:
         """A prompt as the engine takes it. Raises ValueError where it does not fit."""
@@ -145,6 +139,10 @@ class Generator:
         """Token ids, with N masks for each `<mask:N>`."""
         ids: list[int] = []
         for index, part in enumerate(_GAP.split(text)):
+            if index % 2 and int(part) > self.config.max_sequence_length:
+                raise ValueError(
+                    f"<mask:{part}>: model.max_sequence_length is {self.config.max_sequence_length}, ask for fewer masks"
+                )
             ids += [self.config.mask_token_id] * int(part) if index % 2 else self.tokenizer.encode(part)
         return ids
 
@@ -159,6 +157,17 @@ class Generator:
         words = self.tokenizer.decode(shown.tolist())[: end.characters]
         shown_parts = (text.tokens, text.order, text.appended, text.confidence)
         return Result(*shown_parts, words, end.finish, job.computed, text.given, text.steps)
+
+    @contextmanager
+    def _engine(self) -> Iterator[Engine]:
+        """Of one call: another that goes on meanwhile would be given its steps. Nothing is kept behind it, whatever its
+        end."""
+        engine = Engine(self.model, self.words, self.pass_tokens)
+        try:
+            yield engine
+        finally:
+            for job in list(engine.jobs):
+                engine.remove(job)
 
     @contextmanager
     def _others_follow(self) -> Iterator[list[Result]]:

@@ -134,6 +134,27 @@ def test_a_stream_is_what_generate_gives(generator: Generator) -> None:
 def test_a_stream_that_is_closed_leaves_nothing(generator: Generator) -> None:
     stream = generator.stream(prompts(1)[0], SETTINGS[4])
     next(stream)
-    assert len(generator.engine.jobs) == 1
+    assert len(generator.model._kept) == 1
     stream.close()
-    assert not generator.engine.jobs
+    assert not generator.model._kept
+
+
+def test_a_call_that_fails_leaves_nothing(generator: Generator) -> None:
+    bad = replace(SETTINGS[4], end_think_boost=1.0)
+    generator.words = replace(generator.words, end_think=())
+    with pytest.raises(ValueError, match="spells </think>"):
+        generator.generate(prompts(2), [SETTINGS[4], bad])
+    assert not generator.model._kept
+
+
+def test_two_streams_in_turn_have_their_own_steps(generator: Generator) -> None:
+    texts = prompts(2)
+    streams = [generator.stream(text, one) for text, one in zip(texts, SETTINGS[:2], strict=True)]
+    last = {}
+    for number in [0, 1] * 40:
+        for job, step in [next(streams[number], (None, None))]:
+            if job is not None:
+                last[number] = (job, step)
+    for number in (0, 1):
+        (expected,) = generator.generate([texts[number]], SETTINGS[number])
+        assert generator.result(*last[number]).tokens.tolist() == expected.tokens.tolist()
