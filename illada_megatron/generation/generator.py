@@ -141,7 +141,7 @@ class Generator:
         for index, part in enumerate(_GAP.split(text)):
             if index % 2 and int(part) > self.config.max_sequence_length:
                 raise ValueError(
-                    f"<mask:{part}>: model.max_sequence_length is {self.config.max_sequence_length}, ask for fewer masks"
+                    f"<mask:{part}>: model.max_sequence_length is {self.config.max_sequence_length}: ask for fewer"
                 )
             ids += [self.config.mask_token_id] * int(part) if index % 2 else self.tokenizer.encode(part)
         return ids
