@@ -56,11 +56,11 @@ def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[T
         _penalise(logits, text, words.mask, settings.repetition_penalty)
     if settings.credit:
         _give_credit(logits, text, credit)
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
     candidates = logits.argmax(-1) if settings.temperature == 0 else _sampled(logits, text)
     confidence = _confidence(logits, candidates, text)
     candidates, confidence = candidates.cpu(), confidence.cpu()
-    if confidence.isnan().any():
-        raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
     return candidates, confidence
 
 

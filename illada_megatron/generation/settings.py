@@ -2,13 +2,16 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Confidence = Literal["low_confidence", "random", "margin", "entropy"]
 Reveal = Literal["steps", "threshold", "factor", "hierarchy"]
 Eos = Literal["stop", "last", "never"]
 Cache = Literal["none", "prefix", "dual", "vicinity", "delayed"]
+
+_KINDS: dict[str, type] = {"block_length": int, "stop_pattern": str}
+"""Of fields that may be None."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Settings:
     """Steps after which the delayed cache computes everything again."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        self._check_types()
         for name in ("steps", "gen_length", "block_length", "cache_refresh"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -94,6 +98,18 @@ class Settings:
             )
         self._check_ranges()
         self._check_ends()
+
+    def _check_types(self) -> None:
+        """Settings may come from JSON."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), _KINDS.get(field.name, type(field.default))
+            if value is None and field.name in _KINDS:
+                continue
+            accepted = (int, float) if kind is float else kind
+            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} must be {kind.__name__}, found {value!r}")
+        if not all(isinstance(one, str) for one in self.stop):
+            raise ValueError(f"stop must be texts, found {self.stop!r}")
 
     def _check_ranges(self) -> None:
         for name, low, high in (

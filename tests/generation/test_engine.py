@@ -217,6 +217,11 @@ def test_impossible_tokens_are_never_sampled():
         ({"steps": 5}, "steps 5 exceeds block_length 4"),
         ({"temperature": -0.1}, "temperature .* found -0.1"),
         ({"temperature": float("nan")}, "temperature .* found nan"),
+        ({"gen_length": 64.0}, "gen_length must be int, found 64.0"),
+        ({"gen_length": None}, "gen_length must be int, found None"),
+        ({"steps": True}, "steps must be int, found True"),
+        ({"credit": "no"}, "credit must be bool, found 'no'"),
+        ({"stop": [1]}, r"stop must be texts, found \(1,\)"),
         ({"remasking": "high"}, "'entropy', found 'high'"),
     ],
 )
@@ -234,6 +239,10 @@ def test_input_errors():
         denoised(lambda tokens: cycle()(tokens)[0], [1], config())
     with pytest.raises(ValueError, match=r"NaN, .* at step 0"):
         denoised(lambda tokens: cycle()(tokens) * torch.nan, [1], config())
+    for settings in (config(remasking="random"), config(remasking="random", temperature=1.0)):
+        with pytest.raises(ValueError, match=r"NaN, .* at step 0"):
+            denoised(lambda tokens: cycle()(tokens) * torch.nan, [1], settings)
+    assert config(stop="ab").stop == ("ab",)
     with pytest.raises(ValueError, match="needs a tokenizer that spells </think>"):
         denoised(cycle(), [1], config(end_think_boost=1.0))
     with pytest.raises(ValueError, match="need a way to decode"):
