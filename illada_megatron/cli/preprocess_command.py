@@ -100,7 +100,7 @@ def preprocess(
     is_chat = chat or chat_template is not None
     keys: list[str | None] = [*json_keys] if json_keys else [None]
     with _stoppable(), _process_of_its_own():
-        if engine == "local" and not is_chat and _is_one_shard(paths, shard_mb):
+        if engine == "local" and not is_chat:
             _open_while_importing(tokenizer_engine, found)
         from illada_megatron.data.preprocessing.produce_corpus import PreprocessOptions
         from illada_megatron.data.preprocessing.produce_corpus import preprocess as run_preprocess
@@ -127,11 +127,6 @@ def preprocess(
                 log_interval_seconds=log_interval,
             )
             say(_told(run_preprocess(paths, prefix, found, options)))
-
-
-def _is_one_shard(paths: list[Path], shard_mb: float) -> bool:
-    """Then this process itself makes it."""
-    return len(paths) == 1 and paths[0].is_file() and paths[0].stat().st_size <= shard_mb * 1e6
 
 
 def _open_while_importing(tokenizer_engine: str, tokenizer: Path) -> None:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 _ENDED = ("Z", "X")
+# malloc.h of glibc
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
 def machine() -> str:
@@ -59,6 +61,15 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def keep_free_memory() -> None:
+    """For one thread that makes and frees some MB again and again: what is free stays, in one place, instead of being
+    given back and asked for again, page by page. Does nothing without glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, 32 << 20), (_MMAP_THRESHOLD, 32 << 20)):
+            mallopt(option, value)
 
 
 _searches: tuple[int, int, int] | None = None

@@ -1,7 +1,6 @@
 """Texts -> tokens, for one process."""
 
 import itertools
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +40,6 @@ class DocumentEncoder:
                 f"expected {job.tokenizer_sha256}): restart, or bring back the file"
             )
         self.threads = threads
-        self.wait_until_chosen: Callable[[], None] = lambda: None
-        """Called before a shard is finished; returns when the engine is known to give the reference's ids."""
         self.renderer: ChatRenderer | None = None
         self.engine_name = "reference"
         self.report: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from illada_megatron.data.preprocessing.outputs import Outputs
 from illada_megatron.data.preprocessing.plan import Job, ShardTask, fingerprinted, plan_tasks
 from illada_megatron.data.preprocessing.progress import ProgressBar
 from illada_megatron.data.preprocessing.records import Counts, JobRecord, TaskRecord
-from illada_megatron.data.preprocessing.worker_pool import run_here, run_workers
+from illada_megatron.data.preprocessing.worker_pool import WorkerPool, run_here
 from illada_megatron.data.shards.manifest import Manifest, write_manifest
 from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.fitting import check_mask, without_mask
@@ -202,34 +203,40 @@ def _run(
     """Do what is not done, and add it to `done`. Returns the bytes read."""
     waiting = [task for task in tasks if task.index not in done]
     total, left = (sum(task.size_bytes for task in some) for some in (tasks, waiting))
-    with ProgressBar(total, total - left, options.show_progress, options.log_interval_seconds) as bar:
+    bar = ProgressBar(total, total - left, options.show_progress, options.log_interval_seconds)
+    with _results(job, waiting, options, bar) as results, bar:
         if left_out:
             bar.print(f"left out of directories and globs: {left_out}")
-        for task, record in _results(job, waiting, options, bar):
+        for task, record in results:
             done[task.index] = record
         return bar.read_bytes
 
 
+@contextmanager
 def _results(
     job: Job, tasks: Sequence[ShardTask], options: PreprocessOptions, bar: ProgressBar
-) -> Iterator[tuple[ShardTask, TaskRecord]]:
+) -> Iterator[Iterable[tuple[ShardTask, TaskRecord]]]:
     """Whatever is asked for does the tasks; the tokenizer's engine is chosen once, here."""
     if not tasks:
-        return iter(())
+        yield ()
+        return
     # what this process may run on: a step of a batch system has a few of a large node's
     cores = len(os.sched_getaffinity(0))
     workers = min(len(tasks), options.workers or cores)
     threads = 1 if options.engine == "ray" else max(1, cores // workers)
     if options.engine == "local" and workers > 1:
-        return run_workers(job, tasks, workers, threads, bar.print, bar.update)
+        with WorkerPool(job, tasks, workers, threads, bar.print) as pool:
+            yield pool.run(bar.update)
+        return
     encoder = DocumentEncoder(job, threads, sample=tasks[0])
     bar.print(*encoder.report)
     if options.engine == "local":
-        return run_here(job, tasks, encoder, bar.update)
+        yield run_here(job, tasks, encoder, bar.update)
+        return
     from illada_megatron.data.preprocessing.ray_engine import run_ray
 
     job = job.model_copy(update={"engine": encoder.engine_name})
-    return run_ray(job, tasks, options.ray_address, bar.update)
+    yield run_ray(job, tasks, options.ray_address, bar.update)
 
 
 def _publish(job: Job, claim: JobRecord, done: Sequence[TaskRecord]) -> JobRecord:

@@ -136,7 +136,6 @@ def _write_part(
         for tokens, lengths in _shuffled(job, task, part, counts.count(batches)):
             writer.add(tokens, lengths, encoder.end_token)
         documents, num_tokens = writer.num_documents, writer.num_tokens
-        encoder.wait_until_chosen()
         for file in {piece.file for piece in task.pieces} if task.streamed else ():
             require_unchanged(file)  # a part ends in the middle of a file
         records.require_claim(job)

@@ -1,7 +1,9 @@
-"""A worker process: `python -m illada_megatron.data.preprocessing.worker THREADS [choose]`, started by worker_pool.py.
+"""A worker process, started by worker_pool.py: forked from it, or `python -m illada_megatron.data.preprocessing.worker
+THREADS` of its own.
 
-Reads a job, then tasks, one JSON object a line, from stdin; answers with messages on stdout. It imports the data side
-only. When stdin ends, the parent is gone or wants no more: the task at hand is given up and what it wrote removed."""
+Reads a job, then tasks, one JSON object a line, from a pipe; answers with messages on another. It imports the data side
+only. When the requests end, the parent is gone or wants no more: the task at hand is given up and what it wrote
+removed."""
 
 import gc
 import os
@@ -11,7 +13,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import orjson
 
@@ -20,12 +22,7 @@ from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.shard_task import run_task
 from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
-from illada_megatron.system.process import return_free_memory
-
-ENGINE_IS_CHOSEN = b'"engine is chosen"'
-"""A line on stdin: the engine that the job names is the one to use. Before it no shard is finished."""
-CHOOSES = "choose"
-"""An argument: this worker chooses the engine and answers with it; the job says how."""
+from illada_megatron.system.process import keep_free_memory
 
 
 class _GivenUpError(Exception):
@@ -33,24 +30,20 @@ class _GivenUpError(Exception):
 
 
 class _Worker:
-    def __init__(self, answers: BinaryIO) -> None:
+    def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
+        self._requests = requests
         self._answers = answers
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._ended = threading.Event()
-        self._chosen = threading.Event()
 
     def listen(self) -> None:
-        """In a thread: stdin to the queue."""
-        for line in sys.stdin.buffer:
-            if line.rstrip() == ENGINE_IS_CHOSEN:
-                self._chosen.set()
-            else:
-                self._lines.put(line)
+        """In a thread: the requests to the queue."""
+        for line in self._requests:
+            self._lines.put(line)
         self._ended.set()
-        self._chosen.set()
         self._lines.put(None)
 
-    def run(self) -> None:
+    def run(self, threads: int, encoder: DocumentEncoder | None) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
         first = self._lines.get()
         if first is None:
@@ -58,19 +51,13 @@ class _Worker:
         job, task = Job.model_validate_json(first), self._next_task()
         if task is None:
             return
-        chooses = CHOOSES in sys.argv
-        try:
-            encoder = DocumentEncoder(job, int(sys.argv[1]), sample=task if chooses else None)
-        except (DataError, OSError) as error:
-            if not chooses:
-                self._chosen.wait()  # with another engine it may be none
-            self._answer(_told(error))
-            return
-        forget_tokenizers()  # the encoder has what it needs
-        if chooses:  # which has taken some 50 MB
-            return_free_memory()
-            self._answer({"engine": encoder.engine_name, "report": encoder.report})
-        encoder.wait_until_chosen = self._wait_until_chosen
+        if encoder is None:
+            try:
+                encoder = DocumentEncoder(job, threads)
+            except (DataError, OSError) as error:
+                self._answer(_told(error))
+                return
+            forget_tokenizers()  # the encoder has what it needs
         while task is not None:
             try:
                 record = run_task(job, task, encoder, self._report)
@@ -86,11 +73,6 @@ class _Worker:
         """None: the parent wants no more."""
         line = self._lines.get()
         return None if line is None or self._ended.is_set() else ShardTask.model_validate_json(line)
-
-    def _wait_until_chosen(self) -> None:
-        self._chosen.wait()
-        if self._ended.is_set():
-            raise _GivenUpError
 
     def _report(self, read_bytes: int, tokens: int) -> None:
         if self._ended.is_set():
@@ -121,26 +103,34 @@ def parts_of(error: OSError) -> list[Any]:
     return [error.errno, error.strerror, first, None, second]
 
 
-def main() -> None:
+def work(requests: BinaryIO, answers: BinaryIO, threads: int, encoder: DocumentEncoder | None) -> NoReturn:
+    """A worker's life, from a process that is ready for it to its end. encoder: of the job, opened before; None: it
+    is opened here."""
     # millions of short-lived objects, none in a cycle: looking for cycles among them would only cost time
     gc.disable()
     # Ctrl-C goes to all processes of a terminal: the parent then ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # what a library prints must not get between the messages
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    if threads == 1:
+        keep_free_memory()
     code = 1
     try:
         with suppress(_GivenUpError):
-            _Worker(answers).run()
+            _Worker(requests, answers).run(threads, encoder)
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
-        # the thread that listens may hold stdin, for which an interpreter that is taken apart would wait, and abort
+        # the thread that listens may hold the pipe, for which an interpreter that is taken apart would wait, and abort
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def main() -> None:
+    # what a library prints must not get between the messages
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    work(sys.stdin.buffer, answers, int(sys.argv[1]), None)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Worker processes of one machine: each takes the next task when it has done one.
 
-They are plain commands and not multiprocessing's children: those would import the caller's main module (with torch,
-for the `illada` command) once in each process."""
+A process with no thread but its main one, as the `illada` command's is, forks them: they begin with what it has
+imported and opened, in its memory. Of others (whose threads hold locks that nobody in a child would let go) they are
+plain commands: multiprocessing's "spawn" would import the caller's main module once in each."""
 
+import multiprocessing
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 
@@ -20,19 +23,19 @@ from illada_megatron.data.preprocessing.document_encoder import DocumentEncoder
 from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard_task import Report, run_task
-from illada_megatron.data.preprocessing.worker import CHOOSES, ENGINE_IS_CHOSEN
-from illada_megatron.data.tokenizers.engines import likely_engine
+from illada_megatron.data.preprocessing.worker import work
+from illada_megatron.data.shards.prefix_lock import NOTE_THREAD
+from illada_megatron.data.tokenizers.engine_libraries import OPENING_THREAD
 from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
+from illada_megatron.system.process import return_free_memory
 
 _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
-# glibc keeps free memory in each arena: a worker was a third larger. And what it gave back between two batches it would
-# have to ask for again, page by page.
-_MALLOC_OF_ONE_THREAD = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-}
+_OWN_THREADS = {"MainThread", NOTE_THREAD}
+"""Of which the second only waits, and touches a file now and then."""
+
+_NO_THREADS = {"TOKENIZERS_PARALLELISM": "false"}
+"""Of the `tokenizers` library, which looks at each call: with them a process can no more be forked."""
 
 
 def run_here(
@@ -43,91 +46,59 @@ def run_here(
         yield task, run_task(job, task, encoder, report)
 
 
-def run_workers(
-    job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, say: Callable[..., None], report: Report
-) -> Iterator[tuple[ShardTask, TaskRecord]]:
-    """All tasks in `workers` processes with engines of `threads` threads, as they finish.
+class WorkerPool:
+    """Processes that wait for tasks. Make it before anything starts a thread, a progress bar for example."""
 
-    Comparing engines with the reference takes a second or more, and opening one half a second. So the first worker
-    chooses, by texts of its own task. Meanwhile the others have begun with the engine that is likely to be chosen; no
-    shard is finished before it is. Where another is chosen all begin anew. `say` is told.
-
-    Raises DataError when a task fails or a worker dies, OSError where the system has failed; the other workers then
-    give up what they are at."""
-    likely = job.engine
-    if not job.chat:
-        likely = likely_engine(Path(job.tokenizer_path), job.tokenizer_sha256, job.engine)
-    forget_tokenizers()  # the workers load their own
-    pool = _Pool(job, likely, tasks, workers, threads)
-    try:
-        chosen, chosen_report = pool.choice()
-        say(*chosen_report)
-        if chosen != likely and not job.chat:
-            pool.close()
-            pool = _Pool(job.model_copy(update={"engine": chosen}), None, tasks, workers, threads)
-        yield from pool.run(report)
-    finally:
-        pool.close()
-
-
-class _Pool:
-    """Workers that have begun, but finish no shard before `run`."""
-
-    def __init__(self, job: Job, likely: str | None, tasks: Sequence[ShardTask], workers: int, threads: int) -> None:
-        """likely: the first worker chooses as job.engine says, the others begin with this one; None: job.engine is
-        chosen. There are no more workers than tasks."""
-        # of the reference, and of numpy, of which it would start one for each core
-        defaults = {"RAYON_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
-        defaults["PYDANTIC_DISABLE_PLUGINS"] = "__all__"  # to look for them takes a tenth of a worker's start
-        if threads == 1:
-            defaults |= _MALLOC_OF_ONE_THREAD
-        environment = {**defaults, **os.environ, "PYTHONPATH": _import_path()}
+    def __init__(
+        self, job: Job, tasks: Sequence[ShardTask], workers: int, threads: int, say: Callable[..., None]
+    ) -> None:
+        """Start `workers` processes, no more than there are tasks, with engines of `threads` threads, and choose the
+        engine; `say` is told. Raises DataError, OSError."""
         self._waiting = list(reversed(tasks))
         self._at_work: dict[int, ShardTask] = {}
         self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._threads: list[threading.Thread] = []
-        self._early: list[tuple[int, dict[str, Any] | None]] = []
-        for number in range(workers):
-            chooses = number == 0 and likely is not None
-            command = [*_COMMAND, str(threads), *([CHOOSES] if chooses else [])]
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
-            )
-            self._processes.append(process)
-            self._threads.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
-            self._threads[-1].start()
-            own = job if chooses or likely is None else job.model_copy(update={"engine": likely})
-            self._send(number, own.model_dump_json().encode())
-            self._next_task(number)
-
-    def choice(self) -> tuple[str, list[str]]:
-        """The engine that the first worker has chosen, and what it says of it."""
-        while True:
-            number, message = self._messages.get()
-            if number != 0:
-                self._early.append((number, message))
-            elif message is None:
-                raise self._death(number)
-            elif "engine" in message:
-                return message["engine"], message["report"]
-            else:
-                _raise_if_failed(message)
-                self._early.append((number, message))
+        self._workers: list[_Commanded | _Forked] = []
+        self._listeners: list[threading.Thread] = []
+        # of the reference, and of numpy, of which it would start one for each core
+        defaults = {**_NO_THREADS, "RAYON_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
+        try:
+            if not _may_fork(OPENING_THREAD):  # they import what they need while an engine is chosen here
+                self._workers += [_Commanded(threads, defaults) for _ in range(workers)]
+            encoder = _opened(job, threads, tasks[0])
+            say(*encoder.report)
+            forget_tokenizers()
+            return_free_memory()  # to choose has taken some 50 MB
+            self._job = job.model_copy(update={"engine": encoder.engine_name})
+            if not self._workers:
+                start = _Forked if _may_fork() else None  # an input's library may have started threads
+                for _ in range(workers):
+                    self._workers.append(
+                        start(threads, defaults, encoder, self._workers) if start else _Commanded(threads, defaults)
+                    )
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, report: Report) -> Iterator[tuple[ShardTask, TaskRecord]]:
-        """All tasks, with the engine that is chosen."""
-        for number in range(len(self._processes)):
-            self._send(number, ENGINE_IS_CHOSEN)
-        for early in self._early:
-            self._messages.put(early)
+        """All tasks, as they finish.
+
+        Raises DataError when a task fails or a worker dies, OSError where the system has failed; the other workers then
+        give up what they are at."""
+        for number, worker in enumerate(self._workers):
+            self._listeners.append(threading.Thread(target=self._listen, args=(number,), daemon=True))
+            self._listeners[-1].start()
+            _send(worker, self._job.model_dump_json())
+            self._next_task(number)
         while self._at_work:
             number, message = self._messages.get()
             if message is None:
                 if number in self._at_work:
                     raise self._death(number)
                 continue
-            _raise_if_failed(message)
+            if "error" in message:
+                raise DataError(message["error"])
+            if "system_error" in message:
+                raise OSError(*message["system_error"])
             if "done" in message:
                 task = self._at_work.pop(number)
                 self._next_task(number)
@@ -137,47 +108,39 @@ class _Pool:
 
     def close(self) -> None:
         """End the workers: politely, then not."""
-        for process in self._processes:
-            if process.stdin:
-                process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(_GIVE_UP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for thread in self._threads:
-            thread.join()
+        for worker in self._workers:
+            with suppress(BrokenPipeError):  # it has died
+                worker.requests.close()
+        for worker in self._workers:
+            if worker.status(_GIVE_UP_SECONDS) is None:
+                worker.process.kill()
+                worker.status()
+        for listener in self._listeners:
+            listener.join()
+        for worker in self._workers:
+            worker.answers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _listen(self, number: int) -> None:
         """In a thread: the messages of a worker, then None."""
-        stdout = self._processes[number].stdout
-        assert stdout is not None
-        with os.fdopen(os.dup(stdout.fileno()), "rb") as lines:
-            for line in lines:
-                if line.endswith(b"\n"):  # a killed worker may leave half of one
-                    self._messages.put((number, orjson.loads(line)))
-        stdout.close()
+        for line in self._workers[number].answers:
+            if line.endswith(b"\n"):  # a killed worker may leave half of one
+                self._messages.put((number, orjson.loads(line)))
         self._messages.put((number, None))
 
     def _next_task(self, number: int) -> None:
         if self._waiting:
             task = self._waiting.pop()
             self._at_work[number] = task
-            self._send(number, task.model_dump_json().encode())
-
-    def _send(self, number: int, line: bytes) -> None:
-        stdin = self._processes[number].stdin
-        assert stdin is not None
-        left = memoryview(line + b"\n")
-        try:
-            while left:
-                left = left[stdin.write(left) :]
-        except BrokenPipeError:
-            return  # the worker has died: _listen says so
+            _send(self._workers[number], task.model_dump_json())
 
     def _death(self, number: int) -> DataError:
-        status = self._processes[number].wait()
+        status = self._workers[number].status() or 0
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
         reason = " (out of memory? use fewer --workers or a smaller --max-document-mb)" if status == -9 else ""
         task = self._at_work[number]
@@ -187,11 +150,83 @@ class _Pool:
         )
 
 
-def _raise_if_failed(message: dict[str, Any]) -> None:
-    if "error" in message:
-        raise DataError(message["error"])
-    if "system_error" in message:
-        raise OSError(*message["system_error"])
+class _Commanded:
+    """A worker that is a command."""
+
+    def __init__(self, threads: int, defaults: Mapping[str, str]) -> None:
+        # to look for pydantic's plugins takes a tenth of its start
+        others = {"PYDANTIC_DISABLE_PLUGINS": "__all__", **os.environ, "PYTHONPATH": _import_path()}
+        self.process = subprocess.Popen(
+            [*_COMMAND, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**defaults, **others},
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.requests, self.answers = self.process.stdin, self.process.stdout
+
+    def status(self, seconds: float | None = None) -> int | None:
+        """Its exit status; None: after so long it has none."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+class _Forked:
+    """A worker that is a copy of this process, without the pipes of the `others` before it: a worker sees that this
+    process has ended by its pipe's end."""
+
+    def __init__(
+        self, threads: int, defaults: Mapping[str, str], encoder: DocumentEncoder, others: "Sequence[_Forked]"
+    ) -> None:
+        (requests, our_requests), (our_answers, answers) = os.pipe(), os.pipe()
+        self.requests, self.answers = os.fdopen(our_requests, "wb"), os.fdopen(our_answers, "rb")
+
+        def run() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for worker in (*others, self):
+                worker.requests.close()
+                worker.answers.close()
+            os.environ.update({**defaults, **os.environ})  # libraries look when they first encode
+            work(os.fdopen(requests, "rb"), os.fdopen(answers, "wb"), threads, encoder)
+
+        self.process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+        self.process.start()
+        os.close(requests)
+        os.close(answers)
+
+    def status(self, seconds: float | None = None) -> int | None:
+        """Its exit status; None: after so long it has none."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+
+def _opened(job: Job, threads: int, sample: ShardTask) -> DocumentEncoder:
+    before = dict(os.environ)
+    os.environ.update({**_NO_THREADS, **before})
+    try:
+        return DocumentEncoder(job, threads, sample)
+    finally:
+        for name in _NO_THREADS.keys() - before.keys():
+            del os.environ[name]
+
+
+def _may_fork(*ending: str) -> bool:
+    """Whether no thread but this one does anything, or those that are `ending`, as the kernel counts them: libraries'
+    own are not Python's."""
+    known = {thread.name for thread in threading.enumerate()}
+    try:
+        return known <= {*_OWN_THREADS, *ending} and len(list(Path("/proc/self/task").iterdir())) == len(known)
+    except OSError:  # no Linux
+        return False
+
+
+def _send(worker: _Commanded | _Forked, line: str) -> None:
+    with suppress(BrokenPipeError):  # the worker has died: _listen says so
+        worker.requests.write(line.encode() + b"\n")
+        worker.requests.flush()
 
 
 def _import_path() -> str:

@@ -31,6 +31,8 @@ _TOUCHED_SECONDS = 10.0
 # a note that was not touched for so long is of a job that has ended: network file systems show a change up to 60 s late
 _DEAD_SECONDS = 120.0
 _LOOK_SECONDS = 0.5
+NOTE_THREAD = "prefix lock"
+"""Name of the thread that touches a note."""
 
 
 def lock_path(prefix: str) -> Path:
@@ -74,7 +76,7 @@ class PrefixLock:
             return
         self._write_note()
         ended = threading.Event()
-        thread = threading.Thread(target=self._touch_until, args=(ended,), name="prefix lock", daemon=True)
+        thread = threading.Thread(target=self._touch_until, args=(ended,), name=NOTE_THREAD, daemon=True)
         thread.start()
         try:
             yield

@@ -24,6 +24,9 @@ from illada_megatron.data.tokenizers.tokenizer import MOST_IDS, SPACE_SIGN, Toke
 FlatIds = tuple[NDArray[np.int32], NDArray[np.int64]]
 """Token ids of all texts one after another [n], and how many each text has [texts]."""
 
+OPENING_THREAD = "open tokenizer"
+"""Name of the thread of `open_ahead`."""
+
 
 class Library(NamedTuple):
     """A library opened on one tokenizer."""
@@ -88,7 +91,7 @@ def open_ahead(name: str, path: Path) -> None:
             begun.set_exception(error)
 
     # no daemon: one that comes back from Rust while the interpreter is being taken apart aborts the process
-    thread = threading.Thread(target=work, name="open tokenizer")
+    thread = threading.Thread(target=work, name=OPENING_THREAD)
     with suppress(RuntimeError):  # no thread can be started: open_library does it
         thread.start()
         _begun.clear()  # what nobody has asked for

@@ -71,7 +71,7 @@ def choose_engine(
     name: "auto", the fastest that agrees; "reference"; or one of ENGINE_NAMES.
     sample_texts: the first few MB of the corpus, compared in addition to the built-in texts.
 
-    Call it in the process that encodes: thread pools do not survive a fork.
+    Threads that a library has started for it do not survive a fork.
     Raises DataError: unusable tokenizer, unknown name, or an engine asked for by name that cannot serve or differs."""
     path = Path(tokenizer_path)
     if name not in ENGINE_NAMES:
@@ -97,16 +97,6 @@ def choose_engine(
     if name != "auto":
         raise DataError(f"{path}: {refused[0]}. Choose another engine: auto, or reference, which always serves")
     return CheckedEngine(None, tokenizer, [*refused, "tokenizer engine reference: no other serves"])
-
-
-def likely_engine(tokenizer_path: Path, tokenizer_fingerprint: str, name: str) -> str:
-    """The engine that choose_engine will probably choose; nothing is opened."""
-    if name != "auto":
-        return name
-    verdicts = Verdicts(tokenizer_fingerprint)
-    verdict_of = {candidate: verdicts.get(candidate) for candidate in candidates(tokenizer_path)}
-    possible = [candidate for candidate, verdict in verdict_of.items() if verdict is None or verdict.refused is None]
-    return next(iter(possible), "reference")
 
 
 def open_engine(tokenizer_path: str | Path, name: str) -> Engine:
