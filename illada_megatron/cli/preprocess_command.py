@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # typer looks whether a path can be read and, whatever the system answers, calls it the user's mistake: a disk that may
 # come back is none
 _TOLD_HERE = False
+_WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def preprocess(
@@ -139,15 +140,17 @@ def _open_while_importing(tokenizer_engine: str, tokenizer: Path) -> None:
 @contextmanager
 def _process_of_its_own() -> Iterator[None]:
     """As worker processes are: without looking for cycles, of which there are none among millions of objects, and
-    without numpy's threads, of which there would be one for each core."""
-    threads, collects = os.environ.get("OPENBLAS_NUM_THREADS"), gc.isenabled()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    without threads of numpy and `tokenizers`, of which there would be one for each core: with them it could not be
+    forked."""
+    collects = gc.isenabled()
+    ours = {name: value for name, value in _WITHOUT_THREADS.items() if name not in os.environ}
+    os.environ.update(ours)
     gc.disable()
     try:
         yield
     finally:
-        if threads is None:
-            os.environ.pop("OPENBLAS_NUM_THREADS", None)
+        for name in ours:
+            os.environ.pop(name, None)
         if collects:
             gc.enable()
 

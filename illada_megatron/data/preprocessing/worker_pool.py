@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,9 +34,7 @@ _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
 _OWN_THREADS = {"MainThread", NOTE_THREAD}
 """Of which the second only waits, and touches a file now and then."""
-
-_NO_THREADS = {"TOKENIZERS_PARALLELISM": "false"}
-"""Of the `tokenizers` library, which looks at each call: with them a process can no more be forked."""
+_LOOKS, _LOOK_SECONDS = 10, 0.001
 
 
 def run_here(
@@ -60,21 +59,20 @@ class WorkerPool:
         self._workers: list[_Commanded | _Forked] = []
         self._listeners: list[threading.Thread] = []
         # of the reference, and of numpy, of which it would start one for each core
-        defaults = {**_NO_THREADS, "RAYON_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
+        defaults = {"RAYON_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
         try:
             if not _may_fork(OPENING_THREAD):  # they import what they need while an engine is chosen here
                 self._workers += [_Commanded(threads, defaults) for _ in range(workers)]
-            encoder = _opened(job, threads, tasks[0])
+            encoder = DocumentEncoder(job, threads, sample=tasks[0])
             say(*encoder.report)
             forget_tokenizers()
             return_free_memory()  # to choose has taken some 50 MB
             self._job = job.model_copy(update={"engine": encoder.engine_name})
-            if not self._workers:
-                start = _Forked if _may_fork() else None  # an input's library may have started threads
+            if not self._workers and not _may_fork():  # an input's library may have started threads
+                self._workers += [_Commanded(threads, defaults) for _ in range(workers)]
+            elif not self._workers:
                 for _ in range(workers):
-                    self._workers.append(
-                        start(threads, defaults, encoder, self._workers) if start else _Commanded(threads, defaults)
-                    )
+                    self._workers.append(_Forked(threads, defaults, encoder, self._workers))
         except BaseException:
             self.close()
             raise
@@ -179,7 +177,11 @@ class _Forked:
     process has ended by its pipe's end."""
 
     def __init__(
-        self, threads: int, defaults: Mapping[str, str], encoder: DocumentEncoder, others: "Sequence[_Forked]"
+        self,
+        threads: int,
+        defaults: Mapping[str, str],
+        encoder: DocumentEncoder,
+        others: "Sequence[_Commanded | _Forked]",
     ) -> None:
         (requests, our_requests), (our_answers, answers) = os.pipe(), os.pipe()
         self.requests, self.answers = os.fdopen(our_requests, "wb"), os.fdopen(our_answers, "rb")
@@ -203,24 +205,18 @@ class _Forked:
         return self.process.exitcode
 
 
-def _opened(job: Job, threads: int, sample: ShardTask) -> DocumentEncoder:
-    before = dict(os.environ)
-    os.environ.update({**_NO_THREADS, **before})
-    try:
-        return DocumentEncoder(job, threads, sample)
-    finally:
-        for name in _NO_THREADS.keys() - before.keys():
-            del os.environ[name]
-
-
 def _may_fork(*ending: str) -> bool:
     """Whether no thread but this one does anything, or those that are `ending`, as the kernel counts them: libraries'
     own are not Python's."""
-    known = {thread.name for thread in threading.enumerate()}
-    try:
-        return known <= {*_OWN_THREADS, *ending} and len(list(Path("/proc/self/task").iterdir())) == len(known)
-    except OSError:  # no Linux
-        return False
+    for _ in range(_LOOKS):  # one that has ended for Python is there for the kernel a moment longer
+        known = {thread.name for thread in threading.enumerate()}
+        try:
+            if known <= {*_OWN_THREADS, *ending} and len(list(Path("/proc/self/task").iterdir())) == len(known):
+                return True
+        except OSError:  # no Linux
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def _send(worker: _Commanded | _Forked, line: str) -> None:

@@ -317,7 +317,7 @@ from illada_megatron.data.preprocessing import produce_corpus
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 def refuse(*_):
     raise SystemExit("started workers")
-produce_corpus.run_workers = refuse
+produce_corpus.WorkerPool = refuse
 options = produce_corpus.PreprocessOptions(shard_mb=0.3, tokenizer_engine="reference")
 produce_corpus.preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], options)
 """

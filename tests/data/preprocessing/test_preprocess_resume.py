@@ -41,7 +41,16 @@ def _contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".lock"}
 
 
-def _command(inputs: list[Path], prefix: Path, tokenizer: Path, workers: int) -> list[str]:
+_WITH_A_THREAD = """
+import runpy, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _command(inputs: list[Path], prefix: Path, tokenizer: Path, workers: int, threads: bool = False) -> list[str]:
+    """threads: in a process with another thread, of which workers are no copies."""
     options = {"--shard-mb": "0.3", "--shuffle-seed": "1", "--tokenizer-engine": "reference", "--workers": str(workers)}
     arguments = [
         "--output-prefix",
@@ -50,7 +59,8 @@ def _command(inputs: list[Path], prefix: Path, tokenizer: Path, workers: int) ->
         tokenizer,
         *(word for pair in options.items() for word in pair),
     ]
-    return [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, inputs), *map(str, arguments)]
+    python = [sys.executable, *(["-c", _WITH_A_THREAD] if threads else [])]
+    return [*python, str(ROOT / "tools/preprocess_data.py"), *map(str, inputs), *map(str, arguments)]
 
 
 def _start(command: list[str]) -> subprocess.Popen[str]:
@@ -113,8 +123,8 @@ def test_workers_leave_no_trace_in_the_bytes(inputs: list[Path], sentencepiece_p
     assert _contents(tmp_path / "with1") == _contents(tmp_path / "with2") == _contents(tmp_path / "with3")
 
 
-def test_workers_begin_anew_where_the_likely_engine_is_refused(inputs: list[Path], tmp_path: Path) -> None:
-    """gigatoken reads a model with NFKC normalisation, but gives other ids: what it has done by then must not stay."""
+def test_workers_use_the_engine_that_was_chosen(tmp_path: Path) -> None:
+    """gigatoken reads a model with NFKC normalisation, but gives other ids."""
     pytest.importorskip("gigatoken")
     texts = [f"№ {number} ﬁne ① text ｗｉｄｅ" for number in range(3000)]
     sentencepiece.SentencePieceTrainer.train(
@@ -128,13 +138,28 @@ def test_workers_begin_anew_where_the_likely_engine_is_refused(inputs: list[Path
     assert _contents(tmp_path / "auto") == _contents(tmp_path / "reference")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+@pytest.mark.parametrize("threads", [False, True])
+def test_workers_are_forked_where_there_is_no_other_thread(
+    threads: bool, inputs: list[Path], huggingface_path: Path, tmp_path: Path
+) -> None:
+    process = _start(_command(inputs, tmp_path / "out", huggingface_path, 2, threads=threads))
+    while len(workers := psutil.Process(process.pid).children()) < 2 or not _finished(tmp_path / "out"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    own = psutil.Process(process.pid).cmdline()
+    assert [worker.cmdline() == own for worker in workers] == [not threads, not threads]
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(
-    number: signal.Signals, workers: int, inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
+    number: signal.Signals, workers: int, threads: bool, inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
 ) -> None:
     """By a batch system, or at the keyboard: it lets go of the prefix, so that the next one waits for nobody."""
-    command = _command(inputs, tmp_path / "out", sentencepiece_path, workers)
+    command = _command(inputs, tmp_path / "out", sentencepiece_path, workers, threads=threads)
     process = _start(command)
     while not _finished(tmp_path / "out"):
         assert process.poll() is None
@@ -173,7 +198,7 @@ def test_a_defect_in_a_worker_is_told() -> None:
     """An interpreter that is taken apart while a thread waits for stdin aborts: "killed by SIGABRT" says nothing."""
     code = """
         from illada_megatron.data.preprocessing import worker
-        def run(self):
+        def run(self, *_):
             import threading
             threading.Thread(target=self.listen, daemon=True).start()
             raise MemoryError("as it happens")
@@ -187,11 +212,12 @@ def test_a_defect_in_a_worker_is_told() -> None:
         assert process.wait() == 1
 
 
+@pytest.mark.parametrize("threads", [False, True])
 def test_a_dead_worker_ends_the_run_with_a_message(
-    inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
+    threads: bool, inputs: list[Path], sentencepiece_path: Path, tmp_path: Path
 ) -> None:
     """As the kernel does it when memory runs out. Finished shards stay, the others leave nothing."""
-    command = _command(inputs, tmp_path / "out", sentencepiece_path, 2)
+    command = _command(inputs, tmp_path / "out", sentencepiece_path, 2, threads=threads)
     process = _start(command)
     while not _finished(tmp_path / "out"):
         assert process.poll() is None
