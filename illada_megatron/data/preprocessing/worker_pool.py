@@ -34,6 +34,9 @@ _COMMAND = (sys.executable, "-m", "illada_megatron.data.preprocessing.worker")
 _GIVE_UP_SECONDS = 30
 _OWN_THREADS = {"MainThread", NOTE_THREAD}
 """Of which the second only waits, and touches a file now and then."""
+_FORKABLE = {"jemalloc_bg_thd"}
+"""Native threads by which a child is none the worse: jemalloc, gigatoken's, holds all its locks while a process forks,
+and does this thread's work itself in the child."""
 _LOOKS, _LOOK_SECONDS = 10, 0.001
 
 
@@ -206,15 +209,16 @@ class _Forked:
 
 
 def _may_fork(*ending: str) -> bool:
-    """Whether no thread but this one does anything, or those that are `ending`, as the kernel counts them: libraries'
-    own are not Python's."""
+    """Whether no thread but this one does anything, or those that are `ending`. The kernel is asked: Python does not
+    know of libraries' own."""
     for _ in range(_LOOKS):  # one that has ended for Python is there for the kernel a moment longer
         known = {thread.name for thread in threading.enumerate()}
         try:
-            if known <= {*_OWN_THREADS, *ending} and len(list(Path("/proc/self/task").iterdir())) == len(known):
-                return True
-        except OSError:  # no Linux
-            return False
+            names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        except OSError:  # it has ended meanwhile
+            continue
+        if known <= {*_OWN_THREADS, *ending} and len([name for name in names if name not in _FORKABLE]) == len(known):
+            return True
         time.sleep(_LOOK_SECONDS)
     return False
 
