@@ -53,7 +53,8 @@ class Generator:
     def __init__(self, model: Model, tokenizer: Tokenizer, config: ModelConfig, pass_tokens: int = 1 << 16) -> None:
         """Of any `Model`; `Generator.open` makes it of a checkpoint. pass_tokens: see `Engine`."""
         self.model = model
-        self._ranks = model if isinstance(model, Divided) else None
+        self._ranks = model if isinstance(model, Divided) and model.ranks > 1 else None
+        self._at_work = False
         self.tokenizer = tokenizer
         self.config = config
         self.pass_tokens = pass_tokens
@@ -171,21 +172,34 @@ class Generator:
 
     @contextmanager
     def _others_follow(self) -> Iterator[list[Result]]:
-        """The list is what the other ranks are told in the end; an error too."""
+        """The list is what the other ranks are told in the end; an error too. Raises ValueError where they follow
+        another call."""
         results: list[Result] = []
+        if self._ranks is None:
+            yield results
+            return
+        if self._at_work:
+            raise ValueError("a stream of this generator is open: several ranks do one call after the other, close it")
+        self._at_work = True
+        said: list[Result] | Exception = results
         try:
             yield results
-        except (ValueError, GeneratorExit) as error:
-            if self._ranks is not None:
-                self._ranks.end(error if isinstance(error, ValueError) else results)
+        except GeneratorExit:  # whoever reads the stream wants no more
             raise
-        if self._ranks is not None:
-            self._ranks.end(results)
+        except ValueError as error:
+            said = error
+            raise
+        except BaseException as error:
+            said = RuntimeError(f"rank 0 has ended with {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._at_work = False
+            self._ranks.end(said)
 
     def _followed(self) -> list[Result]:
         assert self._ranks is not None
         said = self._ranks.follow()
-        if isinstance(said, ValueError):
+        if isinstance(said, Exception):
             raise said
         return said if isinstance(said, list) else []
 
