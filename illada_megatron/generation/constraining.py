@@ -90,7 +90,7 @@ def _distances(follows: _States, ends: Sequence[int]) -> NDArray[np.int64]:
     reached[ends] = True
     while reached.any():
         distance[reached] = steps
-        reached, steps = follows[:, reached].any(1) & (distance == _NEVER), steps + 1
+        reached, steps = np.logical_or.reduce(follows[:, reached], axis=1) & (distance == _NEVER), steps + 1
     return distance
 
 
@@ -133,7 +133,7 @@ class Constraint:
                 excluded = np.ones(logits.shape[1], bool)
                 excluded[self._automaton.tokens[alive]] = False
                 logits[row].masked_fill_(torch.from_numpy(excluded).to(logits.device), -torch.inf)
-                before = self._automaton.follows[before].any(0)
+                before = np.logical_or.reduce(self._automaton.follows[before])
                 row += 1
             else:
                 before = self._after(before, token)
@@ -172,7 +172,7 @@ class Constraint:
         sets = [self._automaton.distance <= left]
         for token in reversed(known):
             if token == text.mask_token_id:
-                sets.append(self._automaton.follows[:, sets[-1]].any(1))
+                sets.append(np.logical_or.reduce(self._automaton.follows[:, sets[-1]], axis=1))
             else:
                 sources, targets = self._automaton.edges(token)
                 states = np.zeros(self._automaton.states, bool)
