@@ -21,6 +21,7 @@ from illada_megatron.runtime.loopback import quiet_port
 ROOT = Path(__file__).parents[1]
 # Far above what any run takes on a loaded machine: it only keeps a hang from blocking the suite.
 HANG_SECONDS = 900
+_LAST_SECONDS = 30
 
 # 4 layers, grouped queries, a padded vocabulary (250 -> 256), 30% split sequences, stratified t, clipping at every
 # step, eight micro-batches a step: everything a layout could get wrong, at the smallest size.
@@ -119,11 +120,26 @@ def run_warm(
             )
             for rank, (out, err) in enumerate(outputs)
         ]
-        codes = _server().wait(pids, HANG_SECONDS)
+        codes = _ended(pids)
         stdout, stderr = ("".join(one.read_text() for one in streams) for streams in zip(*outputs, strict=True))
     code = next((one if one is not None else -signal.SIGKILL for one in codes if one != 0), 0)
     completed = subprocess.CompletedProcess(line, code, stdout, stderr)
     return Run(completed, read_steps(jsonl) if jsonl is not None and jsonl.exists() else [])
+
+
+def _ended(pids: Sequence[int]) -> list[int | None]:
+    """Exit codes; when one has failed the others, who may wait for it, have some seconds, as a launcher gives them."""
+    codes: dict[int, int | None] = {}
+    end = time.monotonic() + HANG_SECONDS
+    while len(codes) < len(pids) and time.monotonic() < end:
+        for pid in pids:
+            if pid not in codes and (code := _server().poll(pid)) is not None:
+                codes[pid] = code
+                end = end if code == 0 else min(end, time.monotonic() + _LAST_SECONDS)
+        time.sleep(0.005)
+    left = [pid for pid in pids if pid not in codes]
+    codes |= zip(left, _server().wait(left, 0), strict=True)
+    return [codes[pid] for pid in pids]
 
 
 @functools.cache

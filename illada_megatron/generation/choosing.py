@@ -1,7 +1,7 @@
 """Who chooses: which of a block's masks a step reveals, by the confidence in their candidates.
 
 A rule is a function of (positions [m], confidence [m] float64, settings, masks that the schedule wants) -> rows to
-reveal [k], k at least 1. Of equals the leftmost is the most confident. A new one is a line of RULES.
+reveal [k], k at least 1, the surest first. Of equals the leftmost is the most confident. A new one is a line of RULES.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,8 @@ def by_hierarchy(positions: Tensor, confidence: Tensor, settings: Settings, _wan
     for run in torch.arange(positions.numel()).tensor_split(breaks):
         best = run[_ranked(confidence[run])[0]]
         chosen[best] |= confidence[best] >= settings.low_threshold
-    return chosen.nonzero().flatten()
+    ranked = _ranked(confidence)
+    return ranked[chosen[ranked]]
 
 
 RULES: dict[Reveal, Rule] = {

@@ -10,6 +10,7 @@ from one of the first to one of the second.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from illada_megatron.generation.text import Text
 _States = NDArray[np.bool_]
 _MISSING = "regex and json_schema need outlines-core: pip install 'illada-megatron[constrained]'"
 _SIGN = b"\x00"
+_MOST_EDGES = 8_000_000
+_Edges = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Sources, tokens, targets."""
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -39,7 +43,10 @@ class Automaton:
     """[states] fewest tokens from each to where a text may end; 0 there."""
     follows: NDArray[np.bool_]
     """[states, states] whether some token leads from the first to the second."""
-    start: int = 0
+    start: int
+    absorbed: frozenset[int] = frozenset()
+    """Tokens whose first character, the space that some tokenizers put before a text, is none of the text where they
+    begin it."""
 
     def edges(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """States that a token leads from, and to."""
@@ -47,8 +54,9 @@ class Automaton:
         return self.sources[first:last], self.targets[first:last]
 
 
-def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int) -> Automaton:
-    """Of a regular expression over the tokens `words`: bytes -> ids that are spelled so.
+def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int, space_before: bool = False) -> Automaton:
+    """Of a regular expression over the tokens `words`: bytes -> ids that are spelled so. space_before: a first token's
+    space may be none of the text.
 
     A text holds no NUL. Raises ValueError where it is none, no text of these tokens matches it, or outlines-core is not
     installed.
@@ -61,27 +69,58 @@ def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int) -
     # With a sign behind everything it can end nowhere else; where the sign may stand, the text may end
     sign = max(token_id for ids in words.values() for token_id in ids) + 1
     known = {word: list(ids) for word, ids in words.items() if _SIGN not in word}
+    whole = expression.removeprefix("^")  # it describes the whole text
+    if whole.endswith("$") and not whole.endswith("\\$"):
+        whole = whole[:-1]
     try:
-        index = Index(f"(?:{expression}){_SIGN.decode()}", Vocabulary(sign + 1, {**known, _SIGN: [sign]}))
+        index = Index(f"(?:{whole}){_SIGN.decode()}", Vocabulary(sign + 1, {**known, _SIGN: [sign]}))
     except ValueError as error:
         raise ValueError(f"regex {expression!r}: {error}") from error
     table: dict[int, dict[int, int]] = index.get_transitions()
+    if (edges := sum(map(len, table.values()))) > _MOST_EDGES:
+        raise ValueError(
+            f"regex {expression!r}: {len(table)} states with {edges} tokens from one to another, expected at most "
+            f"{_MOST_EDGES}: count fewer characters ({{0,80}} and maxLength take a state for each)"
+        )
     first, ended = index.get_initial_state(), index.get_final_states()
     names = np.array(sorted(table, key=lambda name: (name != first, name)))
     end, by_name = len(names), np.argsort(names)
     final = [state for state, name in enumerate(names.tolist()) if table[name].get(sign) in ended] + [end]
-    parts = []
+    parts: list[_Edges] = []
     for state, name in enumerate(names.tolist()):
         of_state = np.array([*table[name].items()], np.int64).reshape(-1, 2)
         place = np.searchsorted(names, of_state[:, 1], sorter=by_name).clip(max=end - 1)
         here = (of_state[:, 0] < sign) & (names[by_name[place]] == of_state[:, 1])  # behind the sign is nothing
         parts.append((np.full(int(here.sum()), state), of_state[here, 0], by_name[place[here]]))
     parts.append((np.array(final), np.full(len(final), eos), np.full(len(final), end)))
+    start, absorbed = 0, frozenset[int]()
+    if space_before:
+        start, absorbed = end + 1, _add_opening(parts, known, end + 1)
     sources, tokens, targets = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
     order = np.argsort(tokens, kind="stable")
-    follows = np.zeros((end + 1, end + 1), bool)
+    states = max(start, end) + 1
+    follows = np.zeros((states, states), bool)
     follows[sources, targets] = True
-    return Automaton(end + 1, sources[order], tokens[order], targets[order], _distances(follows, final), follows)
+    edges_by_token = (one[order] for one in (sources, tokens, targets))
+    return Automaton(states, *edges_by_token, _distances(follows, final), follows, start, absorbed)
+
+
+def _add_opening(parts: list[_Edges], words: Mapping[bytes, Sequence[int]], opening: int) -> frozenset[int]:
+    """A state before the first, with its edges, and with those of tokens that would be one without their space."""
+    (first, ends) = parts[0], parts[-1]
+    literal = dict(zip(first[1].tolist(), first[2].tolist(), strict=True))
+    absorbed = {}
+    for word, ids in words.items():
+        if word[:1] == b" ":
+            bare = words.get(word[1:], ())
+            target = 0 if word == b" " else next((literal[one] for one in bare if one in literal), None)
+            if target is not None:
+                absorbed |= {one: target for one in ids if one not in literal}
+    edges = np.array([*literal.items(), *absorbed.items()], np.int64).reshape(-1, 2)
+    parts.append((np.full(len(edges), opening), edges[:, 0], edges[:, 1]))
+    if 0 in ends[0]:  # the empty text is one
+        parts.append((np.array([opening]), ends[1][:1], ends[2][:1]))
+    return frozenset(absorbed)
 
 
 def _distances(follows: _States, ends: Sequence[int]) -> NDArray[np.int64]:
@@ -101,10 +140,39 @@ def expression_of(schema: str) -> str:
     except ImportError as error:
         raise ValueError(_MISSING) from error
     try:
-        json.loads(schema)
+        _check_schema(json.loads(schema), (), {})
         return str(build_regex_from_schema(schema))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # of a schema that is none
         raise ValueError(f"json_schema is none that a regular expression can follow: {error}") from error
+
+
+_FOLLOWED = {
+    *("type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "enum", "const"),
+    *("anyOf", "minLength", "maxLength", "pattern", "$ref"),
+}
+_SAYS_NOTHING = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions"}
+"""About what fits."""
+
+
+def _check_schema(schema: Any, above: tuple[str, ...], root: Any) -> None:
+    """outlines-core passes over what it does not know: a text would not fit. Raises ValueError."""
+    if not isinstance(schema, dict):
+        raise ValueError(f"expected an object, found {json.dumps(schema)[:60]}")
+    root = root or schema
+    if unknown := sorted(schema.keys() - _FOLLOWED - _SAYS_NOTHING):
+        raise ValueError(f"it has {', '.join(unknown)}, expected nothing but {', '.join(sorted(_FOLLOWED))}")
+    if (name := schema.get("$ref")) is not None:
+        if name in above:
+            raise ValueError(f"{name} refers to itself")
+        target = root
+        for part in str(name).removeprefix("#/").split("/"):
+            target = target.get(part, {}) if isinstance(target, dict) else {}
+        _check_schema(target, (*above, name), root)
+    extra = schema.get("additionalProperties", False)
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", [])]
+    inner += [one for one in (extra, schema.get("items", True)) if not isinstance(one, bool)]
+    for one in inner:
+        _check_schema(one, above, root)
 
 
 class Constraint:
@@ -113,6 +181,8 @@ class Constraint:
     def __init__(self, automaton: Automaton, text: Text) -> None:
         """Raises ValueError where no text that matches is short enough."""
         shortest = int(automaton.distance[automaton.start])
+        if shortest == _NEVER:
+            raise ValueError("no text of the tokenizer's tokens matches regex or json_schema")
         if shortest > text.settings.gen_length:
             raise ValueError(
                 f"the shortest text that matches has {shortest} tokens, gen_length is {text.settings.gen_length}"
@@ -138,22 +208,29 @@ class Constraint:
             else:
                 before = self._after(before, token)
 
-    def settle(self, text: Text, rows: Tensor, candidates: Tensor, confidence: Tensor) -> Tensor:
-        """Those of `rows` whose candidates are possible together, the surest first: each is possible alone, two may not
-        be. What is left out is a later step's."""
+    def settle(self, text: Text, rows: Tensor, candidates: Tensor) -> Tensor:
+        """Those of `rows`, the surest first, whose candidates are possible together: each is possible alone, two may
+        not be. What is left out is a later step's."""
         known = text.tokens[text.span[0] : text.span[1]].tolist()
-        before = self._before(text)
+        before, behind = self._before(text), self._behind(text, known)
         kept = []
-        for row in rows[confidence[rows].argsort(descending=True, stable=True)].tolist():
+        for row in rows.tolist():
             place = int(text.block[row]) - text.span[0]
             known[place] = int(candidates[row])
-            if (self._behind(text, known)[0] & before).any():
+            changed = self._from_the_right(known[: place + 1], behind[place + 1], text.mask_token_id)
+            if (changed[0] & before).any():
                 kept.append(row)
+                behind[: place + 2] = changed
             else:
                 known[place] = text.mask_token_id
         if left := rows.numel() - len(kept):
             text.schedule[:1] = [left + sum(text.schedule[:1])]
         return rows[torch.isin(rows, torch.tensor(kept))]
+
+    def joined(self, tokens: Sequence[int], spelled: Sequence[bytes]) -> str:
+        """The text of generated tokens. spelled: of each id."""
+        words = b"".join(spelled[token] for token in tokens)
+        return words[int(tokens[:1] != [] and tokens[0] in self._automaton.absorbed) :].decode()
 
     def _before(self, text: Text) -> _States:
         """States before the block: one."""
@@ -169,9 +246,12 @@ class Constraint:
     def _behind(self, text: Text, known: Sequence[int]) -> list[_States]:
         """For each place of the block, and behind it: states from which a text can still end well."""
         left = text.given + text.settings.gen_length - text.span[1]
-        sets = [self._automaton.distance <= left]
+        return self._from_the_right(known, self._automaton.distance <= left, text.mask_token_id)
+
+    def _from_the_right(self, known: Sequence[int], behind: _States, mask: int) -> list[_States]:
+        sets = [behind]
         for token in reversed(known):
-            if token == text.mask_token_id:
+            if token == mask:
                 sets.append(np.logical_or.reduce(self._automaton.follows[:, sets[-1]], axis=1))
             else:
                 sources, targets = self._automaton.edges(token)

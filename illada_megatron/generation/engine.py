@@ -73,7 +73,7 @@ class Engine:
             raise ValueError("end_think_boost needs a tokenizer that spells </think>")
         if (settings.stop or settings.stop_pattern) and decode is None and not text.infill:
             raise ValueError("stop and stop_pattern need a way to decode tokens")
-        if constraint is None and (settings.regex or settings.json_schema) is not None:
+        if constraint is None and (settings.regex is not None or settings.json_schema is not None):
             raise ValueError("regex and json_schema need a constraint, made with the tokenizer")
         job = Job(text, decode, constraint)
         if text.settings.cache != "none":
@@ -159,7 +159,7 @@ class Engine:
         candidates, confidence = propose(found, text, self.words, job.credit)
         rows = choose(text, candidates, confidence, self.words.eos)
         if job.constraint is not None:
-            rows = job.constraint.settle(text, rows, candidates, confidence)
+            rows = job.constraint.settle(text, rows, candidates)
         number = text.step
         positions = text.reveal(rows, candidates[rows], confidence[rows])
         job.history.passed(parts[0].positions is None, positions)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.config import ConfigError, ModelConfig
-from illada_megatron.data.tokenizers.spelling import bytes_of_tokens
+from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, unknown_ids
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.generation.constraining import Automaton, Constraint, automaton, expression_of
 from illada_megatron.generation.ending import Decode, Finish
@@ -154,15 +154,19 @@ class Generator:
         return Constraint(self._automaton(regex if regex is not None else expression_of(schema or "")), text)
 
     def _made_automaton(self, expression: str) -> Automaton:
-        """Over the tokenizer's words. The space that some put before a text is none of it, and is let pass."""
-        spelled = bytes_of_tokens(self.tokenizer)
+        """Over the tokenizer's words."""
+        left_out = {self.words.mask, self.words.eos, *unknown_ids(self.tokenizer)}
         words: dict[bytes, list[int]] = {}
-        for token_id, word in enumerate(spelled[: self.words.count]):
-            if word and token_id not in (self.words.mask, self.words.eos):
+        for token_id, word in enumerate(self._spelled[: self.words.count]):
+            if word and token_id not in left_out:
                 words.setdefault(word, []).append(token_id)
-        space = b"".join(spelled[token_id] for token_id in self.tokenizer.encode("a")).removesuffix(b"a").decode()
+        before = b"".join(self._spelled[token_id] for token_id in self.tokenizer.encode("a"))
         assert self.words.eos is not None
-        return automaton(f"(?:{space})?(?:{expression})" if space else expression, words, self.words.eos)
+        return automaton(expression, words, self.words.eos, before == b" a")
+
+    @cached_property
+    def _spelled(self) -> list[bytes]:
+        return bytes_of_tokens(self.tokenizer)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids, with N masks for each `<mask:N>`."""
@@ -183,7 +187,10 @@ class Generator:
         shown = text.tokens if text.infill else text.generated
         if end.finish == "eos":
             shown = shown[:-1]
-        words = self.tokenizer.decode(shown.tolist())[: end.characters]
+        if job.constraint is None:
+            words = self.tokenizer.decode(shown.tolist())[: end.characters]
+        else:  # as the automaton has read it: a tokenizer's decoder may drop spaces
+            words = job.constraint.joined(shown.tolist(), self._spelled)
         shown_parts = (text.tokens, text.order, text.appended, text.confidence)
         return Result(*shown_parts, words, end.finish, job.computed, text.given, text.steps)
 
@@ -209,16 +216,16 @@ class Generator:
         if self._at_work:
             raise ValueError("a stream of this generator is open: several ranks do one call after the other, close it")
         self._at_work = True
-        said: list[Result] | Exception = results
+        said: list[Result] | tuple[type[Exception], str] = results
         try:
             yield results
         except GeneratorExit:  # whoever reads the stream wants no more
             raise
         except ValueError as error:
-            said = error
+            said = ValueError, str(error)
             raise
         except BaseException as error:
-            said = RuntimeError(f"rank 0 has ended with {type(error).__name__}: {error}")
+            said = RuntimeError, f"rank 0 has ended with {type(error).__name__}: {error}"
             raise
         finally:
             self._at_work = False
@@ -227,8 +234,9 @@ class Generator:
     def _followed(self) -> list[Result]:
         assert self._ranks is not None
         said = self._ranks.follow()
-        if isinstance(said, Exception):
-            raise said
+        if isinstance(said, tuple):
+            kind, words = said
+            raise kind(words)
         return said if isinstance(said, list) else []
 
 

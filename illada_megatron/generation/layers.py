@@ -73,10 +73,13 @@ class LayerModel:
     def follow(self) -> Any:
         """As `Divided.follow`: rank 0 leads."""
         while True:
-            what, argument = self._told()
+            with self._in_step():
+                what, argument = self._told()
+                if what == "logits":
+                    self._pass(argument)
             if what == "logits":
-                self._pass(argument)
-            elif what == "keep":
+                continue
+            if what == "keep":
                 self._kept[argument[0]] = KeptKeys(argument[1])
             elif what == "forget":
                 del self._kept[argument]
@@ -94,7 +97,7 @@ class LayerModel:
     def _in_step(self) -> Iterator[None]:
         """What several ranks do together: whole, or never again."""
         if self._broken is not None:
-            raise RuntimeError(f"the ranks were left in the middle of a pass ({self._broken}): open the model anew")
+            raise RuntimeError(f"the ranks were left in the middle of a pass ({self._broken}): start them anew")
         try:
             yield
         except BaseException as error:

@@ -144,8 +144,13 @@ class Settings:
     def _check_ends(self) -> None:
         if self.regex is not None and self.json_schema is not None:
             raise ValueError("regex and json_schema are both given: a text follows one of them")
-        if (self.regex or self.json_schema) is not None and self.eos == "never":
-            raise ValueError("eos 'never' leaves a text that matches regex or json_schema no way to end: use 'stop'")
+        if self.regex is not None or self.json_schema is not None:
+            if self.eos == "never":
+                raise ValueError(
+                    "eos 'never' leaves a text that follows regex or json_schema no way to end: use 'stop'"
+                )
+            if self.stop or self.stop_pattern:
+                raise ValueError("stop and stop_pattern would cut a text that follows regex or json_schema as a whole")
         if any(not one for one in self.stop):
             raise ValueError("stop holds an empty string, which every text holds")
         if self.stop_pattern is not None:

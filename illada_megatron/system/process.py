@@ -9,8 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 _ENDED = ("Z", "X")
-# malloc.h of glibc
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_KEPT = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 32 << 20),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20),
+}
+"""Number of an option in glibc's malloc.h, and its value, by the name in the environment."""
 
 
 def machine() -> str:
@@ -68,8 +72,9 @@ def keep_free_memory() -> None:
     given back and asked for again, page by page. Does nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, 32 << 20), (_MMAP_THRESHOLD, 32 << 20)):
-            mallopt(option, value)
+        for name, (option, value) in _KEPT.items():
+            if name not in os.environ:  # the user's own
+                mallopt(option, value)
 
 
 _searches: tuple[int, int, int] | None = None

@@ -1,6 +1,7 @@
 """Text that follows an expression: what is possible at each mask is what enumerating all texts finds, and what comes
 out matches."""
 
+import io
 import itertools
 import json
 import re
@@ -8,17 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 pytest.importorskip("outlines_core")
 
+from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, load_tokenizer
 from illada_megatron.generation import Generator, Settings
 from illada_megatron.generation.constraining import Constraint, automaton, expression_of
 from illada_megatron.generation.engine import Engine
 from illada_megatron.generation.model import FunctionModel
 from illada_megatron.generation.proposing import Words
 from illada_megatron.generation.text import Text
+from tests.checkpoint.random_weights import small_config
 
 EOS, MASK = 0, 1
 SPELLED = ["", "", "a", "b", "c", "ab", "bc", "aa", "1", "-1"]
@@ -80,12 +84,12 @@ def test_what_is_possible_is_what_enumeration_finds(expression: str) -> None:
     assert seen > 20
 
 
-def _random_model(seed: int) -> FunctionModel:
+def _random_model(seed: int, vocabulary: int = len(SPELLED)) -> FunctionModel:
     def predict(tokens: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed + int((tokens * torch.arange(1, tokens.numel() + 1)).sum()))
-        return 3 * torch.randn(1, tokens.numel(), len(SPELLED), generator=generator)
+        return 3 * torch.randn(1, tokens.numel(), vocabulary, generator=generator)
 
-    return FunctionModel(predict, len(SPELLED))
+    return FunctionModel(predict, vocabulary)
 
 
 RULES = (
@@ -160,17 +164,64 @@ def test_a_json_schema(place: Path, characters: Path) -> None:
     assert results[3].tokens.tolist() == alone[0].tokens.tolist()
 
 
+def _sentencepiece(folder: Path) -> Path:
+    """Puts a space before a text, with bytes for what it does not know."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["yes no maybe", "no yes", "an answer: yes", "another one"] * 20),
+        **{"model_writer": model, "vocab_size": 300, "byte_fallback": True, "model_type": "bpe", "minloglevel": 2},
+        **{"control_symbols": ["<mask>"], "hard_vocab_limit": False, "remove_extra_whitespaces": False},
+    )
+    path = folder / "words.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level with a space before", "byte-level"])
+def test_texts_of_every_kind_of_tokenizer(kind: str, characters: Path, tmp_path: Path) -> None:
+    """The space that some put before a text is none of it; one that the expression asks for is."""
+    path = characters if kind == "byte-level" else _sentencepiece(tmp_path)
+    if kind == "byte-level with a space before":
+        definition = json.loads(characters.read_text())
+        definition["pre_tokenizer"]["add_prefix_space"] = True
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(path)
+    sizes = [f"model.vocab_size={tokenizer.vocab_size}", f"model.mask_token_id={tokenizer.mask_id}"]
+    config = small_config(*sizes, "model.max_sequence_length=64").model
+    begun = set()
+    for seed in range(12):
+        generator = Generator(_random_model(seed, tokenizer.vocab_size), tokenizer, config)
+        for expression in ("(yes|no)", " yes", "( |\\n)*x", "^..$", "no( yes)*", "é?b"):
+            (result,) = generator.generate(["so: "], Settings(gen_length=9, block_length=9, steps=3, regex=expression))
+            assert re.fullmatch(expression, result.text), (expression, result.text)
+            begun.add(tokenizer.spelled(int(result.tokens[len(tokenizer.encode("so: "))]))[:1])
+    assert (SPACE_SIGN in begun or "\u0120" in begun) == (kind != "byte-level") or kind == "byte-level"
+
+
 def test_what_is_refused(place: Path, characters: Path) -> None:
     with pytest.raises(ValueError, match="regex and json_schema are both given"):
         Settings(regex="a", json_schema="{}")
-    with pytest.raises(ValueError, match="eos 'never' leaves a text that matches"):
+    with pytest.raises(ValueError, match="eos 'never' leaves a text that follows"):
         Settings(regex="a", eos="never")
-    with pytest.raises(ValueError, match="json_schema is none that a regular expression can follow"):
-        expression_of("{")
+    with pytest.raises(ValueError, match="stop and stop_pattern would cut a text"):
+        Settings(regex="a", stop="b")
+    for schema, why in (
+        ("{", ""),
+        ("[]", "expected an object, found"),
+        ('{"properties": 3}', ""),
+        ('{"type": "integer", "minimum": 10}', "it has minimum, expected nothing but"),
+        ('{"allOf": [{"type": "integer"}]}', "it has allOf"),
+        ('{"properties": {"a": {"items": {"uniqueItems": true}}}}', "it has uniqueItems"),
+        ('{"$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}', "refers to itself"),
+    ):
+        with pytest.raises(ValueError, match=f"a regular expression can follow: .*{re.escape(why)}"):
+            expression_of(schema)
     with Generator.open(place / "run", "cpu", characters) as generator:
         for settings, prompt, why in (
             (Settings(regex="(a", gen_length=20), "a", r"regex '\(a': "),
             (Settings(regex="a{30}", gen_length=20), "a", "the shortest text that matches has 30 tokens"),
+            (Settings(regex="a\x00b", gen_length=20), "a", "no text of the tokenizer's tokens matches"),
             (Settings(regex="a", gen_length=20), "a<mask:3>", "an infilling takes none"),
         ):
             with pytest.raises(ValueError, match=why):

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from illada_megatron.data.corpus.corpus import Corpus
-from illada_megatron.data.tokenizers.spelling import bytes_of_tokens
+from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, unknown_ids
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
 # what tokenizers lose, and decoders change that do not only join tokens: spaces before marks, contractions, runs of
@@ -40,7 +40,7 @@ def token_bytes(tokenizer: Tokenizer | None) -> TokenBytes | str:
     if tokenizer is None:
         return "data.tokenizer_path is not set"
     sizes = np.array([len(one) for one in bytes_of_tokens(tokenizer)], np.float64)
-    sizes[_unknown(tokenizer)] = np.nan
+    sizes[unknown_ids(tokenizer)] = np.nan
     if np.isnan(sizes[tokenizer.encode(_PROBES[0])].sum()):
         return f"the tokenizer does not know {_PROBES[0]!r}"
     prefix = round(float(sizes[tokenizer.encode("a")].sum())) - 1
@@ -65,10 +65,3 @@ def window_bytes(sizes: TokenBytes, corpus: Corpus, window: int) -> float:
         firsts = np.concatenate([[0], firsts]) if corpus.begins_document(window) else firsts
         each[firsts] -= np.where(each[firsts] > 0, sizes.prefix_bytes, 0)
     return float(each.sum())
-
-
-def _unknown(tokenizer: Tokenizer) -> list[int]:
-    """The ids, if there are any, that stand for all that the vocabulary lacks."""
-    text = "a\U0010fffd"
-    ids = tokenizer.encode(text)
-    return [] if tokenizer.decode(ids) == text else sorted(set(ids) - set(tokenizer.encode("a")))

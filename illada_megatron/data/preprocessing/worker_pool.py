@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from illada_megatron.data.preprocessing.plan import Job, ShardTask
 from illada_megatron.data.preprocessing.records import TaskRecord
 from illada_megatron.data.preprocessing.shard_task import Report, run_task
 from illada_megatron.data.preprocessing.worker import work
-from illada_megatron.data.shards.prefix_lock import NOTE_THREAD
+from illada_megatron.data.shards.prefix_lock import NOTE_THREAD, release_locks
 from illada_megatron.data.tokenizers.engine_libraries import OPENING_THREAD
 from illada_megatron.data.tokenizers.tokenizer import forget_tokenizers
 from illada_megatron.system.process import return_free_memory
@@ -191,6 +192,8 @@ class _Forked:
 
         def run() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            release_locks()  # else they would be held until the last worker has ended, whatever becomes of this process
+            os.dup2(2, 1)  # what a library prints is nothing that this process says
             for worker in (*others, self):
                 worker.requests.close()
                 worker.answers.close()
@@ -198,9 +201,17 @@ class _Forked:
             work(os.fdopen(requests, "rb"), os.fdopen(answers, "wb"), threads, encoder)
 
         self.process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
-        self.process.start()
-        os.close(requests)
-        os.close(answers)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: `_may_fork` knows them
+                self.process.start()
+        except BaseException:
+            self.requests.close()
+            self.answers.close()
+            raise
+        finally:
+            os.close(requests)
+            os.close(answers)
 
     def status(self, seconds: float | None = None) -> int | None:
         """Its exit status; None: after so long it has none."""
@@ -211,6 +222,8 @@ class _Forked:
 def _may_fork(*ending: str) -> bool:
     """Whether no thread but this one does anything, or those that are `ending`. The kernel is asked: Python does not
     know of libraries' own."""
+    if multiprocessing.current_process().daemon:  # which multiprocessing gives no children
+        return False
     for _ in range(_LOOKS):  # one that has ended for Python is there for the kernel a moment longer
         known = {thread.name for thread in threading.enumerate()}
         try:

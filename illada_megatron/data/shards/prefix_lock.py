@@ -33,6 +33,8 @@ _DEAD_SECONDS = 120.0
 _LOOK_SECONDS = 0.5
 NOTE_THREAD = "prefix lock"
 """Name of the thread that touches a note."""
+_held: set[int] = set()
+"""Descriptors: a copy of one, in a forked child, would hold the lock too."""
 
 
 def lock_path(prefix: str) -> Path:
@@ -160,6 +162,7 @@ def locked_prefix(prefix: str) -> Iterator[PrefixLock]:
     that this process may lock."""
     path = lock_path(prefix)
     descriptor = _opened(path)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,7 +180,14 @@ def locked_prefix(prefix: str) -> Iterator[PrefixLock]:
         else:
             yield PrefixLock(prefix, works=True)
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+def release_locks() -> None:
+    """In a child that was forked: its parent alone holds them then."""
+    while _held:
+        os.close(_held.pop())
 
 
 def _opened(path: Path) -> int:

@@ -31,6 +31,13 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
     return words
 
 
+def unknown_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids, if there are any, that stand for all that the vocabulary lacks."""
+    text = "a\U0010fffd"
+    ids = tokenizer.encode(text)
+    return [] if tokenizer.decode(ids) == text else sorted(set(ids) - set(tokenizer.encode("a")))
+
+
 def _byte_signs() -> dict[str, int]:
     """The characters by which byte-level BPE spells the 256 bytes (GPT-2, encoder.py: bytes_to_unicode)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
