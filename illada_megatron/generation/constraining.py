@@ -101,15 +101,15 @@ def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int, s
     states = max(start, end) + 1
     follows = np.zeros((states, states), bool)
     follows[sources, targets] = True
-    edges_by_token = (one[order] for one in (sources, tokens, targets))
-    return Automaton(states, *edges_by_token, _distances(follows, final), follows, start, absorbed)
+    by_token = sources[order], tokens[order], targets[order]
+    return Automaton(states, *by_token, _distances(follows, final), follows, start, absorbed)
 
 
 def _add_opening(parts: list[_Edges], words: Mapping[bytes, Sequence[int]], opening: int) -> frozenset[int]:
     """A state before the first, with its edges, and with those of tokens that would be one without their space."""
     (first, ends) = parts[0], parts[-1]
     literal = dict(zip(first[1].tolist(), first[2].tolist(), strict=True))
-    absorbed = {}
+    absorbed: dict[int, int] = {}
     for word, ids in words.items():
         if word[:1] == b" ":
             bare = words.get(word[1:], ())
