@@ -15,12 +15,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
     for one in results:
         style = {"color": _COLOURS[one["cache"]], "marker": _MARKERS[one["reveal"]], "linestyle": "", "alpha": 0.85}
+        if one["cache"] == "prefix":  # where nothing follows the block, it is dual
+            style |= {"markersize": 11, "fillstyle": "none"}
         axes[0].plot(one["times_fewer_position_passes"], 100 * one["equal_tokens"], **style)
         axes[1].plot(one["times_fewer_position_passes"], one["bound_change"], **style)
     axes[0].set_ylabel("tokens equal to full decoding's (%)")
     axes[1].set_ylabel("change of the bound (nats/token)")
     for panel in axes:
-        panel.set_xscale("log")
         panel.set_xlabel("times fewer position-passes than full decoding")
         panel.grid(alpha=0.3)
     for name, colour in _COLOURS.items():
