@@ -16,8 +16,8 @@ class Shape:
     """Length of the one that is continued alone."""
     gen_length: int = 128
     block_length: int = 32
-    steps: int = 8
-    """Of a block."""
+    steps: int = 32
+    """Of a block; the paper's."""
 
     @property
     def blocks(self) -> int:

@@ -43,17 +43,17 @@ _TO_AUTHORS, _DUAL_TO_AUTHORS, _TO_BARE = 3.0, 12.0, 1.25
 
 
 def main(
-    rounds: Annotated[int | None, typer.Option(min=1, help="Blocks; default: all of a text.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Blocks of each text; it has 4.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of a block of 32; a divisor of it.")] = SHAPE.steps,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; default: the cores.")] = os.cpu_count() or 1,
     tiny: Annotated[bool, typer.Option("--tiny", help="A miniature, to try the script.")] = False,
 ) -> None:
     """Measure generation: tokens/s, CPU seconds a token, peak memory, equal tokens.
 
-    Example: python -m benchmarks.generation.speed --steps 32 --rounds 1
+    Example: python -m benchmarks.generation.speed --steps 8 --rounds 4
     """
     shape = TINY_SHAPE if tiny else replace(SHAPE, steps=steps)
-    if shape.block_length % shape.steps or (rounds or 1) > shape.blocks:
+    if shape.block_length % shape.steps or rounds > shape.blocks:
         raise typer.BadParameter(f"steps must divide {shape.block_length}, and a text has {shape.blocks} blocks")
     prepare_environment(huge_pages=False)
     console = Console(highlight=False)
@@ -69,7 +69,7 @@ def main(
             "tiny": tiny,
         },
     }
-    found = _measure_in_turns(console, shape, rounds or shape.blocks, threads)
+    found = _measure_in_turns(console, shape, rounds, threads)
     report["machine"] |= {"load_after": os.getloadavg()[0], "python": platform.python_version()}
     report["machine"] |= found[ONE].environment
     report["results"] = [one.to_json(shape) for one in found.values()]

@@ -10,6 +10,7 @@ model's rows are (`model.Model.logits`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -119,8 +120,7 @@ class Engine:
     def step(self) -> list[tuple[Job, Step]]:
         """A step of every text in work. Finished ones are removed. One that has nothing to reveal has no positions."""
         self._admit()
-        in_work = [job for job in self.jobs if job.in_work]
-        done = [(job, self._ended(job)) for job in in_work if not self._has_block(job)]
+        done = [(job, self._ended(job)) for job in self._in_work() if not self._has_block(job)]
         for passed in self._passes():
             proposals = self._proposals(passed)
             for (job, parts), found in zip(passed, proposals, strict=True):
@@ -144,14 +144,16 @@ class Engine:
         end = End("length", job.text.tokens.numel())
         return Step(job.text.step, _NONE, _NONE, torch.empty(0, dtype=torch.float64), 0, end)
 
+    def _in_work(self) -> list[Job]:
+        return list(takewhile(lambda job: job.in_work, self.jobs))
+
     def _admit(self) -> None:
         """In the order in which they were added, so that a long text is not overtaken by all that are shorter."""
-        kept = sum(job.kept_tokens for job in self.jobs if job.in_work)
-        for number, job in enumerate(self.jobs):
-            if job.in_work:
-                continue
+        in_work = self._in_work()
+        kept = sum(job.kept_tokens for job in in_work)
+        for job in self.jobs[len(in_work) : self.texts]:
             kept += job.kept_tokens
-            if number >= self.texts or kept > self.model.kept_tokens:
+            if kept > self.model.kept_tokens:
                 break
             job.in_work = True
             for _ in range(job.branches if job.kept_tokens else 0):
@@ -161,7 +163,7 @@ class Engine:
         """What the texts in work need, in passes of at most `pass_tokens` and `pass_rows`."""
         of_pass: list[tuple[Job, list[Part]]] = []
         tokens = rows = 0
-        for job in [job for job in self.jobs if job.in_work]:
+        for job in self._in_work():
             parts = self._parts(job)
             more_tokens = sum(part.tokens.numel() for part in parts)
             more_rows = sum(part.wanted.numel() for part in parts)
