@@ -10,6 +10,7 @@ model's rows are (`model.Model.logits`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class Job:
     text: Text
     decode: Decode | None = None
     constraint: Constraint | None = None
+    in_work: bool = False
+    """Else it waits until there is room."""
     credit: Credit = field(default_factory=Credit)
     history: caching.History = field(default_factory=caching.History)
     kept: list[int] = field(default_factory=list)
@@ -53,21 +56,43 @@ class Job:
     computed: int = 0
     """Positions that went through the layers so far."""
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that the text may come to have."""
+        return self.text.given + (0 if self.text.infill else self.text.settings.gen_length)
+
+    @property
+    def branches(self) -> int:
+        """Times that each of them is computed."""
+        return 2 if self.text.settings.guidance else 1
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of which keys and values are kept while it is in work."""
+        return 0 if self.text.settings.cache == "none" else self.capacity * self.branches
+
 
 class Engine:
     """Texts in work. One thread at a time calls it."""
 
-    def __init__(self, model: Model, words: Words, pass_tokens: int = 1 << 16) -> None:
-        """pass_tokens: most tokens of one pass, unless a single text has more; a step takes several then."""
+    def __init__(
+        self, model: Model, words: Words, pass_tokens: int = 1 << 16, pass_rows: int = 1 << 12, texts: int = 256
+    ) -> None:
+        """pass_tokens, pass_rows: most tokens that a pass computes, and rows of logits that it returns, unless a single
+        text has more; a step takes several passes then. texts: most in work at the same time; others wait for one to
+        end, as they do for room for their keys and values (`Model.kept_tokens`)."""
         self.model = model
         self.words = words
         self.pass_tokens = pass_tokens
+        self.pass_rows = pass_rows
+        self.texts = texts
         self.jobs: list[Job] = []
+        """In the order in which they were added; those in work are the first."""
 
     def add(self, text: Text, decode: Decode | None = None, constraint: Constraint | None = None) -> Job:
-        """A text that takes part from the next step on. decode: for stop strings; constraint: of its settings' regex or
-        json_schema. Raises ValueError where its settings ask for what is not there: in a step, that would end the
-        others' too."""
+        """A text that takes part from the next step on, or as soon as there is room. decode: for stop strings;
+        constraint: of its settings' regex or json_schema. Raises ValueError where its settings ask for what is not
+        there: in a step, that would end the others' too."""
         settings = text.settings
         if settings.end_think_boost and not (self.words.end_think or text.infill):
             raise ValueError("end_think_boost needs a tokenizer that spells </think>")
@@ -76,11 +101,11 @@ class Engine:
         if constraint is None and (settings.regex is not None or settings.json_schema is not None):
             raise ValueError("regex and json_schema need a constraint, made with the tokenizer")
         job = Job(text, decode, constraint)
-        if text.settings.cache != "none":
-            capacity = text.given + (0 if text.infill else text.settings.gen_length)
-            branches = 2 if text.settings.guidance else 1
-            for _ in range(branches):
-                job.kept.append(self.model.keep(capacity))
+        if (needed := job.kept_tokens) > self.model.kept_tokens:
+            raise ValueError(
+                f"cache {settings.cache!r} keeps keys and values of {needed} tokens, the model of at most "
+                f"{self.model.kept_tokens}: set cache to 'none'"
+            )
         self.jobs.append(job)
         return job
 
@@ -94,13 +119,12 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[tuple[Job, Step]]:
         """A step of every text in work. Finished ones are removed. One that has nothing to reveal has no positions."""
-        done = [(job, self._ended(job)) for job in list(self.jobs) if not self._has_block(job)]
-        for jobs in self._passes():
-            parts = [self._parts(job) for job in jobs]
-            logits = self.model.logits([part for of_job in parts for part in of_job])
-            rows = iter(logits.split([part.wanted.numel() for of_job in parts for part in of_job]))
-            for job, of_job in zip(jobs, parts, strict=True):
-                done.append((job, self._revealed(job, of_job, [next(rows) for _ in of_job])))
+        self._admit()
+        done = [(job, self._ended(job)) for job in self._in_work() if not self._has_block(job)]
+        for passed in self._passes():
+            proposals = self._proposals(passed)
+            for (job, parts), found in zip(passed, proposals, strict=True):
+                done.append((job, self._revealed(job, parts, *found)))
         return done
 
     def run(self) -> Iterator[tuple[Job, Step]]:
@@ -120,19 +144,52 @@ class Engine:
         end = End("length", job.text.tokens.numel())
         return Step(job.text.step, _NONE, _NONE, torch.empty(0, dtype=torch.float64), 0, end)
 
-    def _passes(self) -> Iterator[list[Job]]:
-        """The jobs, in rows of at most `pass_tokens`."""
-        jobs: list[Job] = []
-        tokens = 0
-        for job in list(self.jobs):
-            length = job.text.tokens.numel() * (2 if job.text.settings.guidance else 1)
-            if jobs and tokens + length > self.pass_tokens:
-                yield jobs
-                jobs, tokens = [], 0
-            jobs.append(job)
-            tokens += length
-        if jobs:
-            yield jobs
+    def _in_work(self) -> list[Job]:
+        return list(takewhile(lambda job: job.in_work, self.jobs))
+
+    def _admit(self) -> None:
+        """In the order in which they were added, so that a long text is not overtaken by all that are shorter."""
+        in_work = self._in_work()
+        kept = sum(job.kept_tokens for job in in_work)
+        for job in self.jobs[len(in_work) : self.texts]:
+            kept += job.kept_tokens
+            if kept > self.model.kept_tokens:
+                break
+            job.in_work = True
+            for _ in range(job.branches if job.kept_tokens else 0):
+                job.kept.append(self.model.keep(job.capacity))
+
+    def _passes(self) -> Iterator[list[tuple[Job, list[Part]]]]:
+        """What the texts in work need, in passes of at most `pass_tokens` and `pass_rows`."""
+        of_pass: list[tuple[Job, list[Part]]] = []
+        tokens = rows = 0
+        for job in self._in_work():
+            parts = self._parts(job)
+            more_tokens = sum(part.tokens.numel() for part in parts)
+            more_rows = sum(part.wanted.numel() for part in parts)
+            if of_pass and (tokens + more_tokens > self.pass_tokens or rows + more_rows > self.pass_rows):
+                yield of_pass
+                of_pass, tokens, rows = [], 0, 0
+            of_pass.append((job, parts))
+            tokens, rows = tokens + more_tokens, rows + more_rows
+        if of_pass:
+            yield of_pass
+
+    def _proposals(self, passed: Sequence[tuple[Job, list[Part]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Candidates [m] int64 and confidence [m] of each text of a pass. They leave the device together: a GPU waits
+        once."""
+        every = [part for _, parts in passed for part in parts]
+        rows = iter(self.model.logits(every).split([part.wanted.numel() for part in every]))
+        found = []
+        for job, parts in passed:
+            logits = next(rows)
+            if len(parts) == 2:
+                logits = guided(logits, next(rows), job.text.settings.guidance)
+            if job.constraint is not None:
+                job.constraint.allow(logits, job.text)
+            found.append(propose(logits, job.text, self.words, job.credit))
+        for one in torch.cat(found, dim=1).cpu().split([one.shape[1] for one in found], dim=1):
+            yield one[0].to(torch.int64), one[1]
 
     def _parts(self, job: Job) -> list[Part]:
         """Of the text, and with guidance of the text whose prompt is masked."""
@@ -151,12 +208,10 @@ class Engine:
             for tokens, one in zip(computed, kept, strict=True)
         ]
 
-    def _revealed(self, job: Job, parts: Sequence[Part], logits: Sequence[Tensor]) -> Step:
+    def _revealed(self, job: Job, parts: Sequence[Part], candidates: Tensor, confidence: Tensor) -> Step:
         text = job.text
-        found = guided(logits[0], logits[1], text.settings.guidance) if len(logits) == 2 else logits[0]
-        if job.constraint is not None:
-            job.constraint.allow(found, text)
-        candidates, confidence = propose(found, text, self.words, job.credit)
+        if confidence.isnan().any():
+            raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
         rows = choose(text, candidates, confidence, self.words.eos)
         if job.constraint is not None:
             rows = job.constraint.settle(text, rows, candidates)

@@ -6,6 +6,7 @@ layers are divided over tensor-parallel ranks, and between pipeline stages. Noth
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,9 @@ from illada_megatron.runtime import Runtime
 class LayerModel:
     """A `generation.model.Model` of a mask predictor's stages."""
 
-    def __init__(self, stage: MaskPredictor, config: RunConfig, run: Runtime) -> None:
+    def __init__(self, stage: MaskPredictor, config: RunConfig, run: Runtime, kept_bytes: int | None = None) -> None:
+        """kept_bytes: of keys and values that a rank keeps at most; None: 4 GiB, on a GPU half of what is free. The
+        longest text with guidance always has room."""
         self.vocab_size = config.model.vocab_size
         self.max_sequence_length = config.model.max_sequence_length
         self.ranks = run.world_size
@@ -39,8 +42,12 @@ class LayerModel:
         """What has ended a pass, or a message, in the middle: the ranks do not agree any more."""
         self.row_multiple = _row_multiple(stage, self._group) if self._device.type == "cpu" else None
         """See `_row_multiple`; None on a GPU, too."""
-        self._kept: dict[int, KeptKeys] = {}
+        self._kept = KeptKeys()
         self._next = 0
+        self._dtype = next(stage.parameters()).dtype
+        of_token = 2 * config.model.num_layers * config.model.num_query_groups * config.model.head_dim
+        of_all = (kept_bytes or _kept_bytes(self._device)) * run.layout.tensor * run.layout.pipeline
+        self.kept_tokens = max(of_all // (of_token * self._dtype.itemsize), 2 * self.max_sequence_length)
 
     def logits(self, parts: Sequence[Part]) -> Tensor:
         """As `Model.logits`: [sum of m, v] float32. Of rank 0. Raises ValueError where a text is too long; RuntimeError
@@ -60,7 +67,7 @@ class LayerModel:
         self._next += 1
         with self._in_step():
             self._tell("keep", (self._next, capacity))
-        self._kept[self._next] = KeptKeys(capacity)
+        self._kept.keep(self._next, capacity)
         return self._next
 
     def forget(self, kept: int) -> None:
@@ -68,7 +75,7 @@ class LayerModel:
         if self._broken is None:
             with self._in_step():
                 self._tell("forget", kept)
-        del self._kept[kept]
+        self._kept.forget(kept)
 
     def follow(self) -> Any:
         """As `Divided.follow`: rank 0 leads."""
@@ -80,9 +87,9 @@ class LayerModel:
             if what == "logits":
                 continue
             if what == "keep":
-                self._kept[argument[0]] = KeptKeys(argument[1])
+                self._kept.keep(*argument)
             elif what == "forget":
-                del self._kept[argument]
+                self._kept.forget(argument)
             else:
                 return argument
 
@@ -118,73 +125,90 @@ class LayerModel:
     @torch.no_grad()
     def _pass(self, parts: Sequence[Part]) -> Tensor | None:
         """This rank's part of a pass; the logits on rank 0."""
-        wanted, offset = [parts[0].wanted] * len(parts), 0
-        order = sorted(range(len(parts)), key=lambda number: parts[number].kept != WHOLE)
-        for number in order:
-            wanted[number] = parts[number].wanted + offset
-            offset += parts[number].tokens.numel()
-        rows, in_order = torch.cat(wanted), [parts[number] for number in order]
-        if missing := self._missing(offset):
-            nothing = torch.empty(0, dtype=torch.int64)
-            in_order.insert(0, Part(torch.zeros(missing, dtype=torch.int64), nothing))
-            rows = rows + missing
-        hidden = self._layers(in_order, [part.tokens.numel() for part in in_order])
+        work = self._work(parts)
+        hidden = self._layers(work)
         layout = self._run.layout
         if not self._run.is_last_stage:
             dist.send(hidden, self._run.rank + layout.tensor)
             if self._run.rank == 0:
-                found = torch.empty(rows.numel(), self.vocab_size, dtype=torch.float32, device=self._device)
+                found = torch.empty(work.count, self.vocab_size, dtype=self._dtype, device=self._device)
                 dist.recv(found, (layout.pipeline - 1) * layout.tensor)
-                return found
+                return found.float()
             return None
-        filled = torch.cat((rows, rows[:1].expand(self._missing(rows.numel()))))
-        logits = self._stage.logits(hidden[filled.to(self._device)])[: rows.numel()].float()
+        logits = self._stage.logits(hidden[work.wanted])[: work.count]
         if self._run.rank == 0:
-            return logits
+            return logits.float()
         if self._run.rank == (layout.pipeline - 1) * layout.tensor:
             dist.send(logits.contiguous(), 0)
         return None
+
+    def _layers(self, work: "_Work") -> Tensor:
+        """[t, 1, h] behind this stage's layers."""
+        tokens = None
+        if self._run.is_first_stage:
+            tokens = work.tokens[None]
+        else:
+            before = torch.empty(len(work.tokens), 1, self._hidden, dtype=self._dtype, device=self._device)
+            dist.recv(before, self._run.rank - self._run.layout.tensor)
+            self._stage.set_input_tensor(before)
+        hidden = self._stage(tokens, work.segments)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _work(self, parts: Sequence[Part]) -> "_Work":
+        """A pass as the layers take it. Its numbers go to the device in one transfer, and a second of the offsets."""
+        in_order = sorted(range(len(parts)), key=lambda number: _place(parts[number]))
+        first_row, offset = [0] * len(parts), self._missing(sum(part.tokens.numel() for part in parts))
+        lengths = [offset] if offset else []
+        tokens = [torch.zeros(offset, dtype=torch.int64)]
+        for number in in_order:
+            first_row[number] = offset
+            offset += parts[number].tokens.numel()
+            tokens.append(parts[number].tokens)
+            lengths.append(parts[number].tokens.numel())
+        wanted = torch.cat([part.wanted + first for part, first in zip(parts, first_row, strict=True)])
+        filled = torch.cat((wanted, wanted[:1].expand(self._missing(wanted.numel()))))
+        kept = [parts[number] for number in in_order if parts[number].kept != WHOLE]
+        positions = [torch.arange(len(one.tokens)) if one.positions is None else one.positions for one in kept]
+        rows = [where + self._kept.start(part.kept) for part, where in zip(kept, positions, strict=True)]
+        numbers = [torch.cat(tokens), filled, *(torch.cat(one) for one in (positions, rows) if one)]
+        sent = torch.cat(numbers).to(self._device).split([one.numel() for one in numbers])
+        some = [part for part in kept if part.positions is not None]
+        whole = lengths[: len(lengths) - len(some)]
+        longest = max([*whole, *(part.length for part in some)])
+        segments = self._packed(lengths, longest)
+        if kept:
+            texts = [KeptText(part.tokens.numel(), part.length, self._kept.start(part.kept)) for part in some]
+            segments.kept = KeptPass(self._packed(whole, longest), texts, self._kept, sent[2], sent[3])
+        return _Work(sent[0], sent[1], wanted.numel(), segments)
 
     def _missing(self, rows: int) -> int:
         """Rows that matrix products of `rows` are filled up with."""
         return -rows % self.row_multiple if self.row_multiple else 0
 
-    def _layers(self, parts: Sequence[Part], lengths: Sequence[int]) -> Tensor:
-        """[t, 1, h] behind this stage's layers."""
-        tokens = None
-        if self._run.is_first_stage:
-            tokens = torch.cat([part.tokens for part in parts])[None].to(self._device)
-        else:
-            dtype = next(self._stage.parameters()).dtype
-            before = torch.empty(sum(lengths), 1, self._hidden, dtype=dtype, device=self._device)
-            dist.recv(before, self._run.rank - self._run.layout.tensor)
-            self._stage.set_input_tensor(before)
-        hidden = self._stage(tokens, self._segments(parts, lengths))
-        assert isinstance(hidden, Tensor)
-        return hidden
-
-    def _segments(self, parts: Sequence[Part], lengths: Sequence[int]) -> Segments:
-        """parts: those of which nothing is kept come first."""
-        whole = [length for part, length in zip(parts, lengths, strict=True) if part.kept == WHOLE]
-        longest = max(
-            length if part.kept == WHOLE else part.length for part, length in zip(parts, lengths, strict=True)
-        )
-        segments = self._packed(whole, longest)
-        if len(whole) == len(parts):
-            return segments
-        texts, positions = [], []
-        for part, rows in zip(parts[len(whole) :], lengths[len(whole) :], strict=True):
-            where = torch.arange(rows) if part.positions is None else part.positions
-            positions.append(where.to(self._device))
-            own = None if part.positions is None else positions[-1]
-            texts.append(KeptText(rows, own, self._kept[part.kept], part.length))
-        mixed = self._packed(lengths, longest)
-        mixed.kept = KeptPass(segments, texts, torch.cat(positions))
-        return mixed
-
     def _packed(self, lengths: Sequence[int], longest: int) -> Segments:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(self._device, torch.int32)
         return pack(offsets, longest, lengths)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A pass: what fills up its rows, then the texts in the order that `KeptPass` asks for."""
+
+    tokens: Tensor  # [t] int64, on the device
+    wanted: Tensor  # [m + rows that fill up] int64, on the device: of the t rows
+    count: int  # m
+    segments: Segments
+
+
+def _kept_bytes(device: torch.device) -> int:
+    """Of a rank, where nobody has said it."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4 << 30
+
+
+def _place(part: Part) -> tuple[bool, bool, int, int]:
+    """In a pass. Texts of the same shape attend in one call where they are neighbours."""
+    return part.kept != WHOLE, part.positions is not None, part.tokens.numel(), part.length
 
 
 def _waiting_group() -> dist.ProcessGroup:
@@ -194,7 +218,7 @@ def _waiting_group() -> dist.ProcessGroup:
     return group
 
 
-_MULTIPLES = (16, 32, 64, 128)
+_MULTIPLES = (4, 8, 16, 32, 64, 128)
 _PROBED_ROWS = 4096
 
 
@@ -218,7 +242,7 @@ def _rows_are_alike(weight: Tensor, multiple: int) -> bool:
     source = torch.Generator().manual_seed(0)
     rows = torch.randn(9 * multiple, weight.shape[1], generator=source).to(weight.dtype)
     every = functional.linear(rows, weight)
-    for count in (1, 2, 3, 5):
+    for count in (1, 2, 3, 5, 6, 7, 8):
         first = (9 - count) * multiple
         some = functional.linear(rows[first : first + count * multiple], weight)
         if not torch.equal(some, every[first : first + count * multiple]):

@@ -33,6 +33,8 @@ class Model(Protocol):
     """A mask predictor. Ids from `vocab_size` on are no tokens."""
 
     vocab_size: int
+    kept_tokens: int
+    """Of which keys and values can be kept at the same time; 0: of none."""
 
     def logits(self, parts: Sequence[Part]) -> Tensor:
         """[sum of m, v] float32 or float64, on the device that computed them: rows of the first part's `wanted`, then
@@ -61,6 +63,8 @@ class Divided(Protocol):
 
 class FunctionModel:
     """Any function from whole texts to logits; it keeps nothing."""
+
+    kept_tokens = 0
 
     def __init__(self, predict: Predict, vocab_size: int) -> None:
         self.predict = predict

@@ -9,6 +9,8 @@ from illada_megatron.diffusion.noise import uniforms
 from illada_megatron.generation.settings import Settings
 from illada_megatron.generation.text import Text
 
+_GROUP = 64  # neighbouring tokens, of which a library finds the largest, or the sum, in one sweep
+_CACHED = 1 << 18  # logits, 1 MB
 _CREDIT_DECAY, _CREDIT_POWER, _CREDIT_WEIGHT = 0.8, 0.2, 0.7  # dInfer (arXiv 2510.08666)
 
 
@@ -44,10 +46,11 @@ class Credit:
         self.amounts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add(0, entry, amounts)
 
 
-def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[Tensor, Tensor]:
-    """Candidates [m] int64 and confidence [m] float64, on the CPU, for the masks of `text.block`.
+def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> Tensor:
+    """[2, m] float64, where the logits are: candidates, and the confidence in them, for the masks of `text.block`.
+    Confidence is NaN where the model returned NaN, or no token is possible.
 
-    logits: [m, v], guidance done; changed in place. Raises ValueError where one is NaN.
+    logits: [m, v], guidance done; changed in place. A GPU is made to wait by `credit` alone.
     """
     settings = text.settings
     _exclude(logits, words, settings)
@@ -56,12 +59,11 @@ def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[T
         _penalise(logits, text, words.mask, settings.repetition_penalty)
     if settings.credit:
         _give_credit(logits, text, credit)
-    if not bool(logits.amax(-1).isfinite().all()):
-        raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
-    candidates = logits.argmax(-1) if settings.temperature == 0 else _sampled(logits, text)
-    confidence = _confidence(logits, candidates, text)
-    candidates, confidence = candidates.cpu(), confidence.cpu()
-    return candidates, confidence
+    best = _best(logits)
+    candidates = best if settings.temperature == 0 else _sampled(logits, text)
+    confidence = _confidence(logits, candidates, best, text)
+    possible = _at(logits, best).isfinite()
+    return torch.stack((candidates.to(torch.float64), confidence.where(possible, torch.nan)))
 
 
 def _exclude(logits: Tensor, words: Words, settings: Settings) -> None:
@@ -96,34 +98,63 @@ def _penalise(logits: Tensor, text: Text, mask: int, penalty: float) -> None:
 
 def _give_credit(logits: Tensor, text: Text, credit: Credit) -> None:
     """C <- 0.8 C, C of the best token += p ** 0.2; logits + 0.7 ln(C + 1)."""
-    best = logits.argmax(-1)
-    credit.add(text.block, best.cpu(), _probability(logits, best).cpu())
+    best = _best(logits)
+    credit.add(text.block, best.cpu(), _probability(logits, best, best).cpu())
     rows = torch.searchsorted(text.block, credit.positions)
     gained = _CREDIT_WEIGHT * (credit.amounts + 1).log()
     logits.index_put_((rows.to(logits.device), credit.tokens.to(logits.device)), gained.to(logits), accumulate=True)
 
 
-def _confidence(logits: Tensor, candidates: Tensor, text: Text) -> Tensor:
-    """[m] float64, without the noise of sampling."""
+def _confidence(logits: Tensor, candidates: Tensor, best: Tensor, text: Text) -> Tensor:
+    """[m] float64, without the noise of sampling. best: [m], tokens of the largest logits [m, v]."""
     kind = text.settings.remasking
     if kind == "random":
-        return _position_noise("generation.confidence", text)
+        return _position_noise("generation.confidence", text).to(logits.device)
     if kind == "low_confidence":
-        return _probability(logits, candidates)
+        return _probability(logits, candidates, best)
     if kind == "margin":
         first, second = logits.topk(2, dim=-1).values.to(torch.float64).unbind(-1)
-        return _probability(logits, logits.argmax(-1)) * -torch.expm1(second - first)
+        return _probability(logits, best, best) * -torch.expm1(second - first)
     log_p = logits.to(torch.float64).log_softmax(-1)
     return (log_p.exp() * log_p.clamp_min(torch.finfo(torch.float64).min)).sum(-1).exp()
 
 
-def _probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[m] float64, of softmax(logits) [m, v] at tokens [m]. Exponentials are of the logits' precision, their sum is in
-    float64: exact to 1e-8, where a sum in fp32 would change which of two is surer."""
-    largest = logits.max(-1, keepdim=True).values
-    total = (logits - largest).exp_().sum(-1, dtype=torch.float64)
-    chosen = logits.gather(1, tokens[:, None]) - largest
-    return chosen.squeeze(1).to(torch.float64).exp() / total
+def _probability(logits: Tensor, tokens: Tensor, best: Tensor) -> Tensor:
+    """[m] float64, of softmax(logits) [m, v] at tokens [m]; best: of the largest logits [m].
+
+    Exponentials are of the logits' precision, the largest is 1, and of the others few are added up in that precision:
+    1 - p is exact to some 1e-8 of itself, where a sum in fp32 would change which of two is surer. On a CPU as many
+    rows at a time as stay in its cache.
+    """
+    largest = _at(logits, best)
+    rows = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else 256
+    pieces = zip(logits.split(rows), largest.split(rows), best.split(rows), strict=True)
+    others = torch.cat([_sum((one - most[:, None]).exp_().scatter_(1, at[:, None], 0.0)) for one, most, at in pieces])
+    return (_at(logits, tokens) - largest).to(torch.float64).exp() / (1.0 + others)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """[m, v] -> [m] float64: of each group in the values' precision, then of the groups; what is left in float64."""
+    whole = values.shape[1] // _GROUP * _GROUP
+    groups = values[:, :whole].unflatten(1, (-1, _GROUP)).sum(-1)
+    return groups.sum(-1, dtype=torch.float64) + values[:, whole:].sum(-1, dtype=torch.float64)
+
+
+def _best(logits: Tensor) -> Tensor:
+    """[m, v] -> [m]: the token of the largest logit, of equals the first; NaN is larger than all. As argmax, which is
+    slow on a CPU: the group with the largest is found first."""
+    whole = logits.shape[1] // _GROUP * _GROUP
+    groups = [logits[:, :whole].unflatten(1, (-1, _GROUP)).amax(-1)]
+    if whole < logits.shape[1]:
+        groups.append(logits[:, whole:].amax(-1, keepdim=True))
+    first = torch.cat(groups, dim=1).argmax(-1, keepdim=True) * _GROUP
+    tokens = (first + torch.arange(_GROUP, device=logits.device)).clamp_max(logits.shape[1] - 1)
+    return (first + logits.gather(1, tokens).argmax(-1, keepdim=True)).squeeze(1)
+
+
+def _at(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[m, v] at tokens [m] -> [m]."""
+    return logits.gather(1, tokens[:, None]).squeeze(1)
 
 
 def _sampled(logits: Tensor, text: Text) -> Tensor:

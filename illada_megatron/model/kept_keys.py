@@ -1,7 +1,8 @@
 """Attention of some of a text's tokens over all of it: keys and values of the others are those of an earlier pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,62 +16,103 @@ if TYPE_CHECKING:
 
 
 class KeptKeys:
-    """Keys, turned by their positions, and values of a text, in every layer of this rank. Room is made where a layer
-    first writes."""
+    """Keys, turned by their positions, and values of texts, in every layer of this rank: one tensor a layer, in which
+    a text has rows of its own. It grows where they do not suffice, and is given back with the last text."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self) -> None:
+        self._spans: dict[int, tuple[int, int]] = {}
         self._layers: dict[int, Tensor] = {}
+        self._rows = 0
 
-    def write(self, layer: int, positions: Tensor | None, keys_values: Tensor) -> Tensor:
-        """keys_values [n, ng, 2, d] at positions [n] (None: 0, 1, ...) -> the whole room's, [capacity, ng, 2, d]."""
+    def __len__(self) -> int:
+        """Texts that are kept."""
+        return len(self._spans)
+
+    def keep(self, text: int, capacity: int) -> None:
+        """Rows for a text of up to `capacity` tokens: the first gap that is long enough."""
+        start = 0
+        for begin, end in sorted(self._spans.values()):
+            if begin - start >= capacity:
+                break
+            start = end
+        self._spans[text] = start, start + capacity
+        if start + capacity > self._rows:
+            self._rows = max(start + capacity, self._rows * 5 // 4)
+        for room in self._layers.values():
+            room[start : start + capacity] = 0  # what no pass has computed is another text's, otherwise
+
+    def forget(self, text: int) -> None:
+        """Its rows are another's."""
+        del self._spans[text]
+        if not self._spans:
+            self._layers.clear()
+            self._rows = 0
+
+    def start(self, text: int) -> int:
+        """Its first row."""
+        return self._spans[text][0]
+
+    def write(self, layer: int, rows: Tensor, keys_values: Tensor) -> Tensor:
+        """keys_values [n, ng, 2, d] to rows [n] -> everything that is kept of the layer, [rows, ng, 2, d]."""
         room = self._layers.get(layer)
-        if room is None:
-            # zeros: a position that no pass has computed would be NaN by chance
-            room = self._layers[layer] = keys_values.new_zeros(self.capacity, *keys_values.shape[1:])
-        if positions is None:
-            room[: len(keys_values)] = keys_values
-        else:
-            room.index_copy_(0, positions, keys_values)
-        return room
+        if room is None or len(room) < self._rows:
+            grown = keys_values.new_zeros(self._rows, *keys_values.shape[1:])
+            if room is not None:
+                grown[: len(room)] = room
+            room = self._layers[layer] = grown
+        return room.index_copy_(0, rows, keys_values)
 
 
 @dataclass(frozen=True)
 class KeptText:
-    """A text's share of a pass."""
+    """A text of which some tokens are computed."""
 
-    rows: int
-    """That are computed."""
-    positions: Tensor | None
-    """[rows] of them in the text, on the device; None: 0, 1, ..."""
-    kept: KeptKeys
+    computed: int
+    """Tokens."""
     length: int
-    """Of the text."""
+    """Tokens that it has."""
+    start: int
+    """Its first row in `KeptKeys`."""
 
 
 @dataclass(frozen=True)
 class KeptPass:
-    """What the attention of every layer is told of a pass."""
+    """What the attention of every layer is told of a pass. Its tokens are, in this order, those of texts of which
+    nothing is kept, those of texts that are kept and computed as a whole, and what is computed of others."""
 
     whole: "Segments"
-    """Texts of which nothing is kept; their rows come first, and are attended to as without this."""
-    texts: Sequence[KeptText]
+    """The texts that are computed as a whole: they are attended to as without this."""
+    parts: Sequence[KeptText]
+    """The others; those of the same shape beside each other are one call."""
+    keys: KeptKeys
     positions: Tensor
-    """[t] of every other row in its text, on the device."""
+    """[k] of the tokens that are kept in their texts, on the device."""
+    rows: Tensor
+    """[k] of these in `keys`, on the device."""
 
     def attend(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
         """qkv [t, ng, r + 2, d], cos and sin [n, d / 2] -> [t, ng * r, d]; as `segment_attention` otherwise."""
         found, of_whole = [], sum(self.whole.lengths)
         if of_whole:
-            whole, qkv = qkv[:of_whole], qkv[of_whole:]
-            found.append(segment_attention(whole, cos, sin, self.whole.cu_seqlens_q, scale, self.whole.lengths))
-        turned = rotate(qkv[:, :, :-1], cos[self.positions][:, None, None], sin[self.positions][:, None, None])
-        queries = turned[:, :, :-1].flatten(1, 2)
-        keys_values = torch.stack((turned[:, :, -1], qkv[:, :, -1]), dim=2)
-        rows = [text.rows for text in self.texts]
-        for text, q, own in zip(self.texts, queries.split(rows), keys_values.split(rows), strict=True):
-            everybodys = text.kept.write(layer, text.positions, own)[: text.length]
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, *everybodys.unbind(2)))
+            segments = self.whole.cu_seqlens_q, scale, self.whole.lengths
+            found.append(segment_attention(qkv[:of_whole], cos, sin, *segments))
+        kept, parts = qkv[-len(self.rows) :], qkv[of_whole:]
+        cos, sin = (table[self.positions][:, None, None] for table in (cos, sin))
+        own = torch.cat((rotate(kept[:, :, -2:-1], cos, sin), kept[:, :, -1:]), dim=2)
+        room = self.keys.write(layer, self.rows, own)
+        if self.parts:
+            queries = rotate(parts[:, :, :-2], cos[-len(parts) :], sin[-len(parts) :]).flatten(1, 2)
+            found += self._attended(queries, room, scale)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _attended(self, queries: Tensor, room: Tensor, scale: float) -> Iterator[Tensor]:
+        """Of each run of `parts` of the same shape: queries [c, ng * r, d] over what is kept, [c, ng * r, d]."""
+        first = 0
+        for (computed, length), run in groupby(self.parts, key=lambda text: (text.computed, text.length)):
+            texts = [room[text.start : text.start + length] for text in run]
+            together = torch.stack(texts) if len(texts) > 1 else texts[0][None]
+            q = queries[first : first + len(texts) * computed].unflatten(0, (len(texts), computed)).transpose(1, 2)
+            k, v = (x.transpose(1, 2) for x in together.unbind(3))
             out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-            found.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(found)
+            yield out.transpose(1, 2).flatten(0, 1)
+            first += len(texts) * computed
