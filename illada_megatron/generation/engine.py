@@ -16,7 +16,7 @@ from torch import Tensor
 
 from illada_megatron.generation import caching
 from illada_megatron.generation.choosing import choose
-from illada_megatron.generation.ending import Decode, End, end_of
+from illada_megatron.generation.ending import Decode, End, Search, end_of, search_of
 from illada_megatron.generation.model import WHOLE, Model, Part
 from illada_megatron.generation.proposing import Credit, Words, guided, propose
 from illada_megatron.generation.text import Text
@@ -44,6 +44,8 @@ class Job:
 
     text: Text
     decode: Decode | None = None
+    search: Search | None = None
+    """Of what ends it."""
     credit: Credit = field(default_factory=Credit)
     history: caching.History = field(default_factory=caching.History)
     kept: list[int] = field(default_factory=list)
@@ -61,16 +63,21 @@ class Engine:
         self.words = words
         self.pass_tokens = pass_tokens
         self.jobs: list[Job] = []
+        self.in_hand: list[Job] = []
+        """See `steps`."""
 
-    def add(self, text: Text, decode: Decode | None = None) -> Job:
-        """A text that takes part from the next step on. decode: for stop strings. Raises ValueError where its settings
-        ask for what is not there: in a step, that would end the others' too."""
+    def add(self, text: Text, decode: Decode | None = None, search: Search | None = None) -> Job:
+        """A text that takes part from the next step on. decode: for stop strings. search: of what ends the text; None:
+        of its settings' stop_pattern. Raises ValueError where its settings ask for what is not there: in a step, that
+        would end the others' too."""
         settings = text.settings
         if settings.end_think_boost and not (self.words.end_think or text.infill):
             raise ValueError("end_think_boost needs a tokenizer that spells </think>")
-        if (settings.stop or settings.stop_pattern) and decode is None and not text.infill:
+        if search is None and settings.stop_pattern:
+            search = search_of(settings.stop_pattern)
+        if (settings.stop or search) and decode is None and not text.infill:
             raise ValueError("stop and stop_pattern need a way to decode tokens")
-        job = Job(text, decode)
+        job = Job(text, decode, search)
         if text.settings.cache != "none":
             capacity = text.given + (0 if text.infill else text.settings.gen_length)
             branches = 2 if text.settings.guidance else 1
@@ -86,17 +93,26 @@ class Engine:
         while job.kept:
             self.model.forget(job.kept.pop())
 
-    @torch.no_grad()
     def step(self) -> list[tuple[Job, Step]]:
         """A step of every text in work. Finished ones are removed. One that has nothing to reveal has no positions."""
-        done = [(job, self._ended(job)) for job in list(self.jobs) if not self._has_block(job)]
+        return list(self.steps())
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[tuple[Job, Step]]:
+        """`step`, a text after the other. An error is that of the texts `in_hand`: the others are as they were before
+        or after their step, and may go on."""
+        for job in list(self.jobs):
+            self.in_hand = [job]
+            if not self._has_block(job):
+                yield job, self._ended(job)
         for jobs in self._passes():
+            self.in_hand = jobs
             parts = [self._parts(job) for job in jobs]
             logits = self.model.logits([part for of_job in parts for part in of_job])
             rows = iter(logits.split([part.wanted.numel() for of_job in parts for part in of_job]))
             for job, of_job in zip(jobs, parts, strict=True):
-                done.append((job, self._revealed(job, of_job, [next(rows) for _ in of_job])))
-        return done
+                self.in_hand = [job]
+                yield job, self._revealed(job, of_job, [next(rows) for _ in of_job])
 
     def run(self) -> Iterator[tuple[Job, Step]]:
         """All steps until nothing is in work."""
@@ -167,6 +183,6 @@ class Engine:
         text = job.text
         if text.block.numel():
             return None
-        if not text.infill and (end := end_of(text, self.words.eos, job.decode)) is not None:
+        if not text.infill and (end := end_of(text, self.words.eos, job.decode, job.search)) is not None:
             return end
         return None if text.has_more() else End("length", text.tokens.numel())
