@@ -110,6 +110,7 @@ class Answer:
         own = {
             "finish": result.finish,
             "seed": self.seeds[index],
+            "length": result.tokens.numel(),
             "step_count": result.steps,
             "computed_positions": result.computed,
         }

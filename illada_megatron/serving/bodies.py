@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from illada_megatron.generation import Settings
@@ -45,7 +45,19 @@ _ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
 # of whom or what a request is: nothing here depends on it
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
-Stop = Annotated[str, Field(max_length=1_000)]
+
+def _whole(text: str) -> str:
+    """JSON can spell half of a character ("\\ud800"), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is half of a surrogate pair, which is no text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Stop = Annotated[Text, Field(max_length=1_000)]
 _MOST_STOPS = 16
 MOST_N = 128
 
@@ -85,7 +97,7 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=0, lt=1 << 63)
     eos: Eos | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] | None = None
-    stop_pattern: str | None = None
+    stop_pattern: Text | None = None
     end_think_boost: float | None = Field(None, le=1e6)
     end_think_power: float | None = Field(None, le=100)
     cache: Cache | None = None
@@ -136,12 +148,12 @@ class OpenAIBody(Body):
 
 
 class CompletionBody(OpenAIBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[Id] | list[list[Id]]
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if all(isinstance(one, int) for one in self.prompt):
+        if self.prompt and all(isinstance(one, int) for one in self.prompt):
             return [[one for one in self.prompt if isinstance(one, int)]]
         return [one for one in self.prompt if not isinstance(one, int)]
 
@@ -149,14 +161,14 @@ class CompletionBody(OpenAIBody):
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    role: str
-    content: str | list[TextPart]
-    name: str | None = None
+    role: Text
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """As a chat template reads it."""
@@ -175,7 +187,7 @@ class ChatBody(OpenAIBody):
 
 
 class InfillBody(Body):
-    prompt: str
+    prompt: Text
     """With gaps, `<mask:N>`."""
 
 

@@ -7,6 +7,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+_NO_FIELDS = ("body", "str", "int")
+"""In a place that pydantic names: where the body is, which of several types."""
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -28,6 +30,9 @@ class Refused(HTTPException):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    message = message.encode(
+        errors="backslashreplace"
+    ).decode()  # half a character, which a request may name a field by
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -40,16 +45,17 @@ async def answer_refused(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_invalid(_request: Request, error: Exception) -> JSONResponse:
-    """A body that is no JSON, or not the one that is expected: its first fault."""
+    """A body that is no JSON, or not the one that is expected: one of its faults."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    # of a field that may be of several types, not that it is none of the others
+    first = min(error.errors(), key=lambda one: one["type"].endswith("_type"))
+    place = [str(part) for part in first["loc"] if part not in _NO_FIELDS and "[" not in str(part)]
     kind, context = first["type"], first.get("ctx", {})
     if kind == "json_invalid":
         return JSONResponse(
             error_body(400, f"the body is not valid JSON: {context['error']}", code="invalid_json"), 400
         )
-    param = context.get("param") or ".".join(place) or None
+    param = context.get("param") or ".".join(place).encode(errors="backslashreplace").decode() or None
     if kind == "extra_forbidden":
         message = f"{param}: no such field; GET /openapi.json lists those there are"
         return JSONResponse(error_body(400, message, param, "unknown_parameter"), 400)

@@ -37,6 +37,8 @@ class Options:
     """Requests of a key, or of an address where there are no keys; 0: any number."""
     body_seconds: float = 30.0
     """Within which each piece of a body arrives."""
+    unread_seconds: float = 60.0
+    """After which a client that reads nothing of what is sent is disconnected (on Linux)."""
     grace_seconds: float = 30.0
     """For what is in work when the server is told to end."""
 
@@ -44,7 +46,7 @@ class Options:
         for name in ("most_running", "most_queued", "most_texts", "most_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("per_minute", "body_seconds", "grace_seconds"):
+        for name in ("per_minute", "body_seconds", "unread_seconds", "grace_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, found {getattr(self, name)}")
         if self.most_tokens is not None and self.most_tokens < 1:

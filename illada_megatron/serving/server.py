@@ -19,7 +19,6 @@ from illada_megatron.serving.errors import Refused
 from illada_megatron.serving.options import Options
 from illada_megatron.serving.service import Service
 
-_UNREAD_SECONDS = 60
 _TELL_SECONDS = 5
 """For the answers of those that the grace has not been enough for."""
 _MOST_FILES = 1 << 16
@@ -27,7 +26,7 @@ Ready = Callable[[Callable[[], None]], None]
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Raises ConfigError, OSError."""
+    """A socket that does. Raises ConfigError."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
@@ -36,9 +35,6 @@ def listening(host: str, port: int) -> socket.socket:
         made = socket.create_server(address[:2], family=family, backlog=4096)
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}: give another") from error
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # connections inherit it: who has not read for so long is disconnected, as who has left
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
     return made
 
 
@@ -53,6 +49,9 @@ def serve(
     that it is not. A second signal does not wait. conversations: or why there are none. ready: called when it listens,
     with what a signal calls."""
     _allow_files()
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # connections inherit it: who has not read for so long is disconnected, as who has left
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.unread_seconds * 1000))
     asyncio.run(_serve(generator, options, conversations, listener, ready))
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 from served import Served, Serving
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from illada_megatron.generation import Generator
+from illada_megatron.generation import FunctionModel, Generator, Predict
 from illada_megatron.serving.conversations import Conversations
 from illada_megatron.serving.options import Options
 from illada_megatron.serving.server import listening, serve
@@ -92,3 +92,13 @@ def served(serving: Serving) -> Iterator[Served]:
     """One for all tests of a file that need nothing special."""
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def computed(generator: Generator) -> Callable[[Predict], Generator]:
+    """computed(function of tokens [b, s]) -> a generator of that model."""
+
+    def made(predict: Predict) -> Generator:
+        return Generator(FunctionModel(predict, VOCABULARY), generator.tokenizer, generator.config)
+
+    return made

@@ -22,3 +22,6 @@ class Served:
 
 
 Serving = Callable[..., AbstractContextManager[Served]]
+
+
+Serving = Callable[..., AbstractContextManager[Served]]

@@ -4,7 +4,6 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from served import Served
 
 from illada_megatron.generation import Generator, Settings
