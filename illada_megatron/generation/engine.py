@@ -113,6 +113,7 @@ class Engine:
             for job, of_job in zip(jobs, parts, strict=True):
                 self.in_hand = [job]
                 yield job, self._revealed(job, of_job, [next(rows) for _ in of_job])
+        self.in_hand = []
 
     def run(self) -> Iterator[tuple[Job, Step]]:
         """All steps until nothing is in work."""

@@ -1,6 +1,7 @@
 """A model of random weights, whose tokens are bytes and parts of words, behind a real server."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,10 +61,11 @@ def generator(place: Path) -> Iterator[Generator]:
 
 @pytest.fixture(scope="module")
 def serving(generator: Generator) -> Serving:
-    """serving(**fields of Options) -> a server of its own; `generator` is another's, or its chat is."""
+    """serving(a generator, **fields of Options) -> a server of its own. send_bytes: that the system may hold of what is
+    sent to one client."""
 
     @contextmanager
-    def started(of: Generator = generator, **options: object) -> Iterator[Served]:
+    def started(of: Generator = generator, send_bytes: int | None = None, **options: object) -> Iterator[Served]:
         ready = threading.Event()
         ends: list[Callable[[], None]] = []
 
@@ -74,6 +76,8 @@ def serving(generator: Generator) -> Serving:
         allowed = replace(Options("tiny", {"gen_length": 32, "block_length": 8, "steps": 8}), **options)
         chat = Conversations(of.tokenizer_path, None) if of.tokenizer_path else "the tokenizer is of no file"
         with listening("127.0.0.1", 0) as listener:
+            if send_bytes is not None:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             thread = threading.Thread(target=serve, args=(of, allowed, chat, listener, begun))
             thread.start()
