@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import socket
@@ -34,7 +35,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         made = socket.create_server(address[:2], family=family, backlog=4096)
     except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: {error.strerror}: give another") from error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"--host {host} --port {port}: {why}: give another") from error
     return made
 
 

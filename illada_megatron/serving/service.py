@@ -96,13 +96,13 @@ class Service:
         self._check_model(body.model)
         asked = await self._prepared(prepare)
         answer = Answer(form, self._options.name, asked.seeds, self._generator.tokenizer.piece)
+        firsts = [self._first(answer, work) for work in asked.works] if body.stream else []  # before a step is made
         exchange = Exchange(self.worker, self.metrics, asked.works, asked.inbox, asked.prompts)
         if not body.stream:
             with exchange:
                 results = await while_connected(request, exchange.results())
             return JSONResponse(answer.whole(results, asked.prompts))
         usage = body.stream_options is not None and body.stream_options.include_usage
-        firsts = [self._first(answer, work) for work in asked.works]
         return EventStream(exchange, exchange.chunks(answer, self._settled, firsts, usage))
 
     async def _prepared(self, prepare: Callable[[], T]) -> T:
