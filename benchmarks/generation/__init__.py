@@ -1,0 +1,1 @@
+"""Generation: its speed beside the authors' loop, and what each cache saves and changes."""
