@@ -85,7 +85,7 @@ def serve(
 
     if (ranks := world_size_from_environment()) > 1:
         raise ConfigError(
-            f"illada serve is of one rank, found {ranks}: start one, or replicas of one (docs/serving.md)"
+            f"illada serve is of one rank, found {ranks}: start one for each device (docs/serving.md)"
         )
     from illada_megatron.generation import Generator
     from illada_megatron.serving.options import Options
