@@ -4,8 +4,8 @@
 
 One client and eight take turns, so that what else the machine does meets both: each asks for texts of the same length,
 one after the other. In the soak some stream, some leave in the middle, some send garbage or ask for what is refused,
-some do not read. It holds where every other request was answered whole, nothing is left in work, and the process has the memory
-that it had after its first minute. The last line is one line of JSON."""
+some do not read. It holds where every other request was answered whole, nothing is left in work, and the process has
+the memory that it had after its first minute. The last line is one line of JSON."""
 
 import json
 import os

@@ -84,9 +84,7 @@ def serve(
     from illada_megatron.runtime import world_size_from_environment
 
     if (ranks := world_size_from_environment()) > 1:
-        raise ConfigError(
-            f"illada serve is of one rank, found {ranks}: start one for each device (docs/serving.md)"
-        )
+        raise ConfigError(f"illada serve is of one rank, found {ranks}: start one for each device (docs/serving.md)")
     from illada_megatron.generation import Generator
     from illada_megatron.serving.options import Options
     from illada_megatron.serving.server import listening

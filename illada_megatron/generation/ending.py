@@ -49,8 +49,8 @@ def end_of(text: Text, eos_token_id: int | None, decode: Decode | None, search: 
         return ends
     words = decode(generated)
     found = [at for one in settings.stop if (at := words.find(one)) >= 0]
-    if search is not None and (at := search(words)) is not None:
-        found.append(at)
+    if search is not None and (begin := search(words)) is not None:
+        found.append(begin)
     if not found:
         return ends
     return End("stop", text.given + len(generated), min(found))

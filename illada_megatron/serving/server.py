@@ -23,6 +23,8 @@ from illada_megatron.serving.service import Service
 _TELL_SECONDS = 5
 """For the answers of those that the grace has not been enough for."""
 _MOST_FILES = 1 << 16
+_MORE_CONNECTIONS = 256
+"""Than texts may wait or run: to be told so, and to look."""
 Ready = Callable[[Callable[[], None]], None]
 
 
@@ -90,6 +92,8 @@ class _Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,  # anybody may write them
             server_header=False,
+            # each may hold a body, or what it has not read of an answer
+            limit_concurrency=options.most_queued + options.most_running + _MORE_CONNECTIONS,
             timeout_graceful_shutdown=int(options.grace_seconds) + _TELL_SECONDS,
         )
         super().__init__(config)
