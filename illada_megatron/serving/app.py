@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -22,8 +24,16 @@ _PAGE = Path(__file__).with_name("page.html")
 def made_app(service: Service, options: Options) -> FastAPI:
     """ASGI, for any server; no documentation page, which would ask other servers for its scripts."""
     app = FastAPI(title="illada serve", docs_url=None, redoc_url=None, max_body_size=options.most_bytes)
-    posts = {"/v1/completions": service.completions, "/v1/chat/completions": service.chat, "/v1/infill": service.infill}
-    gets = {"/v1/models": service.models, "/health": service.health, "/metrics": service.prometheus}
+    posts: dict[str, Callable[..., Any]] = {
+        "/v1/completions": service.completions,
+        "/v1/chat/completions": service.chat,
+        "/v1/infill": service.infill,
+    }
+    gets: dict[str, Callable[..., Any]] = {
+        "/v1/models": service.models,
+        "/health": service.health,
+        "/metrics": service.prometheus,
+    }
     for path, answer in posts.items():
         app.add_api_route(path, answer, methods=["POST"], response_model=None)
     for path, answer in gets.items():

@@ -242,7 +242,7 @@ class Worker:
             return Failed(Refused(500, "the device is out of memory: ask for shorter texts, or fewer", code="memory"))
         return Failed(Refused(500, f"the step failed: {error}", code="step_failed"))
 
-    def _tell(self, told: list[tuple[Work, Event]]) -> None:
+    def _tell(self, told: Sequence[tuple[Work, Event]]) -> None:
         """In order, on the loop; those that end leave."""
         with self._share.changed:
             for work, event in told:
@@ -258,7 +258,7 @@ class Worker:
             self._share.running.remove(work)
 
 
-def _hand_over(told: list[tuple[Work, Event]]) -> None:
+def _hand_over(told: Sequence[tuple[Work, Event]]) -> None:
     for work, event in told:
         if work.over or (isinstance(event, Progress) and not work.watched):
             continue
