@@ -1,7 +1,9 @@
 """The real command line in real processes: what the tests of training, checkpoints and the CLI share."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from fork_server import ForkServer
+
+from illada_megatron.runtime.loopback import quiet_port
 
 ROOT = Path(__file__).parents[1]
 # Far above what any run takes on a loaded machine: it only keeps a hang from blocking the suite.
@@ -92,6 +97,39 @@ def launch(
             file.seek(0)
         completed = subprocess.CompletedProcess(line, process.returncode, stdout.read(), stderr.read())
     return Run(completed, read_steps(jsonl) if jsonl is not None and jsonl.exists() else [])
+
+
+def run_warm(
+    command: str,
+    arguments: Sequence[str | Path],
+    nproc: int = 1,
+    jsonl: Path | None = None,
+    seconds: float = HANG_SECONDS,
+) -> Run:
+    """The same as `launch`, for tests of what ranks compute: without the launcher, and each rank a copy of a process
+    that has imported everything, which takes most of such a run's time."""
+    line = [command, *map(str, arguments), *([f"logging.jsonl_path={jsonl}"] if jsonl is not None else [])]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(quiet_port())}
+    sizes = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [(Path(directory) / f"out{rank}", Path(directory) / f"err{rank}") for rank in range(nproc)]
+        pids = [
+            _server().start(
+                line, out, {**meet, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}, err
+            )
+            for rank, (out, err) in enumerate(outputs)
+        ]
+        codes = _server().wait(pids, HANG_SECONDS)
+        stdout, stderr = ("".join(one.read_text() for one in streams) for streams in zip(*outputs, strict=True))
+    code = next((one if one is not None else -signal.SIGKILL for one in codes if one != 0), 0)
+    completed = subprocess.CompletedProcess(line, code, stdout, stderr)
+    return Run(completed, read_steps(jsonl) if jsonl is not None and jsonl.exists() else [])
+
+
+@functools.cache
+def _server() -> ForkServer:
+    """Of this session of tests; it ends with it."""
+    return ForkServer(["illada_megatron.cli.main", "illada_megatron.training.trainer", "illada_megatron.training"])
 
 
 def read_steps(jsonl: Path) -> list[dict[str, Any]]:

@@ -67,6 +67,12 @@ def generate(
     stop_pattern: Annotated[
         str | None, typer.Option(help="The same, a regular expression.", rich_help_panel=_END)
     ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="What is generated matches this expression, whole.", rich_help_panel=_END)
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="It is JSON that fits the schema in this file.", rich_help_panel=_END)
+    ] = None,
     end_think_boost: Annotated[
         float, typer.Option(help="Of </think>, growing with the text; 0: none.", rich_help_panel=_END)
     ] = 0.0,
@@ -125,6 +131,7 @@ def generate(
 
     names = {field.name for field in fields(Settings)}
     given["stop"] = tuple(stop or ())
+    given["json_schema"] = json_schema.read_text() if json_schema is not None else None
     chosen = {name: value for name, value in given.items() if name in names}
     settings = [_settings(chosen | own) for _, own in texts]
     with Generator.open(checkpoint, device, tokenizer, pipeline, ema) as generator:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from illada_megatron.generation import caching
 from illada_megatron.generation.choosing import choose
+from illada_megatron.generation.constraining import Constraint
 from illada_megatron.generation.ending import Decode, End, Search, end_of, search_of
 from illada_megatron.generation.model import WHOLE, Model, Part
 from illada_megatron.generation.proposing import Credit, Words, guided, propose
@@ -44,6 +45,7 @@ class Job:
 
     text: Text
     decode: Decode | None = None
+    constraint: Constraint | None = None
     search: Search | None = None
     """Of what ends it."""
     credit: Credit = field(default_factory=Credit)
@@ -66,10 +68,16 @@ class Engine:
         self.in_hand: list[Job] = []
         """See `steps`."""
 
-    def add(self, text: Text, decode: Decode | None = None, search: Search | None = None) -> Job:
-        """A text that takes part from the next step on. decode: for stop strings. search: of what ends the text; None:
-        of its settings' stop_pattern. Raises ValueError where its settings ask for what is not there: in a step, that
-        would end the others' too."""
+    def add(
+        self,
+        text: Text,
+        decode: Decode | None = None,
+        constraint: Constraint | None = None,
+        search: Search | None = None,
+    ) -> Job:
+        """A text that takes part from the next step on. decode: for stop strings; constraint: of its settings' regex or
+        json_schema; search: of what ends the text, None: of its settings' stop_pattern. Raises ValueError where its
+        settings ask for what is not there: in a step, that would end the others' too."""
         settings = text.settings
         if settings.end_think_boost and not (self.words.end_think or text.infill):
             raise ValueError("end_think_boost needs a tokenizer that spells </think>")
@@ -77,7 +85,9 @@ class Engine:
             search = search_of(settings.stop_pattern)
         if (settings.stop or search) and decode is None and not text.infill:
             raise ValueError("stop and stop_pattern need a way to decode tokens")
-        job = Job(text, decode, search)
+        if constraint is None and (settings.regex or settings.json_schema) is not None:
+            raise ValueError("regex and json_schema need a constraint, made with the tokenizer")
+        job = Job(text, decode, constraint, search)
         if text.settings.cache != "none":
             capacity = text.given + (0 if text.infill else text.settings.gen_length)
             branches = 2 if text.settings.guidance else 1
@@ -166,8 +176,12 @@ class Engine:
     def _revealed(self, job: Job, parts: Sequence[Part], logits: Sequence[Tensor]) -> Step:
         text = job.text
         found = guided(logits[0], logits[1], text.settings.guidance) if len(logits) == 2 else logits[0]
+        if job.constraint is not None:
+            job.constraint.allow(found, text)
         candidates, confidence = propose(found, text, self.words, job.credit)
         rows = choose(text, candidates, confidence, self.words.eos)
+        if job.constraint is not None:
+            rows = job.constraint.settle(text, rows, candidates, confidence)
         number = text.step
         positions = text.reveal(rows, candidates[rows], confidence[rows])
         job.history.passed(parts[0].positions is None, positions)

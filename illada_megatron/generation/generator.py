@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.finding import find_tokenizer
+from illada_megatron.data.tokenizers.spelling import bytes_of_tokens
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from illada_megatron.generation.constraining import Automaton, Constraint, automaton, expression_of
 from illada_megatron.generation.ending import Decode, Finish
 from illada_megatron.generation.engine import Engine, Job, Step
 from illada_megatron.generation.model import Divided, Model
@@ -22,6 +25,8 @@ from illada_megatron.generation.text import Text
 
 Prompt = str | Sequence[int]
 END_OF_THINKING = "</think>"
+_AUTOMATA = 8
+"""Of expressions, kept for texts to come."""
 _GAP = re.compile(r"<mask:(\d+)>")
 
 
@@ -57,7 +62,9 @@ class Generator:
     def __init__(self, model: Model, tokenizer: Tokenizer, config: ModelConfig, pass_tokens: int = 1 << 16) -> None:
         """Of any `Model`; `Generator.open` makes it of a checkpoint. pass_tokens: see `Engine`."""
         self.model = model
-        self._ranks = model if isinstance(model, Divided) else None
+        self._ranks = model if isinstance(model, Divided) and model.ranks > 1 else None
+        self._at_work = False
+        self._automaton = lru_cache(_AUTOMATA)(self._made_automaton)
         self.tokenizer = tokenizer
         self.config = config
         self.pass_tokens = pass_tokens
@@ -127,7 +134,7 @@ class Generator:
             engine.add(*self.text(prompt, settings))
             yield from engine.run()
 
-    def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode]:
+    def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode, Constraint | None]:
         """A prompt as the engine takes it. Raises ValueError where it does not fit."""
         ids = self.tokens(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
         tokens = torch.tensor(ids, dtype=torch.int64)
@@ -140,7 +147,29 @@ class Generator:
                 f"prompt and generation take {total} tokens, model.max_sequence_length is "
                 f"{self.config.max_sequence_length}: shorten the prompt or gen_length"
             )
-        return Text(tokens, settings, self.config.mask_token_id, infill), self.tokenizer.decode
+        text = Text(tokens, settings, self.config.mask_token_id, infill)
+        return text, self.tokenizer.decode, self._constraint(text)
+
+    def _constraint(self, text: Text) -> Constraint | None:
+        regex, schema = text.settings.regex, text.settings.json_schema
+        if regex is None and schema is None:
+            return None
+        if text.infill:
+            raise ValueError("regex and json_schema describe what continues a prompt: an infilling takes none")
+        if self.tokenizer.eos_id is None:
+            raise ValueError("regex and json_schema need a tokenizer with an end-of-text token")
+        return Constraint(self._automaton(regex if regex is not None else expression_of(schema or "")), text)
+
+    def _made_automaton(self, expression: str) -> Automaton:
+        """Over the tokenizer's words. The space that some put before a text is none of it, and is let pass."""
+        spelled = bytes_of_tokens(self.tokenizer)
+        words: dict[bytes, list[int]] = {}
+        for token_id, word in enumerate(spelled[: self.words.count]):
+            if word and token_id not in (self.words.mask, self.words.eos):
+                words.setdefault(word, []).append(token_id)
+        space = b"".join(spelled[token_id] for token_id in self.tokenizer.encode("a")).removesuffix(b"a").decode()
+        assert self.words.eos is not None
+        return automaton(f"(?:{space})?(?:{expression})" if space else expression, words, self.words.eos)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids, with N masks for each `<mask:N>`."""
@@ -178,21 +207,34 @@ class Generator:
 
     @contextmanager
     def _others_follow(self) -> Iterator[list[Result]]:
-        """The list is what the other ranks are told in the end; an error too."""
+        """The list is what the other ranks are told in the end; an error too. Raises ValueError where they follow
+        another call."""
         results: list[Result] = []
+        if self._ranks is None:
+            yield results
+            return
+        if self._at_work:
+            raise ValueError("a stream of this generator is open: several ranks do one call after the other, close it")
+        self._at_work = True
+        said: list[Result] | Exception = results
         try:
             yield results
-        except (ValueError, GeneratorExit) as error:
-            if self._ranks is not None:
-                self._ranks.end(error if isinstance(error, ValueError) else results)
+        except GeneratorExit:  # whoever reads the stream wants no more
             raise
-        if self._ranks is not None:
-            self._ranks.end(results)
+        except ValueError as error:
+            said = error
+            raise
+        except BaseException as error:
+            said = RuntimeError(f"rank 0 has ended with {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._at_work = False
+            self._ranks.end(said)
 
     def _followed(self) -> list[Result]:
         assert self._ranks is not None
         said = self._ranks.follow()
-        if isinstance(said, ValueError):
+        if isinstance(said, Exception):
             raise said
         return said if isinstance(said, list) else []
 

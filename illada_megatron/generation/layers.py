@@ -4,7 +4,9 @@ Rank 0 has the engine. Of each pass it tells the other ranks what to compute (`f
 layers are divided over tensor-parallel ranks, and between pipeline stages. Nothing else of generation knows of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,37 +28,46 @@ class LayerModel:
     def __init__(self, stage: MaskPredictor, config: RunConfig, run: Runtime) -> None:
         self.vocab_size = config.model.vocab_size
         self.max_sequence_length = config.model.max_sequence_length
+        self.ranks = run.world_size
         self.leads = run.rank == 0
         self._stage = stage.eval()
         self._run = run
         self._device = run.device.torch_device
         self._hidden = config.model.hidden_size
-        self.row_multiple = _row_multiple(stage) if self._device.type == "cpu" else None
+        self._group = _waiting_group() if run.world_size > 1 else None
+        self._broken: str | None = None
+        """What has ended a pass, or a message, in the middle: the ranks do not agree any more."""
+        self.row_multiple = _row_multiple(stage, self._group) if self._device.type == "cpu" else None
         """See `_row_multiple`; None on a GPU, too."""
         self._kept: dict[int, KeptKeys] = {}
         self._next = 0
 
     def logits(self, parts: Sequence[Part]) -> Tensor:
-        """As `Model.logits`: [sum of m, v] float32. Of rank 0. Raises ValueError where a text is too long."""
+        """As `Model.logits`: [sum of m, v] float32. Of rank 0. Raises ValueError where a text is too long; RuntimeError
+        where several ranks have been left in the middle of a pass before."""
         for part in parts:
             length = part.tokens.numel() if part.kept == WHOLE else part.length
             if length > self.max_sequence_length:
                 raise ValueError(f"a text has {length} tokens, model.max_sequence_length is {self.max_sequence_length}")
-        self._tell("logits", list(parts))
-        found = self._pass(parts)
+        with self._in_step():
+            self._tell("logits", list(parts))
+            found = self._pass(parts)
         assert found is not None
         return found
 
     def keep(self, capacity: int) -> int:
         """As `Model.keep`."""
         self._next += 1
-        self._tell("keep", (self._next, capacity))
+        with self._in_step():
+            self._tell("keep", (self._next, capacity))
         self._kept[self._next] = KeptKeys(capacity)
         return self._next
 
     def forget(self, kept: int) -> None:
         """As `Model.forget`."""
-        self._tell("forget", kept)
+        if self._broken is None:
+            with self._in_step():
+                self._tell("forget", kept)
         del self._kept[kept]
 
     def follow(self) -> Any:
@@ -73,16 +84,31 @@ class LayerModel:
                 return argument
 
     def end(self, said: Any) -> None:
-        """As `Divided.end`."""
-        self._tell("end", said)
+        """As `Divided.end`. Where a pass was left in the middle nobody would listen: the others end with this process,
+        or by their own error."""
+        if self._broken is None:
+            with self._in_step():
+                self._tell("end", said)
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """What several ranks do together: whole, or never again."""
+        if self._broken is not None:
+            raise RuntimeError(f"the ranks were left in the middle of a pass ({self._broken}): open the model anew")
+        try:
+            yield
+        except BaseException as error:
+            if self._group is not None:
+                self._broken = f"{type(error).__name__}: {error}"
+            raise
 
     def _tell(self, what: str, argument: Any) -> None:
-        if self._run.world_size > 1:
-            dist.broadcast_object_list([(what, argument)], src=0, device=self._device)
+        if self._group is not None:
+            dist.broadcast_object_list([(what, argument)], src=0, group=self._group)
 
     def _told(self) -> tuple[str, Any]:
         told: list[Any] = [None]
-        dist.broadcast_object_list(told, src=0, device=self._device)
+        dist.broadcast_object_list(told, src=0, group=self._group)
         what, argument = told[0]
         return what, argument
 
@@ -158,18 +184,29 @@ class LayerModel:
         return pack(offsets, longest, lengths)
 
 
+def _waiting_group() -> dist.ProcessGroup:
+    """On the CPU, so that a message costs a GPU nothing; ranks may wait in it until somebody wants something."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    assert group is not None
+    return group
+
+
 _MULTIPLES = (16, 32, 64, 128)
 _PROBED_ROWS = 4096
 
 
 @torch.no_grad()
-def _row_multiple(stage: MaskPredictor) -> int | None:
-    """The smallest multiple to which rows are filled up so that each has the same bits in a product of few as in one
-    of many; None: there is none. Libraries divide a product over threads, and sum in another order where few rows are
-    left for one. Asked of the stage's own matrices (of large ones the first rows), on this machine and its threads."""
+def _row_multiple(stage: MaskPredictor, group: dist.ProcessGroup | None) -> int | None:
+    """The smallest multiple, on every rank of the group, to which rows are filled up so that each has the same bits in
+    a product of few as in one of many; None: there is none. Libraries divide a product over threads, and sum in another
+    order where few rows are left for one. Asked of the stage's own matrices (of large ones the first rows), on this
+    machine and its threads."""
     weights = {tuple(one.shape): one[:_PROBED_ROWS] for one in stage.parameters() if one.dim() == 2}
     for multiple in _MULTIPLES:
-        if all(_rows_are_alike(weight, multiple) for weight in weights.values()):
+        alike = torch.tensor(all(_rows_are_alike(weight, multiple) for weight in weights.values()), dtype=torch.int32)
+        if group is not None:
+            dist.all_reduce(alike, dist.ReduceOp.MIN, group)
+        if alike:
             return multiple
     return None
 

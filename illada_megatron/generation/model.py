@@ -49,6 +49,7 @@ class Model(Protocol):
 class Divided(Protocol):
     """A model of which every rank has a part. One leads, and calls `logits`; the others follow."""
 
+    ranks: int
     leads: bool
 
     def follow(self) -> Any:

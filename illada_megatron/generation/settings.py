@@ -10,7 +10,7 @@ Reveal = Literal["steps", "threshold", "factor", "hierarchy"]
 Eos = Literal["stop", "last", "never"]
 Cache = Literal["none", "prefix", "dual", "vicinity", "delayed"]
 
-_KINDS: dict[str, type] = {"block_length": int, "stop_pattern": str}
+_KINDS: dict[str, type] = {"block_length": int, "stop_pattern": str, "regex": str, "json_schema": str}
 """Of fields that may be None."""
 
 
@@ -69,6 +69,10 @@ class Settings:
     """The text ends before the first of these strings; looked for when a block is done."""
     stop_pattern: str | None = None
     """The same, a regular expression (Python's `re`)."""
+    regex: str | None = None
+    """The generated text matches this regular expression, whole (outlines-core's: no look-around, no references)."""
+    json_schema: str | None = None
+    """It is a JSON text that fits this schema."""
     end_think_boost: float = 0.0
     """Added, times progress ** end_think_power, to the logit of the next token of "</think>" at the leftmost mask,
     until the text has it (iLLaDA; 100 and power 3 in the paper, power 1 for HumanEval)."""
@@ -138,6 +142,10 @@ class Settings:
             raise ValueError("top_k and top_p choose among samples: set a temperature above 0")
 
     def _check_ends(self) -> None:
+        if self.regex is not None and self.json_schema is not None:
+            raise ValueError("regex and json_schema are both given: a text follows one of them")
+        if (self.regex or self.json_schema) is not None and self.eos == "never":
+            raise ValueError("eos 'never' leaves a text that matches regex or json_schema no way to end: use 'stop'")
         if any(not one for one in self.stop):
             raise ValueError("stop holds an empty string, which every text holds")
         if self.stop_pattern is not None:

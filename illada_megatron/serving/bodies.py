@@ -17,6 +17,7 @@ from illada_megatron.generation.settings import Cache, Confidence, Eos, Reveal
 _ONE_CHAIN = (
     "a token's probability given all others is no probability of the text (its confidence is in `illada`, streamed)"
 )
+_UNBOUNDED = "a stranger's automaton may take any time to make: `illada generate` and `--default regex=...` take it"
 _NO_TOOLS = "this server calls none"
 # field of OpenAI's -> values that change nothing, why others are refused
 _ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -33,7 +34,9 @@ _ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallel_tool_calls": ((True, False), _NO_TOOLS),
     "functions": (([],), _NO_TOOLS),
     "function_call": (("none", "auto"), _NO_TOOLS),
-    "response_format": (({"type": "text"},), "texts are not constrained"),
+    "response_format": (({"type": "text"},), _UNBOUNDED),
+    "regex": ((), _UNBOUNDED),
+    "json_schema": ((), _UNBOUNDED),
     "modalities": ((["text"],), "there is text alone"),
     "audio": ((), "there is text alone"),
     "prediction": ((), "nothing is predicted from it"),
@@ -121,7 +124,7 @@ class Body(BaseModel):
 
     def chosen(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `Settings` but for stop_pattern, which `patterns.py` takes."""
-        names = {field.name for field in fields(Settings)} - {"stop_pattern"}
+        names = {field.name for field in fields(Settings)} - {"stop_pattern", "regex", "json_schema"}
         given = {name: getattr(self, name) for name in names}
         chosen = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         if "block_length" in self.model_fields_set:

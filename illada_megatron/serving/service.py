@@ -149,8 +149,8 @@ class Service:
             settings = self._settings(body, chosen, len(ids), ends)
             for one in range(n):
                 own = replace(settings, seed=settings.seed + one)
-                text, _ = self._generator.text(ids, own)
-                works.append(Work(len(works), text, decode, inbox, search, bool(body.stream)))
+                text, _, constraint = self._generator.text(ids, own)
+                works.append(Work(len(works), text, decode, inbox, constraint, search, bool(body.stream)))
                 seeds.append(own.seed)
         return _Asked(works, inbox, seeds, len(prompts))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from illada_megatron.generation import Engine, Generator, Job, Result, Step
+from illada_megatron.generation.constraining import Constraint
 from illada_megatron.generation.ending import Decode, Search
 from illada_megatron.generation.text import Text
 from illada_megatron.serving.errors import Refused
@@ -76,6 +77,8 @@ class Work:
     text: Text
     decode: Decode
     inbox: Inbox
+    constraint: Constraint | None = None
+    """Of the operator's defaults."""
     search: Search | None = None
     """Of a stop pattern."""
     watched: bool = False
@@ -193,7 +196,7 @@ class Worker:
 
     def _join(self, work: Work) -> Failed | None:
         try:
-            work.job = self._engine.add(work.text, work.decode, work.search)
+            work.job = self._engine.add(work.text, work.decode, work.constraint, work.search)
         except ValueError as error:
             return Failed(Refused(400, str(error)))
         except Exception as error:  # of memory, for the keys and values to keep

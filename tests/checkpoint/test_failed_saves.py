@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import psutil
 import pytest
 from corpus import write_corpus
-from launch import HANG_SECONDS, SMALL, Illada, launch, rank_processes, read_steps, wait_for_step
+from launch import HANG_SECONDS, SMALL, Illada, launch, rank_processes, read_steps, run_warm, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from illada_megatron.checkpoint import saver as saver_module
@@ -56,7 +56,7 @@ def test_disk_full_for_a_while(tmp_path: Path) -> None:
     assert [path.name for path in save_dir.glob("step_*")] == ["step_00000020"]
     assert newest_complete(save_dir)[1] == []
     assert [step["loss"] for step in run.steps] == [
-        step["loss"] for step in launch("train", arguments, 2, tmp_path / "undisturbed.jsonl").steps
+        step["loss"] for step in run_warm("train", arguments, 2, tmp_path / "undisturbed.jsonl").steps
     ]
     logged = [one for step in run.steps for one in step.get("failed_saves", [])]
     assert [one["step"] for one in logged] == failed

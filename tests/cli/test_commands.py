@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launch import Illada, launch
+from launch import Illada, run_warm
 
 from illada_megatron.config import load_config
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
@@ -161,7 +161,7 @@ def test_evaluate_gives_the_same_figures_in_every_layout(two_steps: Path, illada
     alone = _bound(illada("evaluate", "--checkpoint", two_steps).out)
     assert alone[2] == 5 * 32
     for layout in ("tensor", "pipeline"):
-        run = launch("evaluate", ["--checkpoint", two_steps, f"parallel.{layout}_model_parallel_size=2"], nproc=2)
+        run = run_warm("evaluate", ["--checkpoint", two_steps, f"parallel.{layout}_model_parallel_size=2"], nproc=2)
         assert run.process.returncode == 0, run.output
         assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
 
@@ -173,11 +173,11 @@ def test_evaluate_takes_a_checkpoint_of_any_layout(tiny_run: tuple[str, ...], tm
     saved = tmp_path / "checkpoints"
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
     stop = ["training.exit_steps=1", "checkpoint.interval_steps=1", f"checkpoint.save_dir={saved}"]
-    trained = launch("train", [*tiny_run, *layout, "parallel.sequence_parallel=true", *stop], nproc=4)
+    trained = run_warm("train", [*tiny_run, *layout, "parallel.sequence_parallel=true", *stop], nproc=4)
     assert trained.process.returncode == 0, trained.output
     alone = _bound(illada("evaluate", "--checkpoint", saved).out)
     for nproc, more in ((2, ["parallel.pipeline_model_parallel_size=2"]), (3, []), (4, [])):
-        run = launch("evaluate", ["--checkpoint", saved, *more], nproc=nproc)
+        run = run_warm("evaluate", ["--checkpoint", saved, *more], nproc=nproc)
         assert run.process.returncode == 0, run.output
         assert _bound(run.process.stdout) == pytest.approx(alone, abs=2e-4)
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 from corpus import write_corpus
-from faults.fork_server import ForkServer
+from faults.injection import library
 from faults.training_run import MODULES
+from fork_server import ForkServer
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ForkServer]:
-    with ForkServer(MODULES) as server:
+    with ForkServer(MODULES, {"LD_PRELOAD": str(library())}) as server:
         yield server
 
 

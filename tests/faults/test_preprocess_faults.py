@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from faults.fork_server import ForkServer
-from faults.injection import Call, Fault, Injection
+from faults.injection import Call, Fault, Injection, library
 from faults.power_loss import Disk, Tree, read_tree, replayed, tree_digest, write_tree
 from faults.training_run import HANG_SECONDS, Place, Problems, places
+from fork_server import ForkServer
 
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 
@@ -74,7 +74,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpora]:
     (base / "in" / "a.jsonl").write_bytes(lines)
     (base / "in" / "b.jsonl.zst").write_bytes(zstandard.compress(lines))
     tokenizer = train_sentencepiece([base / "in" / "a.jsonl"], base / "tokenizer.model", vocab_size=290)
-    with ForkServer(MODULES) as server:
+    with ForkServer(MODULES, {"LD_PRELOAD": str(library())}) as server:
         yield Corpora(
             base,
             Injection(place / "faults", base),

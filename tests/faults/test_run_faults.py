@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults.fork_server import ForkServer
 from faults.injection import Injection
 from faults.training_run import SAVE_DIR, Ended, Place, Problems, Ranks, digest, directory, newest, places, tiny
+from fork_server import ForkServer
 
 # Far above the limits that the run has (below); only so that a run that hangs does not block the others.
 LIMIT_SECONDS = 900.0

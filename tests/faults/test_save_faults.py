@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.fork_server import ForkServer
 from faults.injection import Call, Injection
 from faults.power_loss import Disk, Tree, replayed, tree_digest, write_tree
 from faults.training_run import (
@@ -31,6 +30,7 @@ from faults.training_run import (
     told,
     wait_for_save,
 )
+from fork_server import ForkServer
 
 from illada_megatron.checkpoint.store import RECORD
 

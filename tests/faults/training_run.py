@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.fork_server import ForkServer
 from faults.injection import Call, Fault, Injection
+from fork_server import ForkServer
 from launch import SMALL
 
 from illada_megatron.checkpoint.files.tensors import TensorReader

@@ -2,6 +2,7 @@
 layers, real ranks. With keys and values kept of all positions, passes are those without."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from illada_megatron.generation import Generator, Settings
+from illada_megatron.generation import Generator, Settings, engine
 from illada_megatron.generation.model import Part
 
 VOCABULARY = 1200
@@ -158,3 +159,44 @@ def test_two_streams_in_turn_have_their_own_steps(generator: Generator) -> None:
     for number in (0, 1):
         (expected,) = generator.generate([texts[number]], SETTINGS[number])
         assert generator.result(*last[number]).tokens.tolist() == expected.tokens.tolist()
+
+
+def _failing_rank(rank: int, path: str) -> None:
+    texts, settings = prompts(3), SETTINGS[0]
+    with Generator.open(Path(path) / "run", "cpu", Path(path) / "tokenizer.json") as generator:
+        before = [one.tokens.tolist() for one in generator.generate(texts, settings)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "propose", _out_of_memory)  # on rank 0 alone, between two passes
+            with pytest.raises(MemoryError if rank == 0 else RuntimeError, match="as it happens"):
+                generator.generate(texts, SETTINGS[4])
+        with pytest.raises(ValueError, match="outside of the model's 1200"):
+            generator.generate([[VOCABULARY]], settings)
+        if rank == 0:
+            stream = generator.stream(texts[0], settings)
+            next(stream)
+            with pytest.raises(ValueError, match="a stream of this generator is open"):
+                generator.generate(texts, settings)
+            stream.close()
+        else:
+            assert list(generator.stream(texts[0], settings)) == []
+        assert [one.tokens.tolist() for one in generator.generate(texts, settings)] == before
+        assert not generator.model._kept
+        if rank == 0:  # in the middle of a pass the others wait for what will not come: never again with these ranks
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(generator.model, "_pass", _out_of_memory)
+                with pytest.raises(MemoryError):
+                    generator.generate(texts, settings)
+            with pytest.raises(RuntimeError, match=r"left in the middle of a pass \(MemoryError: as it happens\)"):
+                generator.generate(texts, settings)
+            os._exit(0)
+        with pytest.raises(RuntimeError):  # its connection is lost
+            generator.generate(texts, settings)
+        os._exit(0)
+
+
+def _out_of_memory(*_: Any) -> None:
+    raise MemoryError("as it happens")
+
+
+def test_an_error_on_one_rank_reaches_the_others(place: Path) -> None:
+    run_ranks(_failing_rank, 2, str(place))

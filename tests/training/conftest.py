@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from corpus import write_corpus
-from launch import SMALL, Run, TrainOnce, launch
+from launch import SMALL, Run, TrainOnce, run_warm
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def train_once(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory)
         key = (nproc, overrides)
         if key not in runs:
             jsonl = Path(tmp_path_factory.mktemp("run")) / "steps.jsonl"
-            runs[key] = launch("train", [*small, *overrides], nproc, jsonl)
+            runs[key] = run_warm("train", [*small, *overrides], nproc, jsonl)
             assert runs[key].process.returncode == 0, runs[key].output
         return runs[key]
 

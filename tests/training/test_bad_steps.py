@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launch import Illada, Run, launch, wait_for_step
+from launch import Illada, Run, launch, run_warm, wait_for_step
 from test_layouts import BUCKETS, OVERLAP, PLAIN, PP2, SEQUENCE, TP2
 
 from illada_megatron.checkpoint.owner import owned
@@ -108,7 +108,7 @@ def run_from_there(poisoned: Poisoned, tmp_path_factory: pytest.TempPathFactory)
     def go(nproc: int, *overrides: str) -> Run:
         if (nproc, overrides) not in made:
             jsonl = tmp_path_factory.mktemp("run") / "steps.jsonl"
-            run = launch("train", [*poisoned.arguments, *overrides], nproc, jsonl)
+            run = run_warm("train", [*poisoned.arguments, *overrides], nproc, jsonl)
             assert run.process.returncode == 0, run.output
             made[nproc, overrides] = run
         return made[nproc, overrides]
@@ -266,7 +266,7 @@ def test_rollback_passes_over_the_samples(poisoned: Poisoned, good_steps: list[d
     interrupted = launch("train", arguments, 1, jsonl, warn)
     assert interrupted.process.returncode == 0, interrupted.output
     assert "stopped by SIGUSR1" in interrupted.output
-    finished = launch("train", arguments, 1, jsonl)
+    finished = run_warm("train", arguments, 1, jsonl)
     assert finished.process.returncode == 0, finished.output
     _assert_passed_over(finished.steps, good_steps)
     output = interrupted.process.stdout + finished.process.stdout
@@ -289,7 +289,7 @@ def test_rollback_in_another_layout(
 ) -> None:
     """With gradients and weights exchanged in the background: what is under way when the run goes back ends first."""
     jsonl = tmp_path / "steps.jsonl"
-    run = launch("train", [*poisoned.arguments, *_rollback_options(tmp_path / "checkpoints"), *layout], 2, jsonl)
+    run = run_warm("train", [*poisoned.arguments, *_rollback_options(tmp_path / "checkpoints"), *layout], 2, jsonl)
     assert run.process.returncode == 0, run.output
     assert "rolled back from" in run.output
     _assert_passed_over(run.steps, good_steps, RELATIVE)

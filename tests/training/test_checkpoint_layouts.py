@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TrainOnce, launch
+from launch import TrainOnce, run_warm
 from test_layouts import BF16, INTERLEAVED, OVERLAP, PLAIN, PP2, RELATIVE, SEQUENCE, TP2, assert_same_training
 
 from illada_megatron.checkpoint.files.tensors import TensorReader
@@ -41,7 +41,7 @@ def saved(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> C
             nproc, overrides = LAYOUTS[layout]
             save_dir = tmp_path_factory.mktemp("saved") / "checkpoints"
             stop = ["training.exit_steps=10", f"checkpoint.save_dir={save_dir}"]
-            run = launch("train", [*small, *overrides, *PRECISIONS[precision], *stop], nproc)
+            run = run_warm("train", [*small, *overrides, *PRECISIONS[precision], *stop], nproc)
             assert run.process.returncode == 0, run.output
             made[layout, precision] = save_dir / "step_00000010"
         return made[layout, precision]
@@ -64,7 +64,7 @@ def test_state_is_the_same_and_trains_the_same(
     checkpoint = saved(saved_under, precision)
     nproc, overrides = LAYOUTS[loaded_under]
     arguments = [*small, *overrides, *PRECISIONS[precision], f"checkpoint.load_dir={checkpoint}"]
-    again = launch("train", [*arguments, "training.exit_steps=10", f"checkpoint.save_dir={tmp_path}/again"], nproc)
+    again = run_warm("train", [*arguments, "training.exit_steps=10", f"checkpoint.save_dir={tmp_path}/again"], nproc)
     assert again.process.returncode == 0, again.output
     ours, theirs = TensorReader(tmp_path / "again" / "step_00000010"), TensorReader(checkpoint)
     assert set(ours.tensors) == set(theirs.tensors)
@@ -72,7 +72,7 @@ def test_state_is_the_same_and_trains_the_same(
     assert len(theirs.tensors) == per_parameter * (2 + 6 * 4)
     for name in theirs.tensors:
         assert torch.equal(ours.read(name), theirs.read(name)), name
-    resumed = launch("train", arguments, nproc, jsonl=tmp_path / "resumed.jsonl")
+    resumed = run_warm("train", arguments, nproc, jsonl=tmp_path / "resumed.jsonl")
     assert resumed.process.returncode == 0, resumed.output
     reference = train_once(nproc, *overrides, *PRECISIONS[precision]).steps[10:]
     if precision == "fp32":

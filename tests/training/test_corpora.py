@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import write_corpus
-from launch import SMALL, Illada, TrainOnce, launch
+from launch import SMALL, Illada, TrainOnce, run_warm
 from test_layouts import PP4, RELATIVE, assert_same_training
 
 from illada_megatron.data.shards.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -52,7 +52,7 @@ def test_losses_do_not_depend_on_the_number_of_shards(whole: Path, tmp_path: Pat
             writer.add(piece, [len(piece)])
     losses = []
     for name, path in (("one", whole), ("fifty", tmp_path / "part_*")):
-        run = launch("train", [*SMALL, f"data.train_paths=[{path}]", TEN_STEPS], 1, tmp_path / f"{name}.jsonl")
+        run = run_warm("train", [*SMALL, f"data.train_paths=[{path}]", TEN_STEPS], 1, tmp_path / f"{name}.jsonl")
         assert run.process.returncode == 0, run.output
         losses.append([(step["loss"], step["grad_norm"]) for step in run.steps])
     assert losses[0] == losses[1]
@@ -82,7 +82,7 @@ def test_blend_goes_on_where_it_stopped(halves: dict[str, Path], train_once: Tra
     """Interrupted just before the phase changes: same layout, the same losses to the last bit."""
     jsonl, fields = tmp_path / "steps.jsonl", (*_blend(halves), f"checkpoint.save_dir={tmp_path / 'checkpoints'}")
     for exit_step in (6, 10):
-        run = launch("train", [*SMALL, *fields, f"training.exit_steps={exit_step}"], 1, jsonl)
+        run = run_warm("train", [*SMALL, *fields, f"training.exit_steps={exit_step}"], 1, jsonl)
         assert run.process.returncode == 0, run.output
     whole = train_once(1, *_blend(halves), TEN_STEPS)
     assert [step["loss"] for step in run.steps] == [step["loss"] for step in whole.steps]

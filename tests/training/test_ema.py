@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import Illada, Run, TrainOnce, launch
+from launch import Illada, Run, TrainOnce, run_warm
 from test_layouts import INTERLEAVED, PLAIN, PP2, RELATIVE, SEQUENCE, TP2, assert_same_training
 
 from illada_megatron.checkpoint.files.names import EMA, split_name
@@ -43,7 +43,7 @@ def kept(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Ca
         if (nproc, overrides) not in made:
             directory = tmp_path_factory.mktemp("ema")
             arguments = [*small, KEEP, *OPTIONS, *overrides, "training.exit_steps=12"]
-            run = launch(
+            run = run_warm(
                 "train", [*arguments, f"checkpoint.save_dir={directory / 'c'}"], nproc, directory / "steps.jsonl"
             )
             assert run.process.returncode == 0, run.output
@@ -131,7 +131,9 @@ def test_goes_on_from_a_checkpoint(
     steps, which its decay depends on, are restored."""
     reference, one = kept(1, EVERY)
     arguments = [*small, KEEP, *OPTIONS, *overrides, "training.exit_steps=12", f"checkpoint.save_dir={tmp_path / 'c'}"]
-    run = launch("train", [*arguments, f"checkpoint.load_dir={reference / 'step_00000006'}"], nproc, tmp_path / "jsonl")
+    run = run_warm(
+        "train", [*arguments, f"checkpoint.load_dir={reference / 'step_00000006'}"], nproc, tmp_path / "jsonl"
+    )
     assert run.process.returncode == 0, run.output
     assert_same_training(run.steps, one.steps[6:], RELATIVE)
     ours, theirs = _tensors(tmp_path / "c", 12, EMA), _tensors(reference, 12, EMA)

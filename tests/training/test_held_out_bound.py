@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 from corpus import write_corpus
-from launch import Illada, launch
+from launch import Illada, launch, run_warm
 
 from illada_megatron.checkpoint.store import _own_checksum
 
@@ -64,7 +64,7 @@ def test_a_killed_evaluation_goes_on(two_steps: Path, tmp_path: Path, illada: Il
     done = json.loads(partial.read_text())["done"]
     assert 60 < done < 600
     assert not file.exists()
-    outcome = launch("evaluate", [*many, "--json", file], nproc=2)
+    outcome = run_warm("evaluate", [*many, "--json", file], nproc=2)
     assert outcome.process.returncode == 0, outcome.output
     assert f"goes on from {partial}, after sample {done} of 600" in outcome.process.stdout
     assert not partial.exists()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TrainOnce, launch
+from launch import TrainOnce, run_warm
 from test_layouts import SEQUENCE, TP2
 
 from illada_megatron.checkpoint.files.tensors import TensorReader
@@ -37,7 +37,7 @@ def test_goes_on_under_another_layout_and_in_fp32(
 ) -> None:
     """Ten steps by one rank with bf16 moments; two ranks go on with them, and one with fp32 ones."""
     save_dir = tmp_path / "checkpoints"
-    begin = launch("train", [*small, MOMENTS, "training.exit_steps=10", f"checkpoint.save_dir={save_dir}"])
+    begin = run_warm("train", [*small, MOMENTS, "training.exit_steps=10", f"checkpoint.save_dir={save_dir}"])
     assert begin.process.returncode == 0, begin.output
     assert "moments in bf16" in begin.process.stdout
     tensors = TensorReader(save_dir / "step_00000010").tensors
@@ -47,7 +47,7 @@ def test_goes_on_under_another_layout_and_in_fp32(
     load = f"checkpoint.load_dir={save_dir}/step_00000010"
     for nproc, overrides, relative in ((2, (TP2, SEQUENCE, MOMENTS), 1e-3), (1, (), 0.02)):
         jsonl = tmp_path / f"{nproc}.jsonl"
-        run = launch("train", [*small, *overrides, load], nproc, jsonl)
+        run = run_warm("train", [*small, *overrides, load], nproc, jsonl)
         assert run.process.returncode == 0, run.output
         for ours, theirs in zip(run.steps, unbroken, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=relative), ours["step"]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import run_warm
 
 from illada_megatron.config import ConfigError, load_config
 from illada_megatron.runtime import runtime
@@ -19,7 +19,7 @@ SPANS = {
 def test_a_trace_of_two_steps_of_one_rank(small: tuple[str, ...], tmp_path: Path) -> None:
     profile = "training.profile={steps: [3, 4], ranks: [1], memory: true}"
     arguments = [*small, f"run_dir={tmp_path}", "training.exit_steps=5", profile]
-    run = launch("train", [*arguments, "parallel.pipeline_model_parallel_size=2"], 2)
+    run = run_warm("train", [*arguments, "parallel.pipeline_model_parallel_size=2"], 2)
     assert run.process.returncode == 0, run.output
     (trace,) = (tmp_path / "traces").iterdir()
     assert trace.name == "profile_rank_00001_steps_3_4.json.gz"
@@ -35,7 +35,7 @@ def test_a_trace_of_two_steps_of_one_rank(small: tuple[str, ...], tmp_path: Path
 
 
 def test_nothing_is_recorded_unasked(small: tuple[str, ...], tmp_path: Path) -> None:
-    run = launch("train", [*small, f"run_dir={tmp_path}", "training.exit_steps=2"])
+    run = run_warm("train", [*small, f"run_dir={tmp_path}", "training.exit_steps=2"])
     assert run.process.returncode == 0, run.output
     assert not (tmp_path / "traces").exists()
 

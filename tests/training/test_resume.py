@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launch import Illada, TrainOnce, launch, rank_processes, read_steps, wait_for_step
+from launch import Illada, TrainOnce, launch, rank_processes, read_steps, run_warm, wait_for_step
 from test_layouts import CP2, INTERLEAVED, PLAIN, PP2, RAMP_UP, RELATIVE, SEQUENCE, TP2, UNEVEN, assert_same_training
 
 # What a run computes; the rest of a record is time.
@@ -30,7 +30,7 @@ def half(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Ca
     def train_half(nproc: int, *overrides: str) -> Path:
         if (nproc, overrides) not in made:
             save_dir = tmp_path_factory.mktemp("half") / "checkpoints"
-            run = launch(
+            run = run_warm(
                 "train", [*small, *overrides, "training.exit_steps=10", f"checkpoint.save_dir={save_dir}"], nproc
             )
             assert run.process.returncode == 0, run.output
@@ -46,7 +46,7 @@ def resume(small: tuple[str, ...], tmp_path: Path) -> Callable[..., list[dict[st
     """resume(save_dir, nproc, *overrides) -> steps 11 to 20, in a run of its own that starts from there."""
 
     def go_on(load_dir: Path, nproc: int, *overrides: str) -> list[dict[str, Any]]:
-        run = launch(
+        run = run_warm(
             "train", [*small, *overrides, f"checkpoint.load_dir={load_dir}"], nproc, jsonl=tmp_path / "resumed.jsonl"
         )
         assert run.process.returncode == 0, run.output
@@ -144,7 +144,7 @@ def test_stopped_by_signals(small: tuple[str, ...], train_once: TrainOnce, tmp_p
         assert f"after step {stopped_at}" in run.process.stdout
         assert "Traceback" not in run.output
         before = stopped_at
-    run = launch("train", arguments, 2, jsonl)
+    run = run_warm("train", arguments, 2, jsonl)
     assert run.process.returncode == 0, run.output
     assert _computed(run.steps) == _computed(train_once(2, longer).steps)
 
@@ -162,7 +162,7 @@ def test_killed_in_the_middle_of_a_step(small: tuple[str, ...], train_once: Trai
     killed = launch("train", arguments, 2, jsonl, kill_one_rank)
     assert killed.process.returncode not in (0, None)
     assert killed.steps[-1]["step"] < 20
-    resumed = launch("train", arguments, 2, jsonl)
+    resumed = run_warm("train", arguments, 2, jsonl)
     assert resumed.process.returncode == 0, resumed.output
     continued = re.search(r"continues from .*: step (\d+),", resumed.output)
     assert continued, resumed.output

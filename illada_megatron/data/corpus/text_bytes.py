@@ -1,17 +1,14 @@
 """How many bytes of text stand behind tokens: bounds per byte compare across tokenizers, bounds per token do not."""
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from illada_megatron.data.corpus.corpus import Corpus
-from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer
+from illada_megatron.data.tokenizers.spelling import bytes_of_tokens
+from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 
-_NOT_TEXT = "\ufffd"
-"""What decoders write for a part of a character."""
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # what tokenizers lose, and decoders change that do not only join tokens: spaces before marks, contractions, runs of
 # spaces, lines
 _PROBES = (
@@ -39,26 +36,10 @@ class TokenBytes:
 
 def token_bytes(tokenizer: Tokenizer | None) -> TokenBytes | str:
     """The bytes of each token of a tokenizer that gives texts back, as its tokens' texts joined; else, why they are not
-    known.
-
-    A token's text is what it adds between two others when the tokenizer decodes them. Where it is part of a character,
-    it counts the bytes that the vocabulary spells: `<0x0A>` is one, and a sign of byte-level BPE is one."""
+    known."""
     if tokenizer is None:
         return "data.tokenizer_path is not set"
-    between = tokenizer.encode("a")[-1:]
-    without = len(tokenizer.decode(between * 2).encode())
-    sizes = np.empty(tokenizer.vocab_size)
-    for token_id in range(tokenizer.vocab_size):
-        text = tokenizer.decode([*between, token_id, *between])
-        spelled = tokenizer.spelled(token_id)
-        if _NOT_TEXT not in text:
-            sizes[token_id] = len(text.encode()) - without
-        elif _BYTE.fullmatch(spelled):
-            sizes[token_id] = 1
-        elif set(spelled) <= _BYTE_SIGNS:
-            sizes[token_id] = len(spelled)
-        else:  # the sign itself, as a token of its own
-            sizes[token_id] = len(spelled.replace(SPACE_SIGN, " ").encode())
+    sizes = np.array([len(one) for one in bytes_of_tokens(tokenizer)], np.float64)
     sizes[_unknown(tokenizer)] = np.nan
     if np.isnan(sizes[tokenizer.encode(_PROBES[0])].sum()):
         return f"the tokenizer does not know {_PROBES[0]!r}"
@@ -91,12 +72,3 @@ def _unknown(tokenizer: Tokenizer) -> list[int]:
     text = "a\U0010fffd"
     ids = tokenizer.encode(text)
     return [] if tokenizer.decode(ids) == text else sorted(set(ids) - set(tokenizer.encode("a")))
-
-
-def _byte_signs() -> set[str]:
-    """The characters by which byte-level BPE spells the 256 bytes (GPT-2, encoder.py: bytes_to_unicode)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
-    return {chr(one) for one in shown} | {chr(256 + number) for number in range(256 - len(shown))}
-
-
-_BYTE_SIGNS = _byte_signs()

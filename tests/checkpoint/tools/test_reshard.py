@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from corpus import write_corpus
-from launch import ROOT, SMALL, Illada, launch, read_steps
+from launch import ROOT, SMALL, Illada, read_steps, run_warm
 from random_checkpoint import random_tensors, write_checkpoint
 
 from illada_megatron.checkpoint.files.errors import CheckpointError
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, 
     arguments = (*SMALL, f"data.train_paths=[{write_corpus(directory / 'corpus')}]", "training.train_steps=4")
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
     stop = ["training.exit_steps=2", f"checkpoint.save_dir={directory / 'checkpoints'}"]
-    run = launch("train", [*arguments, *layout, *stop], nproc=4)
+    run = run_warm("train", [*arguments, *layout, *stop], nproc=4)
     assert run.process.returncode == 0, run.output
     return directory / "checkpoints", arguments
 

@@ -1,12 +1,12 @@
-"""A process that has imported a program once, and becomes it as often as asked: a run for each of some hundred faults.
+"""A process that has imported a program once, and becomes it as often as asked.
 
 Importing torch and megatron-core takes most of a short run's time. This process has done it, has no other thread, and
 forks for each command: the child is a process like any other that runs `illada ARGUMENTS`, with its own files for what
 it says, and ends with the exit code of the command.
 
 `python fork_server.py MODULE...` reads a line of JSON for each request and answers with one:
-{"start": [arguments], "environment": {...}, "output": file} -> pid; {"poll": pid} -> exit code (below 0: the signal),
-or null while it runs; {"signal": [pid, number]} -> null.
+{"start": [arguments], "environment": {...}, "streams": [file, file]} -> pid; {"poll": pid} -> exit code (below 0: the
+signal), or null while it runs; {"signal": [pid, number]} -> null.
 """
 
 import ctypes
@@ -22,19 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from faults.injection import library
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class ForkServer:
     """Starts `illada` commands from a warm process, each with faults of its own (`Injection.environment`), if any.
-    modules: to be imported beforehand."""
+    modules: to be imported beforehand. environment: of the process."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the server)
         self._server = subprocess.Popen(
             [sys.executable, __file__, *modules],
@@ -42,7 +38,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library())},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
         )
 
     def __enter__(self) -> "ForkServer":
@@ -52,10 +48,17 @@ class ForkServer:
         self._server.kill()  # its children die with it
         self._server.wait()
 
-    def start(self, arguments: Sequence[str | Path], output: Path, environment: Mapping[str, str] | None = None) -> int:
-        """Begin `illada ARGUMENTS`, both of its streams into `output`; returns its process id."""
+    def start(
+        self,
+        arguments: Sequence[str | Path],
+        output: Path,
+        environment: Mapping[str, str] | None = None,
+        errors: Path | None = None,
+    ) -> int:
+        """Begin `illada ARGUMENTS`; its streams go into `output` and `errors` (None: there too). Returns its process
+        id."""
         request = {"start": [str(one) for one in arguments], "environment": dict(environment or {})}
-        return int(self._ask({**request, "output": str(output)}))
+        return int(self._ask({**request, "streams": [str(output), str(errors or output)]}))
 
     def poll(self, pid: int) -> int | None:
         """Its exit code, as subprocess has it; None while it runs. To be asked once after it has ended."""
@@ -107,7 +110,7 @@ def serve(modules: Sequence[str]) -> list[str]:
         if "start" in request:
             answer = os.fork()
             if answer == 0:
-                _become(request["environment"], request["output"])
+                _become(request["environment"], request["streams"])
                 return request["start"]
         elif "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
@@ -118,15 +121,15 @@ def serve(modules: Sequence[str]) -> list[str]:
     sys.exit(0)
 
 
-def _become(environment: Mapping[str, str], output: str) -> None:
+def _become(environment: Mapping[str, str], streams: Sequence[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(environment)
     if "ILLADA_FAULTS" in environment:
         ctypes.CDLL(os.environ["LD_PRELOAD"]).AttachFaults(os.fsencode(environment["ILLADA_FAULTS"]))
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream in (1, 2):
+    for stream, path in enumerate(streams, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, stream)
-    os.close(file)
+        os.close(file)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -134,8 +137,10 @@ def _become(environment: Mapping[str, str], output: str) -> None:
 
 if __name__ == "__main__":
     from illada_megatron.__main__ import program
-    from illada_megatron.checkpoint import owner
 
-    owner.SIGN_SECONDS = 1e6  # its signs of life are calls at no certain place
+    if "LD_PRELOAD" in os.environ:  # for faults at certain calls
+        from illada_megatron.checkpoint import owner
+
+        owner.SIGN_SECONDS = 1e6  # its signs of life are calls at no certain place
     sys.argv = ["illada", *serve(sys.argv[1:])]
     program()

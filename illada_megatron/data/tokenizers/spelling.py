@@ -1,0 +1,41 @@
+"""The bytes of text behind each token of a vocabulary."""
+
+import re
+
+from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer
+
+_NOT_TEXT = "\ufffd"
+"""What decoders write for a part of a character."""
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """For each id, b"" of special tokens. A token's text is what it adds between two others when the tokenizer decodes
+    them. Where it is part of a character, its bytes are those that the vocabulary spells: `<0x0A>` is one, and a sign
+    of byte-level BPE is one."""
+    between = tokenizer.encode("a")[-1:]
+    before = tokenizer.decode(between)
+    behind = len(tokenizer.decode(between * 2)) - len(before)
+    words = []
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.decode([*between, token_id, *between])
+        spelled = tokenizer.spelled(token_id)
+        if _NOT_TEXT not in text:
+            words.append(text[len(before) : len(text) - behind].encode())
+        elif byte := _BYTE.fullmatch(spelled):
+            words.append(bytes([int(byte[1], 16)]))
+        elif _BYTE_SIGNS.keys() >= set(spelled):
+            words.append(bytes(_BYTE_SIGNS[sign] for sign in spelled))
+        else:  # the sign itself, as a token of its own
+            words.append(spelled.replace(SPACE_SIGN, " ").encode())
+    return words
+
+
+def _byte_signs() -> dict[str, int]:
+    """The characters by which byte-level BPE spells the 256 bytes (GPT-2, encoder.py: bytes_to_unicode)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+    hidden = sorted(set(range(256)) - set(shown))
+    return {chr(one): one for one in shown} | {chr(256 + number): one for number, one in enumerate(hidden)}
+
+
+_BYTE_SIGNS = _byte_signs()

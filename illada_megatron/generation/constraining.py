@@ -1,0 +1,187 @@
+"""Text that a regular expression describes: which tokens a mask may become, and which of them together.
+
+outlines-core makes a deterministic automaton of the expression whose letters are the vocabulary's tokens. A text that
+is denoised knows some of its tokens and not others, in any order. So for each mask two sets of states count: those in
+which the automaton may be before it (from the left, through what is known and whatever is not), and those behind it
+from which the text can still end well in the tokens that are left (from the right). A token is possible where it leads
+from one of the first to one of the second.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from illada_megatron.generation.text import Text
+
+_States = NDArray[np.bool_]
+_MISSING = "regex and json_schema need outlines-core: pip install 'illada-megatron[constrained]'"
+_SIGN = b"\x00"
+_NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """Edges (state, token) -> state of a regular expression, and one more state, the last: behind the end of the text.
+    An end-of-text token leads there from where a text may end, and stays there."""
+
+    states: int
+    """The last one among them."""
+    sources: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    """Ascending."""
+    targets: NDArray[np.int64]
+    distance: NDArray[np.int64]
+    """[states] fewest tokens from each to where a text may end; 0 there."""
+    follows: NDArray[np.bool_]
+    """[states, states] whether some token leads from the first to the second."""
+    start: int = 0
+
+    def edges(self, token: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """States that a token leads from, and to."""
+        first, last = np.searchsorted(self.tokens, [token, token + 1])
+        return self.sources[first:last], self.targets[first:last]
+
+
+def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int) -> Automaton:
+    """Of a regular expression over the tokens `words`: bytes -> ids that are spelled so.
+
+    A text holds no NUL. Raises ValueError where it is none, no text of these tokens matches it, or outlines-core is not
+    installed.
+    """
+    try:
+        from outlines_core import Index, Vocabulary
+    except ImportError as error:
+        raise ValueError(_MISSING) from error
+    # Index leaves out tokens behind which a text cannot end, where it could before them: of (ab)* an "a" behind "ab".
+    # With a sign behind everything it can end nowhere else; where the sign may stand, the text may end
+    sign = max(token_id for ids in words.values() for token_id in ids) + 1
+    known = {word: list(ids) for word, ids in words.items() if _SIGN not in word}
+    try:
+        index = Index(f"(?:{expression}){_SIGN.decode()}", Vocabulary(sign + 1, {**known, _SIGN: [sign]}))
+    except ValueError as error:
+        raise ValueError(f"regex {expression!r}: {error}") from error
+    table: dict[int, dict[int, int]] = index.get_transitions()
+    first, ended = index.get_initial_state(), index.get_final_states()
+    names = np.array(sorted(table, key=lambda name: (name != first, name)))
+    end, by_name = len(names), np.argsort(names)
+    final = [state for state, name in enumerate(names.tolist()) if table[name].get(sign) in ended] + [end]
+    parts = []
+    for state, name in enumerate(names.tolist()):
+        of_state = np.array([*table[name].items()], np.int64).reshape(-1, 2)
+        place = np.searchsorted(names, of_state[:, 1], sorter=by_name).clip(max=end - 1)
+        here = (of_state[:, 0] < sign) & (names[by_name[place]] == of_state[:, 1])  # behind the sign is nothing
+        parts.append((np.full(int(here.sum()), state), of_state[here, 0], by_name[place[here]]))
+    parts.append((np.array(final), np.full(len(final), eos), np.full(len(final), end)))
+    sources, tokens, targets = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
+    order = np.argsort(tokens, kind="stable")
+    follows = np.zeros((end + 1, end + 1), bool)
+    follows[sources, targets] = True
+    return Automaton(end + 1, sources[order], tokens[order], targets[order], _distances(follows, final), follows)
+
+
+def _distances(follows: _States, ends: Sequence[int]) -> NDArray[np.int64]:
+    distance = np.full(len(follows), _NEVER)
+    reached, steps = np.zeros(len(follows), bool), 0
+    reached[ends] = True
+    while reached.any():
+        distance[reached] = steps
+        reached, steps = np.logical_or.reduce(follows[:, reached], axis=1) & (distance == _NEVER), steps + 1
+    return distance
+
+
+def expression_of(schema: str) -> str:
+    """A regular expression of the JSON texts that fit a JSON schema. Raises ValueError where it cannot be made."""
+    try:
+        from outlines_core.json_schema import build_regex_from_schema
+    except ImportError as error:
+        raise ValueError(_MISSING) from error
+    try:
+        json.loads(schema)
+        return str(build_regex_from_schema(schema))
+    except ValueError as error:
+        raise ValueError(f"json_schema is none that a regular expression can follow: {error}") from error
+
+
+class Constraint:
+    """A text's."""
+
+    def __init__(self, automaton: Automaton, text: Text) -> None:
+        """Raises ValueError where no text that matches is short enough."""
+        shortest = int(automaton.distance[automaton.start])
+        if shortest > text.settings.gen_length:
+            raise ValueError(
+                f"the shortest text that matches has {shortest} tokens, gen_length is {text.settings.gen_length}"
+            )
+        self._automaton = automaton
+        self._state, self._position = automaton.start, text.given
+
+    def allow(self, logits: Tensor, text: Text) -> None:
+        """Exclude what cannot be at the block's masks: logits [m, v], changed in place."""
+        known = text.tokens[text.span[0] : text.span[1]].tolist()
+        behind = self._behind(text, known)
+        before = self._before(text)
+        row = 0
+        for position, token in enumerate(known):
+            possible = behind[position + 1]
+            if token == text.mask_token_id:
+                alive = before[self._automaton.sources] & possible[self._automaton.targets]
+                excluded = np.ones(logits.shape[1], bool)
+                excluded[self._automaton.tokens[alive]] = False
+                logits[row].masked_fill_(torch.from_numpy(excluded).to(logits.device), -torch.inf)
+                before = np.logical_or.reduce(self._automaton.follows[before])
+                row += 1
+            else:
+                before = self._after(before, token)
+
+    def settle(self, text: Text, rows: Tensor, candidates: Tensor, confidence: Tensor) -> Tensor:
+        """Those of `rows` whose candidates are possible together, the surest first: each is possible alone, two may not
+        be. What is left out is a later step's."""
+        known = text.tokens[text.span[0] : text.span[1]].tolist()
+        before = self._before(text)
+        kept = []
+        for row in rows[confidence[rows].argsort(descending=True, stable=True)].tolist():
+            place = int(text.block[row]) - text.span[0]
+            known[place] = int(candidates[row])
+            if (self._behind(text, known)[0] & before).any():
+                kept.append(row)
+            else:
+                known[place] = text.mask_token_id
+        if left := rows.numel() - len(kept):
+            text.schedule[:1] = [left + sum(text.schedule[:1])]
+        return rows[torch.isin(rows, torch.tensor(kept))]
+
+    def _before(self, text: Text) -> _States:
+        """States before the block: one."""
+        start = text.span[0]
+        for token in text.tokens[self._position : start].tolist():
+            sources, targets = self._automaton.edges(token)
+            self._state = int(targets[sources == self._state][0])
+        self._position = start
+        states = np.zeros(self._automaton.states, bool)
+        states[self._state] = True
+        return states
+
+    def _behind(self, text: Text, known: Sequence[int]) -> list[_States]:
+        """For each place of the block, and behind it: states from which a text can still end well."""
+        left = text.given + text.settings.gen_length - text.span[1]
+        sets = [self._automaton.distance <= left]
+        for token in reversed(known):
+            if token == text.mask_token_id:
+                sets.append(np.logical_or.reduce(self._automaton.follows[:, sets[-1]], axis=1))
+            else:
+                sources, targets = self._automaton.edges(token)
+                states = np.zeros(self._automaton.states, bool)
+                states[sources[sets[-1][targets]]] = True
+                sets.append(states)
+        return sets[::-1]
+
+    def _after(self, before: _States, token: int) -> _States:
+        sources, targets = self._automaton.edges(token)
+        states = np.zeros(self._automaton.states, bool)
+        states[targets[before[sources]]] = True
+        return states
