@@ -214,6 +214,7 @@ class Worker:
         except Exception as error:  # whatever it is, the others' texts go on
             failed = self._failed(error)
             told += [(of_job[job], failed) for job in self._engine.in_hand]
+            self._engine.in_hand = []
         self.steps += 1
         self._metrics.stepped(
             time.perf_counter() - began, sum(e.step.computed for _, e in told if isinstance(e, Progress))
