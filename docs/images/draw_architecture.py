@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "illada_megatron"
 ROWS = (
     ("cli",),
-    ("training", "generation"),
+    ("training", "serving"),
+    ("generation",),
     ("checkpoint/hugging_face", "checkpoint/tools"),
     ("checkpoint/megatron", "checkpoint", "diffusion"),
     ("data/preprocessing", "checkpoint/files", "model"),

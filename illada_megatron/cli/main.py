@@ -1,5 +1,5 @@
-"""`illada`: train, evaluate, generate, preprocess, tokenizer, sample, runs, plan, translate, doctor, checkpoint,
-convert; and how it, and the programs of tools/, end."""
+"""`illada`: train, evaluate, generate, serve, preprocess, tokenizer, sample, runs, plan, translate, doctor,
+checkpoint, convert; and how it, and the programs of tools/, end."""
 
 import os
 import socket
@@ -19,6 +19,7 @@ _COMMANDS = {
     "train": ("run_commands", "train"),
     "evaluate": ("run_commands", "evaluate"),
     "generate": ("generate_command", "generate"),
+    "serve": ("serve_command", "serve"),
     "preprocess": ("preprocess_command", "preprocess"),
     "tokenizer": ("tokenizer_command", "app"),
     "sample": ("sample_command", "sample"),

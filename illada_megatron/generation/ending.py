@@ -9,6 +9,8 @@ from illada_megatron.generation.text import Text
 
 Decode = Callable[[list[int]], str]
 Finish = Literal["eos", "stop", "length"]
+Search = Callable[[str], int | None]
+"""Where in a text something begins; None: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,19 @@ class End:
     """Of the generated text; None: all."""
 
 
-def end_of(text: Text, eos_token_id: int | None, decode: Decode | None) -> End | None:
-    """The end within what is done of a continued text: an end-of-text token, or before it a stop string."""
+def search_of(pattern: str) -> Search:
+    """Of Python's `re`."""
+
+    def search(words: str) -> int | None:
+        match = re.search(pattern, words)
+        return match.start() if match else None
+
+    return search
+
+
+def end_of(text: Text, eos_token_id: int | None, decode: Decode | None, search: Search | None) -> End | None:
+    """The end within what is done of a continued text: an end-of-text token, or before it a stop string or what
+    `search` finds."""
     settings = text.settings
     done = text.span[1]
     generated = text.tokens[text.given : done].tolist()
@@ -32,12 +45,12 @@ def end_of(text: Text, eos_token_id: int | None, decode: Decode | None) -> End |
         count = generated.index(eos_token_id) + 1
         ends = End("eos", text.given + count)
         generated = generated[: count - 1]
-    if decode is None or not (settings.stop or settings.stop_pattern):
+    if decode is None or not (settings.stop or search):
         return ends
     words = decode(generated)
     found = [at for one in settings.stop if (at := words.find(one)) >= 0]
-    if settings.stop_pattern and (match := re.search(settings.stop_pattern, words)):
-        found.append(match.start())
+    if search is not None and (begin := search(words)) is not None:
+        found.append(begin)
     if not found:
         return ends
     return End("stop", text.given + len(generated), min(found))

@@ -18,7 +18,7 @@ from torch import Tensor
 from illada_megatron.generation import caching
 from illada_megatron.generation.choosing import choose
 from illada_megatron.generation.constraining import Constraint
-from illada_megatron.generation.ending import Decode, End, end_of
+from illada_megatron.generation.ending import Decode, End, Search, end_of, search_of
 from illada_megatron.generation.model import WHOLE, Model, Part
 from illada_megatron.generation.proposing import Credit, Words, guided, propose
 from illada_megatron.generation.text import Text
@@ -49,6 +49,8 @@ class Job:
     constraint: Constraint | None = None
     in_work: bool = False
     """Else it waits until there is room."""
+    search: Search | None = None
+    """Of what ends it."""
     credit: Credit = field(default_factory=Credit)
     history: caching.History = field(default_factory=caching.History)
     kept: list[int] = field(default_factory=list)
@@ -88,19 +90,30 @@ class Engine:
         self.texts = texts
         self.jobs: list[Job] = []
         """In the order in which they were added; those in work are the first."""
+        self.in_hand: list[Job] = []
+        """See `steps`."""
 
-    def add(self, text: Text, decode: Decode | None = None, constraint: Constraint | None = None) -> Job:
+    def add(
+        self,
+        text: Text,
+        decode: Decode | None = None,
+        constraint: Constraint | None = None,
+        search: Search | None = None,
+    ) -> Job:
         """A text that takes part from the next step on, or as soon as there is room. decode: for stop strings;
-        constraint: of its settings' regex or json_schema. Raises ValueError where its settings ask for what is not
-        there: in a step, that would end the others' too."""
+        constraint: of its settings' regex or json_schema; search: of what ends the text, None: of its settings'
+        stop_pattern. Raises ValueError where its settings ask for what is not there: in a step, that would end the
+        others' too."""
         settings = text.settings
         if settings.end_think_boost and not (self.words.end_think or text.infill):
             raise ValueError("end_think_boost needs a tokenizer that spells </think>")
-        if (settings.stop or settings.stop_pattern) and decode is None and not text.infill:
+        if search is None and settings.stop_pattern:
+            search = search_of(settings.stop_pattern)
+        if (settings.stop or search) and decode is None and not text.infill:
             raise ValueError("stop and stop_pattern need a way to decode tokens")
         if constraint is None and (settings.regex is not None or settings.json_schema is not None):
             raise ValueError("regex and json_schema need a constraint, made with the tokenizer")
-        job = Job(text, decode, constraint)
+        job = Job(text, decode, constraint, search)
         if (needed := job.kept_tokens) > self.model.kept_tokens:
             raise ValueError(
                 f"cache {settings.cache!r} keeps keys and values of {needed} tokens, the model of at most "
@@ -116,16 +129,26 @@ class Engine:
         while job.kept:
             self.model.forget(job.kept.pop())
 
-    @torch.no_grad()
     def step(self) -> list[tuple[Job, Step]]:
         """A step of every text in work. Finished ones are removed. One that has nothing to reveal has no positions."""
+        return list(self.steps())
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[tuple[Job, Step]]:
+        """`step`, a text after the other. An error is that of the texts `in_hand`: the others are as they were before
+        or after their step, and may go on."""
         self._admit()
-        done = [(job, self._ended(job)) for job in self._in_work() if not self._has_block(job)]
+        for job in self._in_work():
+            self.in_hand = [job]
+            if not self._has_block(job):
+                yield job, self._ended(job)
         for passed in self._passes():
-            proposals = self._proposals(passed)
+            self.in_hand = [job for job, _ in passed]
+            proposals = list(self._proposals(passed))
             for (job, parts), found in zip(passed, proposals, strict=True):
-                done.append((job, self._revealed(job, parts, *found)))
-        return done
+                self.in_hand = [job]
+                yield job, self._revealed(job, parts, *found)
+        self.in_hand = []
 
     def run(self) -> Iterator[tuple[Job, Step]]:
         """All steps until nothing is in work."""
@@ -231,6 +254,6 @@ class Engine:
         text = job.text
         if text.block.numel():
             return None
-        if not text.infill and (end := end_of(text, self.words.eos, job.decode)) is not None:
+        if not text.infill and (end := end_of(text, self.words.eos, job.decode, job.search)) is not None:
             return end
         return None if text.has_more() else End("length", text.tokens.numel())

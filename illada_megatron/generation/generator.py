@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from illada_megatron.config import ConfigError, ModelConfig
+from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, unknown_ids
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from illada_megatron.generation.constraining import Automaton, Constraint, automaton, expression_of
@@ -55,6 +56,9 @@ class Result:
 class Generator:
     """A model with its tokenizer. One thread at a time calls it."""
 
+    tokenizer_path: Path | None = None
+    """Its file, for what lies beside it; None: not of a file."""
+
     def __init__(self, model: Model, tokenizer: Tokenizer, config: ModelConfig, pass_tokens: int = 1 << 16) -> None:
         """Of any `Model`; `Generator.open` makes it of a checkpoint. pass_tokens: see `Engine`."""
         self.model = model
@@ -96,9 +100,12 @@ class Generator:
             name = tokenizer or opened.config.data.tokenizer_path
             if name is None:
                 raise ConfigError(f"{path}: the run names no data.tokenizer_path: give its tokenizer with --tokenizer")
-            words = load_tokenizer(name, option="data.tokenizer_path" if tokenizer is None else "--tokenizer")
+            file = find_tokenizer(name, "data.tokenizer_path" if tokenizer is None else "--tokenizer")
+            words = load_tokenizer(file)
             _check_tokenizer(words, name, opened.config.model)
-            yield cls(LayerModel(opened.stage, opened.config, opened.run), words, opened.config.model)
+            made = cls(LayerModel(opened.stage, opened.config, opened.run), words, opened.config.model)
+            made.tokenizer_path = file
+            yield made
 
     def generate(self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings]) -> list[Result]:
         """Continue each prompt, text or token ids; `<mask:N>` in a text: its gaps of N tokens are filled in instead.

@@ -49,8 +49,9 @@ class ChatRenderer:
             ) from error
         self._variables = {name: self._marked(value) for name, value in template.variables.items()}
 
-    def render(self, messages: Any) -> str:
-        """The text of the conversation `messages`, [{"role": ..., "content": ...}, ...].
+    def render(self, messages: Any, add_generation_prompt: bool = False) -> str:
+        """The text of the conversation `messages`, [{"role": ..., "content": ...}, ...]; add_generation_prompt: and of
+        the begin of an answer.
 
         Raises BadConversation where a message spells a special token; ValueError (what the key holds, as the end of a
         sentence) where it is no conversation or the template refuses it."""
@@ -63,7 +64,11 @@ class ChatRenderer:
         self._sandbox.steps = 0
         try:
             rendered = self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
             )
         except Exception as error:  # a template may do whatever raises something
             reason = self._unmarked(str(error)) or type(error).__name__

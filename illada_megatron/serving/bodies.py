@@ -1,0 +1,203 @@
+"""Bodies of requests: OpenAI's fields and, by the same names as everywhere, those of `Settings`.
+
+A field that is not known is refused, and so is one of OpenAI's that cannot be meant here, with the reason; unless it
+asks for what happens anyway, as clients write it out ("logprobs": null, "presence_penalty": 0).
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from illada_megatron.generation import Settings
+from illada_megatron.generation.settings import Cache, Confidence, Eos, Reveal
+
+_ONE_CHAIN = (
+    "a token's probability given all others is no probability of the text (its confidence is in `illada`, streamed)"
+)
+_UNBOUNDED = "a stranger's automaton may take any time to make: `illada generate` and `--default regex=...` take it"
+_NO_TOOLS = "this server calls none"
+# field of OpenAI's -> values that change nothing, why others are refused
+_ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "logprobs": ((False,), _ONE_CHAIN),
+    "top_logprobs": ((0,), _ONE_CHAIN),
+    "logit_bias": (({},), "there is none"),
+    "frequency_penalty": ((0,), "set repetition_penalty"),
+    "presence_penalty": ((0,), "set repetition_penalty"),
+    "best_of": ((1,), "texts have no likelihood to choose by: set n"),
+    "echo": ((False,), "the prompt is the client's already"),
+    "suffix": (("",), "ask /v1/infill for `PROMPT<mask:N>SUFFIX`"),
+    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "parallel_tool_calls": ((True, False), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "response_format": (({"type": "text"},), _UNBOUNDED),
+    "regex": ((), _UNBOUNDED),
+    "json_schema": ((), _UNBOUNDED),
+    "modalities": ((["text"],), "there is text alone"),
+    "audio": ((), "there is text alone"),
+    "prediction": ((), "nothing is predicted from it"),
+    "reasoning_effort": (("none",), "set end_think_boost"),
+    "store": ((False,), "nothing is stored"),
+    "service_tier": (("auto", "default"), "there is one"),
+    "web_search_options": ((), "nothing is searched"),
+}
+# of whom or what a request is: nothing here depends on it
+_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+
+
+def _whole(text: str) -> str:
+    """JSON can spell half of a character ("\\ud800"), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} is half of a surrogate pair, which is no text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+Stop = Annotated[Text, Field(max_length=1_000)]
+_MOST_STOPS = 16
+MOST_N = 128
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Body(BaseModel):
+    """What all requests may give. Ranges that are not here are `Settings`' own; those here keep a number from becoming
+    infinite in a pass."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1, le=MOST_N)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    gen_length: int | None = Field(None, ge=1)
+    block_length: int | None = None
+    fixed_length: bool | None = None
+    steps: int | None = None
+    remasking: Confidence | None = None
+    reveal: Reveal | None = None
+    threshold: float | None = None
+    low_threshold: float | None = None
+    factor: float | None = Field(None, le=1e6)
+    credit: bool | None = None
+    temperature: float | None = Field(None, le=100)
+    top_k: int | None = Field(None, lt=1 << 31)
+    top_p: float | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    guidance: float | None = Field(None, le=1000)
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    eos: Eos | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] | None = None
+    stop_pattern: Text | None = None
+    end_think_boost: float | None = Field(None, le=1e6)
+    end_think_power: float | None = Field(None, le=100)
+    cache: Cache | None = None
+    cache_refresh: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_elsewhere(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        left = {name: value for name, value in given.items() if name not in _IGNORED}
+        for name in _ELSEWHERE.keys() & left.keys():
+            same, why = _ELSEWHERE[name]
+            value = left.pop(name)
+            if value is not None and not any(
+                type(value) is type(one) and value == one for one in (*same, *_float(same))
+            ):
+                message = "{param} cannot be asked for here: {why}"
+                raise PydanticCustomError("unsupported", message, {"param": name, "why": why})
+        return left
+
+    def chosen(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `Settings` but for stop_pattern, which `patterns.py` takes."""
+        names = {field.name for field in fields(Settings)} - {"stop_pattern", "regex", "json_schema"}
+        given = {name: getattr(self, name) for name in names}
+        chosen = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        if "block_length" in self.model_fields_set:
+            chosen["block_length"] = self.block_length  # null is a choice: all masks at once
+        if length := self.length():
+            chosen["gen_length"] = length
+        return chosen
+
+    def length(self) -> int | None:
+        """Most tokens to generate; None: not said."""
+        return self.gen_length
+
+
+def _float(values: tuple[Any, ...]) -> list[float]:
+    """A number that is written with a point."""
+    return [float(one) for one in values if type(one) is int]
+
+
+class OpenAIBody(Body):
+    max_tokens: int | None = Field(None, ge=1)
+
+    def length(self) -> int | None:
+        return _one_of(gen_length=self.gen_length, max_tokens=self.max_tokens)
+
+
+class CompletionBody(OpenAIBody):
+    prompt: Text | list[Text] | list[Id] | list[list[Id]]
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and all(isinstance(one, int) for one in self.prompt):
+            return [[one for one in self.prompt if isinstance(one, int)]]
+        return [one for one in self.prompt if not isinstance(one, int)]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Text
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template reads it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name is not None else {})
+
+
+class ChatBody(OpenAIBody):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    def length(self) -> int | None:
+        return _one_of(
+            gen_length=self.gen_length, max_tokens=self.max_tokens, max_completion_tokens=self.max_completion_tokens
+        )
+
+
+class InfillBody(Body):
+    prompt: Text
+    """With gaps, `<mask:N>`."""
+
+
+def _one_of(**given: int | None) -> int | None:
+    """Names of the same."""
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{name} {value}" for name, value in found.items())
+        raise ValueError(f"{said} are names of one thing: give one of them")
+    return next(iter(found.values()), None)

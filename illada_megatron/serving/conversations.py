@@ -1,0 +1,50 @@
+"""Conversations -> the tokens that a model was trained on: by the same template, sandbox and tokenizer as `illada
+preprocess --chat`."""
+
+from pathlib import Path
+from typing import Any
+
+from illada_megatron.data.preprocessing.chat import ChatRenderer
+from illada_megatron.data.preprocessing.chat_template import BadConversation, load_chat_template
+from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+
+_ANSWER = "illada"
+
+
+class Conversations:
+    """One thread at a time calls it."""
+
+    def __init__(self, tokenizer: Path, template: Path | None) -> None:
+        """template: None: the tokenizer's own. Raises DataError where there is none."""
+        self._words = load_tokenizer(tokenizer, special_tokens=True)
+        self._names = self._words.special_names()
+        self._renderer = ChatRenderer(load_chat_template(tokenizer, template), self._names)
+        self.turn_end = self._turn_end_name()
+        """The special token that the template writes behind an answer, where it does."""
+        self._turn_end_id = self._words.encode(self.turn_end)[0] if self.turn_end else -1
+
+    def tokens(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Of a conversation and the begin of the answer to it. Raises ValueError where it is none, the template refuses
+        it, or a message spells a special token: it would forge a turn."""
+        try:
+            text = self._renderer.render(messages, add_generation_prompt=True)
+        except BadConversation as error:
+            raise ValueError(f"messages: {error}: it would begin or end a turn") from error
+        except ValueError as error:
+            raise ValueError(f"messages: the request {error}") from error
+        return self._words.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """As the tokenizer does, but that the end of the turn has its name: it stops the answer."""
+        if self.turn_end is not None and (end := self._turn_end_id) in ids:
+            return self._words.decode(ids[: ids.index(end)]) + self.turn_end
+        return self._words.decode(ids)
+
+    def _turn_end_name(self) -> str | None:
+        turn = [{"role": "user", "content": _ANSWER}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self._renderer.render(turn)
+        except (BadConversation, ValueError):
+            return None  # a template that wants more than two turns says so to whoever sends them
+        behind = text.rpartition(_ANSWER)[2].lstrip()
+        return next((name for name in self._names if name and behind.startswith(name)), None)
