@@ -113,7 +113,7 @@ class Engine:
             raise ValueError("stop and stop_pattern need a way to decode tokens")
         if constraint is None and (settings.regex is not None or settings.json_schema is not None):
             raise ValueError("regex and json_schema need a constraint, made with the tokenizer")
-        job = Job(text, decode, constraint, search)
+        job = Job(text, decode, constraint, search=search)
         if (needed := job.kept_tokens) > self.model.kept_tokens:
             raise ValueError(
                 f"cache {settings.cache!r} keeps keys and values of {needed} tokens, the model of at most "
