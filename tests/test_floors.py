@@ -38,6 +38,7 @@ NEVER = {
     "checkpoint/megatron": ("checkpoint.tools", "checkpoint.hugging_face", "checkpoint.saver"),
     "checkpoint/tools": ("checkpoint.saver", "checkpoint.state", "model"),
     "checkpoint/hugging_face": ("checkpoint.saver", "checkpoint.megatron", "training"),
+    "checkpoint/gguf": ("checkpoint.saver", "checkpoint.megatron", "training"),
     "training": ("cli",),
 }
 

@@ -18,7 +18,7 @@ PACKAGE = HERE.parents[1] / "illada_megatron"
 ROWS = (
     ("cli",),
     ("training", "serving"),
-    ("generation",),
+    ("generation", "checkpoint/gguf"),
     ("checkpoint/hugging_face", "checkpoint/tools"),
     ("checkpoint/megatron", "checkpoint", "diffusion"),
     ("data/preprocessing", "checkpoint/files", "model"),

@@ -1,5 +1,5 @@
-"""`illada convert`: to and from the directories that Hugging Face's transformers loads. What needs torch is imported
-when a command runs."""
+"""`illada convert`: to and from the directories that Hugging Face's transformers loads, and to files that llama.cpp
+runs. What needs torch is imported when a command runs."""
 
 import shlex
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from illada_megatron.checkpoint.store import CheckpointInfo
 
 app = typer.Typer(
-    help="Convert checkpoints to and from the layouts of Hugging Face's transformers.",
+    help="Convert checkpoints to and from the layouts of Hugging Face's transformers, and to llama.cpp's GGUF.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -80,6 +80,44 @@ def to_hf(
     say(f"to publish: complete {directory / CARD} ({missing}languages, use), then hf upload ORG/NAME {directory}")
     if verify:
         _verify(info, directory, ema)
+
+
+@app.command("to-gguf")
+def to_gguf(
+    checkpoint: Annotated[str, typer.Argument(help="A run's checkpoint.save_dir, or one step_... below it.")],
+    file: Annotated[Path, typer.Argument(help="What to write, ending in .gguf; must not exist.", metavar="OUT.gguf")],
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"],
+        typer.Option(help="Of matrices. fp32, fp16: of a run in bf16, the optimizer's main weights."),
+    ] = "bf16",
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights in their place.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A file, a directory or org/name; default: the run's data.tokenizer_path.")
+    ] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="The file knows ids alone, no text.")] = False,
+) -> None:
+    """Write a checkpoint as a file that llama.cpp runs; needs the package gguf.
+
+    `illada convert to-gguf runs/tiny/checkpoints tiny.gguf --dtype fp32`
+    """
+    from illada_megatron.checkpoint.gguf.exporting import check_gguf, export_gguf, gguf_bytes
+    from illada_megatron.checkpoint.gguf.vocabulary import vocabulary
+    from illada_megatron.checkpoint.predictor import find_checkpoint
+
+    check_gguf()
+    info = find_checkpoint(checkpoint)
+    words = None if no_tokenizer else vocabulary(*_tokenizer_name(info, tokenizer))
+    with _bar("exporting", gguf_bytes(info, dtype)) as advance:
+        done = export_gguf(info, file, dtype, words, advance, ema)
+    weights = f"{dtype}, the optimizer's main weights" if done.from_main_weights else dtype
+    weights += ", the moving average of the weights" if ema else ""
+    say(f"{file}: {done.tensors:,} tensors of {info.path}, {done.nbytes:,} bytes in {weights}, architecture llada")
+    if words is None:
+        say("no tokenizer: llama.cpp runs it on ids alone")
+    else:
+        say(f"tokenizer {words.path}, {words.vocab_size:,} ids")
+        for note in words.notes:
+            say(f"to llama.cpp, {note}; here it is not")
 
 
 @app.command("from-hf")
@@ -142,14 +180,23 @@ def _tokenizer_files(info: "CheckpointInfo", tokenizer: str | None) -> "Tokenize
     from illada_megatron.checkpoint.hugging_face.tokenizer_files import tokenizer_files
     from illada_megatron.checkpoint.predictor import saved_config
 
-    config = saved_config(info)
-    name = tokenizer or config.data.tokenizer_path
+    model = saved_config(info).model
+    name, option = _tokenizer_name(info, tokenizer)
+    return tokenizer_files(name, model.max_sequence_length, model.mask_token_id, option)
+
+
+def _tokenizer_name(info: "CheckpointInfo", tokenizer: str | None) -> tuple[str, str]:
+    """And the option that gave it. tokenizer: that of the command line."""
+    from illada_megatron.checkpoint.predictor import saved_config
+
+    if tokenizer is not None:
+        return tokenizer, "--tokenizer"
+    name = saved_config(info).data.tokenizer_path
     if name is None:
         raise ConfigError(
             f"{info.path}: the run names no data.tokenizer_path: give --tokenizer, or leave it out with --no-tokenizer"
         )
-    option = "data.tokenizer_path" if tokenizer is None else "--tokenizer"
-    return tokenizer_files(name, config.model.max_sequence_length, config.model.mask_token_id, option)
+    return name, "data.tokenizer_path"
 
 
 def _verify(info: "CheckpointInfo", directory: Path, ema: bool = False) -> None:

@@ -1,6 +1,7 @@
 """The bytes of text behind each token of a vocabulary."""
 
 import re
+from collections.abc import Container
 
 from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer
 
@@ -36,6 +37,11 @@ def unknown_ids(tokenizer: Tokenizer) -> list[int]:
     text = "a\U0010fffd"
     ids = tokenizer.encode(text)
     return [] if tokenizer.decode(ids) == text else sorted(set(ids) - set(tokenizer.encode("a")))
+
+
+def is_byte_level(names: Container[str]) -> bool:
+    """Whether all 256 bytes are among the names of a vocabulary, as byte-level BPE spells them."""
+    return all(sign in names for sign in _BYTE_SIGNS)
 
 
 def _byte_signs() -> dict[str, int]:
