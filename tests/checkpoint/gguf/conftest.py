@@ -1,75 +1,12 @@
-"""Tokenizers of this package's sources. pytest puts this folder on the path, too."""
+"""pytest puts the folder of a conftest.py on the path: source_tokenizers is found by it."""
 
-import io
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
-
-SOURCES = sorted((Path(__file__).parents[3] / "illada_megatron" / "data").rglob("*.py"))
-HARD = [
-    "",
-    " ",
-    "def f(x):\n    return {'a': [1, 2.5], **x}  # ok?\n\n\tif a  and b:\r\n",
-    "naïve café cafe\u0301 漢字かな 👩‍👩‍👧 مرحبا \u00a0\u3000",
-    "  leading, trailing  and    runs   ",
-    "it's IT'S we'll WE'LL they've I'd I'M you're 's 'S don’t 'LL'll're've",
-    "0123456789" * 30 + " 1 12 123 1234 ١٢٣٤ ½ ²",
-    "the end</s> of <s> <mask> <|endoftext|><|mdm_mask|> [MASK]",
-    "<0x41> <unk> [PAD3] a\n\n\n b \n c\r\n\r\n",
-]
-"""Nothing that says ▁, which SentencePiece writes for a space."""
-
-ByteLevel = Callable[..., Path]
-"""byte_level(pre_tokenizer): a tokenizer.json of BPE whose text is cut so; see `byte_level`."""
+from source_tokenizers import our_sentencepiece
 
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As tools/train_tokenizer.py makes it: 600 ids, the mask is 5."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in SOURCES))
-    return train_sentencepiece([corpus], folder / "t.model", vocab_size=600)
-
-
-@pytest.fixture
-def byte_level(tmp_path: Path) -> ByteLevel:
-    """byte_level(pre_tokenizer, ignore_merges=False, **changes): 700 ids, of which 1 is the mask; changes: of its
-    definition."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    def made(pre_tokenizer: object, ignore_merges: bool = False, **changes: object) -> Path:
-        tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
-        tokenizer.pre_tokenizer = pre_tokenizer
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=698,
-            special_tokens=["<|endoftext|>", "<|mdm_mask|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train([str(source) for source in SOURCES], trainer)
-        tokenizer.add_tokens(["<user>", "==="])
-        path = tmp_path / "tokenizer.json"
-        path.write_text(json.dumps({**json.loads(tokenizer.to_str()), **changes}))
-        return path
-
-    return made
-
-
-def trained_sentencepiece(path: Path, **settings: object) -> Path:
-    """With settings of one's own."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    lines = "\n".join(source.read_text() for source in SOURCES).splitlines()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=600, minloglevel=2, **settings
-    )
-    path.write_bytes(model.getvalue())
-    return path
+    """600 ids, the mask is 5."""
+    return our_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))

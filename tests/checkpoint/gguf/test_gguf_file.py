@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ByteLevel, trained_sentencepiece
 from launch import Illada
 from random_weights import random_checkpoint, small_config
+from source_tokenizers import byte_level, trained_sentencepiece
 from tokenizers import pre_tokenizers
 from torch import Tensor
 
@@ -245,9 +245,9 @@ def test_without_the_package_it_says_what_to_install(
     assert "pip install 'illada-megatron[gguf]'" in outcome.err
 
 
-def test_a_byte_level_tokenizer_with_holes(byte_level: ByteLevel) -> None:
+def test_a_byte_level_tokenizer_with_holes(tmp_path: Path) -> None:
     """Ids that nothing has, and tokens that were added to it."""
-    path = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    path = byte_level(tmp_path / "tokenizer.json", pre_tokenizers.ByteLevel(add_prefix_space=False))
     definition = json.loads(path.read_text())
     last = next(name for name, token_id in definition["model"]["vocab"].items() if token_id == 697)
     definition["model"]["vocab"][last] = 703
@@ -259,7 +259,7 @@ def test_a_byte_level_tokenizer_with_holes(byte_level: ByteLevel) -> None:
     assert found.types[:2] == [CONTROL, CONTROL]
 
 
-def test_what_would_give_other_ids_is_refused(byte_level: ByteLevel, tmp_path: Path) -> None:
+def test_what_would_give_other_ids_is_refused(tmp_path: Path) -> None:
     settings: dict[str, object] = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True}
     for changes, message in (
         ({"model_type": "unigram"}, r"its model_type is 1, expected 2 \(BPE\)"),
@@ -281,4 +281,4 @@ def test_what_would_give_other_ids_is_refused(byte_level: ByteLevel, tmp_path: P
         (plain, {"normalizer": {"type": "NFKC"}}, "its normalizer is NFKC, expected none or NFC"),
     ):
         with pytest.raises(DataError, match=f"tokenizer.json: llama.cpp would give other ids .*: .*{message}"):
-            vocabulary(byte_level(pre_tokenizer, **changes))
+            vocabulary(byte_level(tmp_path / "tokenizer.json", pre_tokenizer, **changes))
