@@ -78,12 +78,12 @@ class LlamaModel:
         return list(ids[:count])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, without special tokens. Raises ValueError."""
+        """The text of ids, without special tokens."""
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
-        room = ctypes.create_string_buffer(64 * len(tokens) + 64)
-        count = llama_cpp.llama_detokenize(self._vocabulary, ids, len(tokens), room, len(room), True, False)
-        if count < 0:
-            raise ValueError(f"llama_detokenize asks for room for {-count} bytes")
+        count = -64 * len(tokens) - 1
+        while count < 0:  # more room is asked for
+            room = ctypes.create_string_buffer(1 - count)
+            count = llama_cpp.llama_detokenize(self._vocabulary, ids, len(tokens), room, len(room), True, False)
         return room.raw[:count].decode(errors="replace")
 
     def close(self) -> None:

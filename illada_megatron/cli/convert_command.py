@@ -117,7 +117,7 @@ def to_gguf(
     else:
         say(f"tokenizer {words.path}, {words.vocab_size:,} ids")
         for note in words.notes:
-            say(f"to llama.cpp, {note}; here it is not")
+            say(f"otherwise than here, in llama.cpp {note}")
 
 
 @app.command("from-hf")

@@ -23,6 +23,8 @@ _NAMES = {
     ((_LLAMA3,), False): "dbrx",
     ((_QWEN2,), False): "qwen2",
 }
+DROPS_SPACES = ("llama-bpe", "dbrx")
+"""Names by which llama.cpp drops spaces before punctuation when it decodes."""
 
 
 def pre_tokenizer_name(definition: dict[str, Any]) -> str | None:

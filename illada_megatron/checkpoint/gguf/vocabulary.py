@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from illada_megatron.checkpoint.gguf.pre_tokenizers import pre_tokenizer_name
+from illada_megatron.checkpoint.gguf.pre_tokenizers import DROPS_SPACES, pre_tokenizer_name
 from illada_megatron.data.errors import DataError
 from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.spelling import is_byte_level
@@ -41,7 +41,7 @@ class Vocabulary:
     eos_id: int | None
     unk_id: int | None
     notes: tuple[str, ...]
-    """Where llama.cpp gives other ids, in words."""
+    """Where llama.cpp gives other ids, or another text of ids, in words."""
 
     @property
     def vocab_size(self) -> int:
@@ -112,9 +112,9 @@ def _of_sentencepiece(path: Path, content: bytes, words: Tokenizer) -> Vocabular
         (bool(users) and spec.add_dummy_prefix, f"a space comes before the text behind {users[:1]} there"),
         (any(SPACE_SIGN in name for name in users), "a piece of the user has a space in it"),
     )
-    notes = [f"the character {SPACE_SIGN} in a text is a space"]
+    notes = [f"the character {SPACE_SIGN} in a text is a space (here it is itself)"]
     if built := _built_of_text(tokens, types):
-        notes.append(f"the characters {', '.join(built)} in a text are that token")
+        notes.append(f"the characters {', '.join(built)} in a text are that token (here they are characters)")
     unk = types.index(UNKNOWN) if UNKNOWN in types else None
     scores = [piece.score for piece in proto.pieces]
     ids = words.bos_id, words.eos_id, unk
@@ -155,7 +155,9 @@ def _of_json(path: Path, definition: dict[str, Any], words: Tokenizer) -> Vocabu
     tokens = [words.spelled(token_id) for token_id in range(words.vocab_size)]
     types = [_type(token, added.get(token)) for token in tokens]
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-    notes = ["text is not normalised: it has to be in NFC"] if normalizer else []
+    notes = ["text is not normalised: give it NFC"] if normalizer else []
+    if pre in DROPS_SPACES:
+        notes.append("decoded text has no spaces before punctuation")
     ids = words.bos_id, words.eos_id, None
     return Vocabulary(path, "gpt2", pre or "", tokens, types, None, merges, False, *ids, notes=tuple(notes))
 
