@@ -39,7 +39,8 @@ class Result:
     appended: Tensor  # [s] int64: step before which each was appended; GIVEN where it was there from the start
     confidence: Tensor  # [s] float64
     text: str
-    """What was generated, as it follows the prompt, without the end-of-text token and what stopped it; of an infilling the whole text."""
+    """What was generated, as it follows the prompt, without the end-of-text token and what stopped it; of an infilling
+    the whole text."""
     finish: Finish
     computed: int
     """Positions that went through the layers, over all steps."""

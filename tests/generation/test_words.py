@@ -98,7 +98,7 @@ def test_gaps_are_counted_before_they_are_made(tmp_path: Path, monkeypatch: pyte
     asked: list[str] = []
     encode = generator.tokenizer.encode
     monkeypatch.setattr(generator.tokenizer, "encode", lambda text: asked.append(text) or encode(text))
-    with pytest.raises(ValueError, match="<mask:4096> makes a text of 8192 tokens, .* is 4096: ask for fewer"):
+    with pytest.raises(ValueError, match=r"<mask:4096> makes a text of 8192 tokens, .* is 4096: ask for fewer"):
         generator.tokens("<mask:4096>" * 90_000)
     assert len(asked) == 2
     assert len(generator.tokens("<mask:4000><mask:96>")) == 4096
