@@ -228,9 +228,9 @@ class Constraint:
         return rows[torch.isin(rows, torch.tensor(kept))]
 
     def joined(self, tokens: Sequence[int], spelled: Sequence[bytes]) -> str:
-        """The text of generated tokens. spelled: of each id."""
+        """The text of generated tokens, of which half a character may be the last. spelled: of each id."""
         words = b"".join(spelled[token] for token in tokens)
-        return words[int(tokens[:1] != [] and tokens[0] in self._automaton.absorbed) :].decode()
+        return words[int(tokens[:1] != [] and tokens[0] in self._automaton.absorbed) :].decode(errors="replace")
 
     def _before(self, text: Text) -> _States:
         """States before the block: one."""

@@ -66,11 +66,12 @@ class LayerModel:
         return found
 
     def keep(self, capacity: int) -> int:
-        """As `Model.keep`."""
+        """As `Model.keep`. Raises ValueError where texts of several engines are more than `kept_tokens` together."""
         self._next += 1
+        asked = self._next, capacity, self.kept_tokens
+        self._kept.keep(*asked)
         with self._in_step():
-            self._tell("keep", (self._next, capacity))
-        self._kept.keep(self._next, capacity)
+            self._tell("keep", asked)
         return self._next
 
     def forget(self, kept: int) -> None:

@@ -12,7 +12,6 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from illada_megatron.generation import Generator, Settings
-from illada_megatron.generation.ending import Decode
 from illada_megatron.serving.answers import Answer, Chat, Completion, Form, Infilling
 from illada_megatron.serving.bodies import Body, ChatBody, CompletionBody, InfillBody
 from illada_megatron.serving.conversations import Conversations
@@ -117,7 +116,7 @@ class Service:
         ids = [words.encode(one) if isinstance(one, str) else one for one in prompts]
         if any(self._generator.config.mask_token_id in one for one in ids):
             raise Refused(400, "prompt: holds the mask token: ask /v1/infill for `<mask:N>`", "prompt")
-        return self._asked(body, ids, words.decode)
+        return self._asked(body, ids)
 
     def _conversation(self, body: ChatBody) -> _Asked:
         if isinstance(self._conversations, str):
@@ -125,7 +124,7 @@ class Service:
             raise Refused(400, message, code="no_chat_template")
         ids = self._conversations.tokens([message.plain() for message in body.messages])
         end = self._conversations.turn_end
-        return self._asked(body, [ids], self._conversations.decode, () if end is None else (end,))
+        return self._asked(body, [ids], () if end is None else (end,))
 
     def _infilled(self, body: InfillBody) -> _Asked:
         ids = self._generator.tokens(body.prompt)
@@ -134,9 +133,9 @@ class Service:
         for name in ("gen_length", "stop", "stop_pattern"):
             if getattr(body, name) is not None:
                 raise Refused(400, f"{name}: an infilling ends when its gaps are filled", name, "unsupported")
-        return self._asked(body, [ids], self._generator.tokenizer.decode)
+        return self._asked(body, [ids])
 
-    def _asked(self, body: Body, prompts: list[list[int]], decode: Decode, ends: tuple[str, ...] = ()) -> _Asked:
+    def _asked(self, body: Body, prompts: list[list[int]], ends: tuple[str, ...] = ()) -> _Asked:
         """ends: stop strings that the request has not given. Raises ValueError, Refused."""
         n = body.n or 1
         if len(prompts) * n > self._options.most_texts or not prompts:
@@ -149,7 +148,7 @@ class Service:
             settings = self._settings(body, chosen, len(ids), ends)
             for one in range(n):
                 own = replace(settings, seed=settings.seed + one)
-                text, _, constraint = self._generator.text(ids, own)
+                text, decode, constraint = self._generator.text(ids, own)
                 works.append(Work(len(works), text, decode, inbox, constraint, search, bool(body.stream)))
                 seeds.append(own.seed)
         return _Asked(works, inbox, seeds, len(prompts))
@@ -171,8 +170,8 @@ class Service:
         settings, words = work.text.settings, self._generator.tokenizer
         if work.text.infill:
             return Settled(words, work.decode)
-        eos = self._generator.words.eos if settings.eos != "never" else None
-        return Settled(words, work.decode, settings.stop, eos, hold=work.search is not None)
+        ends = self._generator.words.ends(settings)
+        return Settled(words, work.decode, settings.stop, ends, hold=work.search is not None)
 
     def _first(self, answer: Answer, work: Work) -> dict[str, Any]:
         given = None

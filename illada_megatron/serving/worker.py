@@ -213,7 +213,7 @@ class Worker:
             self.failed_in_a_row = 0
         except Exception as error:  # whatever it is, the others' texts go on
             failed = self._failed(error)
-            told += [(of_job[job], failed) for job in self._engine.in_hand]
+            told += [(of_job[job], failed) for job in self._engine.in_hand or of_job]
             self._engine.in_hand = []
         self.steps += 1
         self._metrics.stepped(
