@@ -1,6 +1,7 @@
 """What each address of the server does."""
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from illada_megatron.serving.settled import Settled
 from illada_megatron.serving.worker import SICK, Inbox, Work, Worker
 
 T = TypeVar("T")
+_GAP = re.compile(r"<mask:0*(\d+)>")
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,15 @@ class Service:
     async def _answered(self, form: Form, body: Body, request: Request, prepare: Callable[[], _Asked]) -> Response:
         self._check_model(body.model)
         asked = await self._prepared(prepare)
-        answer = Answer(form, self._options.name, asked.seeds, self._generator.tokenizer.piece)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        answer = Answer(form, self._options.name, asked.seeds, self._generator.tokenizer.piece, usage)
         firsts = [self._first(answer, work) for work in asked.works] if body.stream else []  # before a step is made
         exchange = Exchange(self.worker, self.metrics, asked.works, asked.inbox, asked.prompts)
         if not body.stream:
             with exchange:
                 results = await while_connected(request, exchange.results())
             return JSONResponse(answer.whole(results, asked.prompts))
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(exchange, exchange.chunks(answer, self._settled, firsts, usage))
+        return EventStream(exchange, exchange.chunks(answer, self._settled, firsts))
 
     async def _prepared(self, prepare: Callable[[], T]) -> T:
         """Off the loop: a long text, or a template, takes its time. Raises Refused."""
@@ -114,6 +116,7 @@ class Service:
 
     def _continued(self, body: CompletionBody, prompts: Sequence[str | list[int]]) -> _Asked:
         words = self._generator.tokenizer
+        self._check_count(body, len(prompts))  # before any is encoded
         ids = [words.encode(one) if isinstance(one, str) else one for one in prompts]
         if any(self._generator.config.mask_token_id in one for one in ids):
             raise Refused(400, "prompt: holds the mask token: ask /v1/infill for `<mask:N>`", "prompt")
@@ -128,6 +131,7 @@ class Service:
         return self._asked(body, [ids], self._conversations.decode, () if end is None else (end,))
 
     def _infilled(self, body: InfillBody) -> _Asked:
+        self._check_gaps(body.prompt)
         ids = self._generator.tokens(body.prompt)
         if self._generator.config.mask_token_id not in ids:
             raise Refused(400, "prompt: has no gap `<mask:N>`, N tokens to fill in, N from 1 up", "prompt")
@@ -138,21 +142,24 @@ class Service:
 
     def _asked(self, body: Body, prompts: list[list[int]], decode: Decode, ends: tuple[str, ...] = ()) -> _Asked:
         """ends: stop strings that the request has not given. Raises ValueError, Refused."""
-        n = body.n or 1
-        if len(prompts) * n > self._options.most_texts or not prompts:
-            message = f"prompts times n are {len(prompts) * n}, expected 1 to {self._options.most_texts}"
-            raise Refused(400, message, "n" if n > 1 else "prompt")
+        self._check_count(body, len(prompts))
         search = pattern_search(body.stop_pattern) if body.stop_pattern is not None else None
         chosen = body.chosen(self._options.defaults)
         inbox, works, seeds = Inbox(), list[Work](), list[int]()
         for ids in prompts:
             settings = self._settings(body, chosen, len(ids), ends)
-            for one in range(n):
+            for one in range(body.n or 1):
                 own = replace(settings, seed=settings.seed + one)
                 text, _, constraint = self._generator.text(ids, own)
                 works.append(Work(len(works), text, decode, inbox, constraint, search, bool(body.stream)))
                 seeds.append(own.seed)
         return _Asked(works, inbox, seeds, len(prompts))
+
+    def _check_count(self, body: Body, prompts: int) -> None:
+        n = body.n or 1
+        if not 1 <= prompts * n <= self._options.most_texts:
+            message = f"prompts times n are {prompts * n}, expected 1 to {self._options.most_texts}"
+            raise Refused(400, message, "n" if n > 1 else "prompt")
 
     def _settings(self, body: Body, chosen: dict[str, Any], prompt_tokens: int, ends: tuple[str, ...]) -> Settings:
         most = self._options.most_tokens
@@ -181,6 +188,16 @@ class Service:
             pieces = map(self._generator.tokenizer.piece, work.text.tokens.tolist())
             given = [None if mask else piece for mask, piece in zip(masked, pieces, strict=True)]
         return answer.first(work.index, work.text.given, given)
+
+    def _check_gaps(self, prompt: str) -> None:
+        """Before a list of so many masks is made, or so many pieces are encoded."""
+        room = self._generator.config.max_sequence_length
+        most = min(self._options.most_tokens or room, room)
+        # Python reads numbers of 4,300 digits, and no more
+        masks = sum(max(1, int(one)) if len(one) < 10 else 10**9 for one in _GAP.findall(prompt))
+        if masks > most:
+            message = f"the gaps ask for {masks} tokens, this server generates at most {most}: ask for fewer"
+            raise Refused(400, message, "prompt")
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self._options.name):
