@@ -142,7 +142,7 @@ def _defaults(given: list[str]) -> dict[str, Any]:
         if not equals or name not in names:
             raise ConfigError(f"--default {one}: expected FIELD=VALUE, FIELD one of {', '.join(sorted(names))}")
         try:
-            values[name] = json.loads(value)
+            values[name] = value if name in ("regex", "json_schema") else json.loads(value)
         except ValueError:
             values[name] = value  # a word
     try:

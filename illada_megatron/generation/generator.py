@@ -15,9 +15,10 @@ from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, unknown_ids
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.generation.constraining import Automaton, Constraint, automaton, expression_of
+from illada_megatron.generation.constraining import Automaton, Constraint, automaton
 from illada_megatron.generation.ending import Decode, Finish
 from illada_megatron.generation.engine import Engine, Job, Step
+from illada_megatron.generation.indexing import edges_apart, edges_of
 from illada_megatron.generation.model import Divided, Model
 from illada_megatron.generation.proposing import Words
 from illada_megatron.generation.settings import Settings
@@ -134,8 +135,11 @@ class Generator:
             engine.add(*self.text(prompt, settings))
             yield from engine.run()
 
-    def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode, Constraint | None]:
-        """A prompt as the engine takes it. Raises ValueError where it does not fit."""
+    def text(
+        self, prompt: Prompt, settings: Settings, follows: Automaton | None = None
+    ) -> tuple[Text, Decode, Constraint | None]:
+        """A prompt as the engine takes it. follows: of its settings' regex or json_schema, where it has been made.
+        Raises ValueError where it does not fit."""
         ids = self.tokens(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
         tokens = torch.tensor(ids, dtype=torch.int64)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.vocab_size:
@@ -148,19 +152,24 @@ class Generator:
                 f"{self.config.max_sequence_length}: shorten the prompt or gen_length"
             )
         text = Text(tokens, settings, self.config.mask_token_id, infill)
-        return text, self.tokenizer.decode, self._constraint(text)
+        return text, self.tokenizer.decode, self._constraint(text, follows)
 
-    def _constraint(self, text: Text) -> Constraint | None:
+    def _constraint(self, text: Text, follows: Automaton | None) -> Constraint | None:
         regex, schema = text.settings.regex, text.settings.json_schema
         if regex is None and schema is None:
             return None
         if text.infill:
             raise ValueError("regex and json_schema describe what continues a prompt: an infilling takes none")
+        return Constraint(follows or self.automaton(regex, schema), text)
+
+    def automaton(self, regex: str | None, schema: str | None, apart: bool = False) -> Automaton:
+        """Of settings' regex or json_schema. Any thread may ask. apart: of a stranger's, in a process whose time and
+        memory have an end. Raises ValueError where there is none, or it is too large."""
         if self.tokenizer.eos_id is None:
             raise ValueError("regex and json_schema need a tokenizer with an end-of-text token")
-        return Constraint(self._automaton(regex if regex is not None else expression_of(schema or "")), text)
+        return self._automaton(regex if regex is not None else schema or "", regex is None, apart)
 
-    def _made_automaton(self, expression: str) -> Automaton:
+    def _made_automaton(self, expression: str, schema: bool, apart: bool) -> Automaton:
         """Over the tokenizer's words."""
         left_out = {self.words.mask, self.words.eos, *unknown_ids(self.tokenizer)}
         words: dict[bytes, list[int]] = {}
@@ -169,7 +178,13 @@ class Generator:
                 words.setdefault(word, []).append(token_id)
         before = b"".join(self._spelled[token_id] for token_id in self.tokenizer.encode("a"))
         assert self.words.eos is not None
-        return automaton(expression, words, self.words.eos, before == b" a")
+        edges = (edges_apart if apart else edges_of)(expression, words, schema)
+        return automaton(edges, words, self.words.eos, before == b" a")
+
+    def decoder(self, constraint: Constraint | None) -> Decode:
+        """How the text of generated tokens is read, which follows a constraint or none: as the automaton has read it,
+        since a tokenizer's decoder may drop spaces."""
+        return self.tokenizer.decode if constraint is None else lambda ids: constraint.joined(ids, self._spelled)
 
     @cached_property
     def _spelled(self) -> list[bytes]:
@@ -194,10 +209,7 @@ class Generator:
         shown = text.tokens if text.infill else text.generated
         if end.finish == "eos":
             shown = shown[:-1]
-        if job.constraint is None:
-            words = self.tokenizer.decode(shown.tolist())[: end.characters]
-        else:  # as the automaton has read it: a tokenizer's decoder may drop spaces
-            words = job.constraint.joined(shown.tolist(), self._spelled)
+        words = self.decoder(job.constraint)(shown.tolist())[: end.characters]
         shown_parts = (text.tokens, text.order, text.appended, text.confidence)
         return Result(*shown_parts, words, end.finish, job.computed, text.given, text.steps)
 

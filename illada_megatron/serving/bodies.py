@@ -4,6 +4,7 @@ A field that is not known is refused, and so is one of OpenAI's that cannot be m
 asks for what happens anyway, as clients write it out ("logprobs": null, "presence_penalty": 0).
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -58,7 +59,8 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 Stop = Annotated[Text, Field(max_length=1_000)]
-_MOST_STOPS = 16
+_MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1_000
+_MOST_EXPRESSION = 10_000
 MOST_N = 128
 CONSTRAINTS = ("regex", "json_schema")
 
@@ -74,8 +76,9 @@ class Given(BaseModel):
         if not isinstance(given, dict):
             return given
         left = cls.understood(given)
+        known = {one.alias or name for name, one in cls.model_fields.items()}
         for name in left:
-            if name not in cls.model_fields:
+            if name not in known:
                 shown = name[:100].encode(errors="backslashreplace").decode()  # it may be long, or half a character
                 raise PydanticCustomError("extra_forbidden", "{param} is not known", {"param": shown})
         return left
@@ -140,6 +143,11 @@ class Body(Given):
         """Arguments of `Settings` but for stop_pattern, which `patterns.py` takes, and what an infilling cannot have:
         regex and json_schema."""
         names = {field.name for field in fields(Settings)} - {"stop_pattern", *CONSTRAINTS}
+        if isinstance(self.stop, list) and (characters := sum(map(len, self.stop))) > _MOST_STOP_CHARACTERS:
+            raise ValueError(
+                f"stop: {characters} characters together, at most {_MOST_STOP_CHARACTERS}: they are looked for again "
+                "with each step"
+            )
         given = {name: getattr(self, name) for name in names}
         chosen = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         for name in CONSTRAINTS:
@@ -169,7 +177,27 @@ def _float(values: tuple[Any, ...]) -> list[float]:
 
 
 class OpenAIBody(Body):
+    """What continues a prompt: it may follow an expression."""
+
     max_tokens: int | None = Field(None, ge=1)
+    regex: Annotated[Text, Field(max_length=_MOST_EXPRESSION)] | None = None
+    json_schema: dict[str, Any] | Text | None = None
+
+    def schema_text(self) -> str | None:
+        """The JSON schema that is asked for. Raises ValueError."""
+        return json.dumps(self.json_schema) if isinstance(self.json_schema, dict) else self.json_schema
+
+    def chosen(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """With regex or json_schema: the request's, else the defaults'. Raises ValueError where both are given, or
+        what would cut the text."""
+        chosen, own = super().chosen(defaults), {"regex": self.regex, "json_schema": self.schema_text()}
+        if not any(own.values()):
+            own = {name: defaults.get(name) for name in CONSTRAINTS}
+        if not any(own.values()):
+            return chosen
+        if self.stop or self.stop_pattern:
+            raise ValueError("stop and stop_pattern would cut a text that follows regex or json_schema as a whole")
+        return {**chosen, **own, "stop": ()}
 
     def length(self) -> int | None:
         return _one_of(gen_length=self.gen_length, max_tokens=self.max_tokens)
@@ -209,6 +237,30 @@ class TextPart(Given):
     text: Text
 
 
+class Schema(Given):
+    """OpenAI's `json_schema`."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class Format(Given):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    def schema_of(self) -> str | None:
+        """Raises ValueError."""
+        if self.type == "json_object":
+            raise ValueError("response_format json_object: JSON of any form nests without end: set a json_schema")
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("response_format: json_schema goes with type 'json_schema', and with no other")
+        return json.dumps(self.json_schema.schema_) if self.json_schema is not None else None
+
+
 _UNSPOKEN = ("refusal", "audio", "tool_calls", "function_call", "annotations", "name")
 """What OpenAI's client sends back with an answer, empty."""
 
@@ -233,8 +285,16 @@ class Message(Given):
 
 
 class ChatBody(OpenAIBody):
+    response_format: Format | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    def schema_text(self) -> str | None:
+        asked = self.response_format.schema_of() if self.response_format is not None else None
+        own = super().schema_text()
+        if asked is not None and own is not None:
+            raise ValueError("response_format and json_schema are names of one thing: give one of them")
+        return asked or own
 
     def length(self) -> int | None:
         return _one_of(

@@ -81,7 +81,6 @@ class Work:
     decode: Decode
     inbox: Inbox
     constraint: Constraint | None = None
-    """Of the operator's defaults."""
     search: Search | None = None
     """Of a stop pattern."""
     watched: bool = False

@@ -45,6 +45,7 @@ COMPLETIONS, CHAT, INFILL = "/v1/completions", "/v1/chat/completions", "/v1/infi
         (COMPLETIONS, {"prompt": "a", "steps": 9}, None, "steps 9 exceeds block_length 8"),
         (COMPLETIONS, {"prompt": "a", "n": 17}, "n", "expected 1 to 16"),
         (COMPLETIONS, {"prompt": "a", "stop": ["b"] * 17}, "stop", "at most 16"),
+        (COMPLETIONS, {"prompt": "a", "stop": ["b" * 501, "c" * 500]}, None, "stop: 1001 characters together"),
         (COMPLETIONS, {"prompt": "a", "stop": ""}, None, "stop holds an empty string"),
         (COMPLETIONS, {"prompt": "a", "stop_pattern": "(b"}, None, "no regular expression of RE2"),
         (COMPLETIONS, {"prompt": "a", "stop_pattern": "((b{1000}){1000}){1000}"}, None, "RE2"),
