@@ -15,9 +15,10 @@ from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.finding import find_tokenizer
 from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, decode_behind, unknown_ids
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.generation.constraining import Automaton, Constraint, automaton, expression_of
+from illada_megatron.generation.constraining import Automaton, Constraint, automaton
 from illada_megatron.generation.ending import Decode, Finish
 from illada_megatron.generation.engine import Engine, Job, Step
+from illada_megatron.generation.indexing import edges_apart, edges_of
 from illada_megatron.generation.model import Divided, Model
 from illada_megatron.generation.proposing import Words
 from illada_megatron.generation.settings import Settings
@@ -107,7 +108,8 @@ class Generator:
             file = find_tokenizer(name, "data.tokenizer_path" if tokenizer is None else "--tokenizer")
             words = load_tokenizer(file)
             _check_tokenizer(words, name, opened.config.model)
-            made = cls(LayerModel(opened.stage, opened.config, opened.run), words, opened.config.model)
+            model = LayerModel(opened.stage, opened.config, opened.run)
+            made = cls(model, words, opened.config.model, model.pass_tokens)
             made.tokenizer_path = file
             yield made
 
@@ -138,8 +140,11 @@ class Generator:
             engine.add(*self.text(prompt, settings))
             yield from engine.run()
 
-    def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode, Constraint | None]:
-        """A prompt as the engine takes it. Raises ValueError where it does not fit."""
+    def text(
+        self, prompt: Prompt, settings: Settings, follows: Automaton | None = None
+    ) -> tuple[Text, Decode, Constraint | None]:
+        """A prompt as the engine takes it. follows: of its settings' regex or json_schema, where it has been made.
+        Raises ValueError where it does not fit."""
         ids = self.tokens(prompt) if isinstance(prompt, str) else prompt
         tokens = torch.as_tensor(ids, dtype=torch.int64)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.vocab_size:
@@ -152,7 +157,7 @@ class Generator:
                 f"{self.config.max_sequence_length}: shorten the prompt or gen_length"
             )
         text = Text(tokens, settings, self.config.mask_token_id, infill)
-        constraint = self._constraint(text)
+        constraint = self._constraint(text, follows)
         return text, self._decode(text, constraint), constraint
 
     def _decode(self, text: Text, constraint: Constraint | None) -> Decode:
@@ -167,17 +172,22 @@ class Generator:
     def _decode_behind(self) -> Decode:
         return decode_behind(self.tokenizer)
 
-    def _constraint(self, text: Text) -> Constraint | None:
+    def _constraint(self, text: Text, follows: Automaton | None) -> Constraint | None:
         regex, schema = text.settings.regex, text.settings.json_schema
         if regex is None and schema is None:
             return None
         if text.infill:
             raise ValueError("regex and json_schema describe what continues a prompt: an infilling takes none")
+        return Constraint(follows or self.automaton(regex, schema), text)
+
+    def automaton(self, regex: str | None, schema: str | None, apart: bool = False) -> Automaton:
+        """Of settings' regex or json_schema. Any thread may ask. apart: of a stranger's, in a process whose time and
+        memory have an end. Raises ValueError where there is none, or it is too large."""
         if self.tokenizer.eos_id is None:
             raise ValueError("regex and json_schema need a tokenizer with an end-of-text token")
-        return Constraint(self._automaton(regex if regex is not None else expression_of(schema or "")), text)
+        return self._automaton(regex if regex is not None else schema or "", regex is None, apart)
 
-    def _made_automaton(self, expression: str) -> Automaton:
+    def _made_automaton(self, expression: str, schema: bool, apart: bool) -> Automaton:
         """Over the tokenizer's words."""
         left_out = {self.words.mask, self.words.eos, *unknown_ids(self.tokenizer)}
         words: dict[bytes, list[int]] = {}
@@ -186,7 +196,8 @@ class Generator:
                 words.setdefault(word, []).append(token_id)
         before = b"".join(self._spelled[token_id] for token_id in self.tokenizer.encode("a"))
         assert self.words.eos is not None
-        return automaton(expression, words, self.words.eos, before == b" a")
+        edges = (edges_apart if apart else edges_of)(expression, words, schema)
+        return automaton(edges, words, self.words.eos, before == b" a")
 
     @cached_property
     def _spelled(self) -> list[bytes]:

@@ -42,7 +42,9 @@ class Settled:
         if self._hold or not tokens:
             return ""
         text = self._text()
-        text = text[: min((_begin_of(one, text) for one in self._stop), default=len(text))]
+        # what was sent holds no stop string whole, and the begin of none
+        behind = len(self._sent)
+        text = text[: min((_begin_of(one, text, behind) for one in self._stop), default=len(text))]
         if not text.startswith(self._sent):
             return ""
         new = text[len(self._sent) :]
@@ -71,10 +73,10 @@ class Settled:
         return self._joins[token]
 
 
-def _begin_of(stop: str, text: str) -> int:
-    """Where `stop` begins in `text`, or may begin at its end."""
-    found = text.find(stop)
+def _begin_of(stop: str, text: str, behind: int) -> int:
+    """Where from `behind` on `stop` begins in `text`, or may begin at its end."""
+    found = text.find(stop, behind)
     if found >= 0:
         return found
-    longest = min(len(stop) - 1, len(text))
+    longest = min(len(stop) - 1, len(text) - behind)
     return len(text) - next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
