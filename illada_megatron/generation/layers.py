@@ -42,7 +42,7 @@ class LayerModel:
         self._broken: str | None = None
         """What has ended a pass, or a message, in the middle: the ranks do not agree any more."""
         self.pass_tokens = 1 << 16 if self._device.type == "cuda" else 1 << 11
-        """What to give `Engine`: a CPU is at its speed with fewer tokens, and their results stay in memory that is there."""
+        """What to give `Engine`: a CPU needs no more for its speed, and their results stay in memory."""
         self._kept = KeptKeys()
         self._next = 0
         self._dtype = next(stage.parameters()).dtype
