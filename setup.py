@@ -12,9 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.modified import newer_group
 
 try:
     from pybind11.setup_helpers import Pybind11Extension
@@ -36,8 +38,8 @@ _CAPABILITIES = {"DEFAULT": []} | (_X86_CAPABILITIES if _IS_X86 else {})
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, which also compiles an extension's `kernels` once for each instruction set, and leaves the CUDA part out
-    where it does not build and nobody has asked for it."""
+    """torch's, which compiles C++ on all cores (or MAX_JOBS of them), an extension's `kernels` once for each
+    instruction set, and leaves the CUDA part out where it does not build and nobody has asked for it."""
 
     def build_extensions(self) -> None:
         try:
@@ -54,16 +56,33 @@ class BuildExtension(cpp_extension.BuildExtension):
             super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:
-        for kernel in getattr(extension, "kernels", []):
-            for capability, flags in _CAPABILITIES.items():
-                extension.extra_objects += self.compiler.compile(
-                    [kernel],
-                    output_dir=str(Path(self.build_temp) / capability),
-                    macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
-                    include_dirs=extension.include_dirs,
-                    extra_postargs=[*extension.extra_compile_args["cxx"], *flags],
-                    depends=extension.depends,
-                )
+        made_of = [*extension.sources, *extension.depends]
+        if not self.force and not newer_group(made_of, self.get_ext_fullpath(extension.name), "newer"):
+            return
+        plain = [source for source in extension.sources if source.endswith(".cpp")]
+        jobs = [(source, self.build_temp, [], []) for source in plain]
+        jobs += [
+            (kernel, Path(self.build_temp, name), [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None)], flags)
+            for kernel in getattr(extension, "kernels", [])
+            for name, flags in _CAPABILITIES.items()
+        ]
+        given = extension.extra_compile_args
+        common = given["cxx"] if isinstance(given, dict) else given
+
+        def compiled(job: tuple[str, Path | str, list[tuple[str, str | None]], list[str]]) -> list[str]:
+            source, folder, macros, flags = job
+            return self.compiler.compile(
+                [source],
+                output_dir=str(folder),
+                macros=[*extension.define_macros, *macros],
+                include_dirs=extension.include_dirs,
+                extra_postargs=[*common, *flags],
+                depends=extension.depends,
+            )
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            extension.extra_objects += [made for found in pool.map(compiled, jobs) for made in found]
+        extension.sources = [source for source in extension.sources if source not in plain]
         super().build_extension(extension)
 
 
@@ -96,7 +115,7 @@ def kernels(without_cuda: str) -> Extension:
     cuda = {*_sources("csrc/*/cuda_*.cpp"), *_sources("csrc/*/cuda_*.cu")}
     # -fopenmp only compiles: the one OpenMP runtime of the process is that of torch's libraries. GCC 12 takes its own
     # intrinsics for uninitialised.
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     flags += [f"-DHAVE_{capability}_CPU_DEFINITION" for capability in _CAPABILITIES if capability != "DEFAULT"]
     extension = make(

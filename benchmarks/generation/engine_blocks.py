@@ -4,15 +4,16 @@ import torch
 
 from benchmarks.generation.shapes import Shape, prompt_tokens
 from benchmarks.step.workloads import MASK_TOKEN_ID
-from illada_megatron.generation import Engine, Model, Settings, Text, Words
+from illada_megatron.generation import Engine, Settings, Text, Words
+from illada_megatron.generation.layers import LayerModel
 from illada_megatron.generation.settings import Cache
 
 
 class EngineBlocks:
     """Of prompts of these lengths together. They are fixed in length, as the authors' are: all have the same steps."""
 
-    def __init__(self, model: Model, shape: Shape, prompts: tuple[int, ...], cache: Cache) -> None:
-        self._engine = Engine(model, Words(MASK_TOKEN_ID))
+    def __init__(self, model: LayerModel, shape: Shape, prompts: tuple[int, ...], cache: Cache) -> None:
+        self._engine = Engine(model, Words(MASK_TOKEN_ID), model.pass_tokens)
         self._settings = Settings(
             gen_length=shape.gen_length,
             block_length=shape.block_length,

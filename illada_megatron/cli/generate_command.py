@@ -177,7 +177,7 @@ def _texts(prompt: list[str] | None, file: Path | None, many: Path | None) -> li
         return [(file.read_text(), {})]
     assert many is not None
     texts = []
-    for number, line in enumerate(many.read_text().splitlines(), start=1):
+    for number, line in enumerate(many.read_text().split("\n"), start=1):
         if not line.strip():
             continue
         try:

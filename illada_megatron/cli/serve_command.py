@@ -124,7 +124,7 @@ def serve(
 
 def _keys(file: Path | None) -> tuple[str, ...]:
     """Never an option: the system shows a command's options to all its users."""
-    text = file.read_text() if file is not None else os.environ.get(_KEY, "")
+    text = file.read_text(encoding="utf-8") if file is not None else os.environ.get(_KEY, "")
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if file is not None and not keys:
         raise ConfigError(f"{file}: holds no key, expected one a line")
@@ -142,7 +142,7 @@ def _defaults(given: list[str]) -> dict[str, Any]:
         if not equals or name not in names:
             raise ConfigError(f"--default {one}: expected FIELD=VALUE, FIELD one of {', '.join(sorted(names))}")
         try:
-            values[name] = json.loads(value)
+            values[name] = value if name in ("regex", "json_schema") else json.loads(value)
         except ValueError:
             values[name] = value  # a word
     try:

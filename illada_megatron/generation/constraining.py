@@ -1,28 +1,24 @@
 """Text that a regular expression describes: which tokens a mask may become, and which of them together.
 
-outlines-core makes a deterministic automaton of the expression whose letters are the vocabulary's tokens. A text that
-is denoised knows some of its tokens and not others, in any order. So for each mask two sets of states count: those in
-which the automaton may be before it (from the left, through what is known and whatever is not), and those behind it
-from which the text can still end well in the tokens that are left (from the right). A token is possible where it leads
-from one of the first to one of the second.
+outlines-core makes a deterministic automaton of the expression whose letters are the vocabulary's tokens
+(`indexing.py`). A text that is denoised knows some of its tokens and not others, in any order. So for each mask two
+sets of states count: those in which the automaton may be before it (from the left, through what is known and whatever
+is not), and those behind it from which the text can still end well in the tokens that are left (from the right). A
+token is possible where it leads from one of the first to one of the second.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from illada_megatron.generation.indexing import Edges
 from illada_megatron.generation.text import Text
 
 _States = NDArray[np.bool_]
-_MISSING = "regex and json_schema need outlines-core: pip install 'illada-megatron[constrained]'"
-_SIGN = b"\x00"
-_MOST_EDGES = 8_000_000
 _Edges = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 """Sources, tokens, targets."""
 _NEVER = np.iinfo(np.int64).max
@@ -54,48 +50,19 @@ class Automaton:
         return self.sources[first:last], self.targets[first:last]
 
 
-def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int, space_before: bool = False) -> Automaton:
-    """Of a regular expression over the tokens `words`: bytes -> ids that are spelled so. space_before: a first token's
-    space may be none of the text.
+def automaton(edges: Edges, words: Mapping[bytes, Sequence[int]], eos: int, space_before: bool = False) -> Automaton:
+    """Of the edges of an expression over the tokens `words`: bytes -> ids that are spelled so. space_before: a first
+    token's space may be none of the text.
 
-    A text holds no NUL. Raises ValueError where it is none, no text of these tokens matches it, or outlines-core is not
-    installed.
+    A text holds no NUL.
     """
-    try:
-        from outlines_core import Index, Vocabulary
-    except ImportError as error:
-        raise ValueError(_MISSING) from error
-    # Index leaves out tokens behind which a text cannot end, where it could before them: of (ab)* an "a" behind "ab".
-    # With a sign behind everything it can end nowhere else; where the sign may stand, the text may end
-    sign = max(token_id for ids in words.values() for token_id in ids) + 1
-    known = {word: list(ids) for word, ids in words.items() if _SIGN not in word}
-    whole = expression.removeprefix("^")  # it describes the whole text
-    if whole.endswith("$") and not whole.endswith("\\$"):
-        whole = whole[:-1]
-    try:
-        index = Index(f"(?:{whole}){_SIGN.decode()}", Vocabulary(sign + 1, {**known, _SIGN: [sign]}))
-    except ValueError as error:
-        raise ValueError(f"regex {expression!r}: {error}") from error
-    table: dict[int, dict[int, int]] = index.get_transitions()
-    if (edges := sum(map(len, table.values()))) > _MOST_EDGES:
-        raise ValueError(
-            f"regex {expression!r}: {len(table)} states with {edges} tokens from one to another, expected at most "
-            f"{_MOST_EDGES}: count fewer characters ({{0,80}} and maxLength take a state for each)"
-        )
-    first, ended = index.get_initial_state(), index.get_final_states()
-    names = np.array(sorted(table, key=lambda name: (name != first, name)))
-    end, by_name = len(names), np.argsort(names)
-    final = [state for state, name in enumerate(names.tolist()) if table[name].get(sign) in ended] + [end]
-    parts: list[_Edges] = []
-    for state, name in enumerate(names.tolist()):
-        of_state = np.array([*table[name].items()], np.int64).reshape(-1, 2)
-        place = np.searchsorted(names, of_state[:, 1], sorter=by_name).clip(max=end - 1)
-        here = (of_state[:, 0] < sign) & (names[by_name[place]] == of_state[:, 1])  # behind the sign is nothing
-        parts.append((np.full(int(here.sum()), state), of_state[here, 0], by_name[place[here]]))
-    parts.append((np.array(final), np.full(len(final), eos), np.full(len(final), end)))
+    end = edges.states
+    final = np.append(edges.final, end)
+    parts: list[_Edges] = [(edges.sources, edges.tokens, edges.targets)]
+    parts.append((final, np.full(len(final), eos), np.full(len(final), end)))
     start, absorbed = 0, frozenset[int]()
     if space_before:
-        start, absorbed = end + 1, _add_opening(parts, known, end + 1)
+        start, absorbed = end + 1, _add_opening(parts, words, end + 1)
     sources, tokens, targets = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
     order = np.argsort(tokens, kind="stable")
     states = max(start, end) + 1
@@ -107,8 +74,9 @@ def automaton(expression: str, words: Mapping[bytes, Sequence[int]], eos: int, s
 
 def _add_opening(parts: list[_Edges], words: Mapping[bytes, Sequence[int]], opening: int) -> frozenset[int]:
     """A state before the first, with its edges, and with those of tokens that would be one without their space."""
-    (first, ends) = parts[0], parts[-1]
-    literal = dict(zip(first[1].tolist(), first[2].tolist(), strict=True))
+    (sources, tokens, targets), ends = parts
+    first = sources == 0
+    literal = dict(zip(tokens[first].tolist(), targets[first].tolist(), strict=True))
     absorbed: dict[int, int] = {}
     for word, ids in words.items():
         if word[:1] == b" ":
@@ -123,7 +91,7 @@ def _add_opening(parts: list[_Edges], words: Mapping[bytes, Sequence[int]], open
     return frozenset(absorbed)
 
 
-def _distances(follows: _States, ends: Sequence[int]) -> NDArray[np.int64]:
+def _distances(follows: _States, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     distance = np.full(len(follows), _NEVER)
     reached, steps = np.zeros(len(follows), bool), 0
     reached[ends] = True
@@ -131,48 +99,6 @@ def _distances(follows: _States, ends: Sequence[int]) -> NDArray[np.int64]:
         distance[reached] = steps
         reached, steps = np.logical_or.reduce(follows[:, reached], axis=1) & (distance == _NEVER), steps + 1
     return distance
-
-
-def expression_of(schema: str) -> str:
-    """A regular expression of the JSON texts that fit a JSON schema. Raises ValueError where it cannot be made."""
-    try:
-        from outlines_core.json_schema import build_regex_from_schema
-    except ImportError as error:
-        raise ValueError(_MISSING) from error
-    try:
-        _check_schema(json.loads(schema), (), {})
-        return str(build_regex_from_schema(schema))
-    except (ValueError, TypeError, AttributeError) as error:  # of a schema that is none
-        raise ValueError(f"json_schema is none that a regular expression can follow: {error}") from error
-
-
-_FOLLOWED = {
-    *("type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "enum", "const"),
-    *("anyOf", "minLength", "maxLength", "pattern", "$ref"),
-}
-_SAYS_NOTHING = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions"}
-"""About what fits."""
-
-
-def _check_schema(schema: Any, above: tuple[str, ...], root: Any) -> None:
-    """outlines-core passes over what it does not know: a text would not fit. Raises ValueError."""
-    if not isinstance(schema, dict):
-        raise ValueError(f"expected an object, found {json.dumps(schema)[:60]}")
-    root = root or schema
-    if unknown := sorted(schema.keys() - _FOLLOWED - _SAYS_NOTHING):
-        raise ValueError(f"it has {', '.join(unknown)}, expected nothing but {', '.join(sorted(_FOLLOWED))}")
-    if (name := schema.get("$ref")) is not None:
-        if name in above:
-            raise ValueError(f"{name} refers to itself")
-        target = root
-        for part in str(name).removeprefix("#/").split("/"):
-            target = target.get(part, {}) if isinstance(target, dict) else {}
-        _check_schema(target, (*above, name), root)
-    extra = schema.get("additionalProperties", False)
-    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", [])]
-    inner += [one for one in (extra, schema.get("items", True)) if not isinstance(one, bool)]
-    for one in inner:
-        _check_schema(one, above, root)
 
 
 class Constraint:
@@ -228,9 +154,9 @@ class Constraint:
         return rows[torch.isin(rows, torch.tensor(kept))]
 
     def joined(self, tokens: Sequence[int], spelled: Sequence[bytes]) -> str:
-        """The text of generated tokens. spelled: of each id."""
+        """The text of generated tokens, of which half a character may be the last. spelled: of each id."""
         words = b"".join(spelled[token] for token in tokens)
-        return words[int(tokens[:1] != [] and tokens[0] in self._automaton.absorbed) :].decode()
+        return words[int(len(tokens) > 0 and tokens[0] in self._automaton.absorbed) :].decode(errors="replace")
 
     def _before(self, text: Text) -> _States:
         """States before the block: one."""

@@ -1,10 +1,11 @@
-"""When a text ends: an end-of-text token, a stop string, a pattern; looked for when a block is done."""
+"""When a text ends: an end-of-text or stop token, a stop string, a pattern; looked for when a block is done."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from illada_megatron.generation.proposing import Words
 from illada_megatron.generation.text import Text
 
 Decode = Callable[[list[int]], str]
@@ -22,6 +23,8 @@ class End:
     """Of the text that are left, the prompt's among them; a stop string's own are."""
     characters: int | None = None
     """Of the generated text; None: all."""
+    by_token: bool = False
+    """The last token is what ended it, and no text."""
 
 
 def search_of(pattern: str) -> Search:
@@ -34,23 +37,24 @@ def search_of(pattern: str) -> Search:
     return search
 
 
-def end_of(text: Text, eos_token_id: int | None, decode: Decode | None, search: Search | None) -> End | None:
-    """The end within what is done of a continued text: an end-of-text token, or before it a stop string or what
-    `search` finds."""
+def end_of(text: Text, words: Words, decode: Decode | None, search: Search | None) -> End | None:
+    """The end within what is done of a continued text: one of the tokens that end it, or before that a stop string or
+    what `search` finds."""
     settings = text.settings
     done = text.span[1]
     generated = text.tokens[text.given : done].tolist()
-    ends: End | None = None
-    if settings.eos != "never" and eos_token_id in generated:
-        count = generated.index(eos_token_id) + 1
-        ends = End("eos", text.given + count)
-        generated = generated[: count - 1]
+    found_end: End | None = None
+    ends = words.ends(settings)
+    if (count := next((n for n, token in enumerate(generated) if token in ends), None)) is not None:
+        by_eos = generated[count] == words.eos
+        found_end = End("eos" if by_eos else "stop", text.given + count + 1, by_token=True)
+        generated = generated[:count]
     if decode is None or not (settings.stop or search):
-        return ends
-    words = decode(generated)
-    found = [at for one in settings.stop if (at := words.find(one)) >= 0]
-    if search is not None and (begin := search(words)) is not None:
+        return found_end
+    written = decode(generated)
+    found = [at for one in settings.stop if (at := written.find(one)) >= 0]
+    if search is not None and (begin := search(written)) is not None:
         found.append(begin)
     if not found:
-        return ends
+        return found_end
     return End("stop", text.given + len(generated), min(found))

@@ -8,6 +8,7 @@ A text's tokens are a function of itself, its settings and the model: not of wha
 model's rows are (`model.Model.logits`).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -19,11 +20,12 @@ from illada_megatron.generation import caching
 from illada_megatron.generation.choosing import choose
 from illada_megatron.generation.constraining import Constraint
 from illada_megatron.generation.ending import Decode, End, Search, end_of, search_of
-from illada_megatron.generation.model import WHOLE, Model, Part
+from illada_megatron.generation.model import WHOLE, Divided, Model, Part
 from illada_megatron.generation.proposing import Credit, Words, guided, propose
 from illada_megatron.generation.text import Text
 
 _NONE = torch.empty(0, dtype=torch.int64)
+_log = logging.getLogger("illada.generate")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Job:
     def kept_tokens(self) -> int:
         """Tokens of which keys and values are kept while it is in work."""
         return 0 if self.text.settings.cache == "none" else self.capacity * self.branches
+
+
+_Pass = list[tuple[Job, list[Part]]]
 
 
 class Engine:
@@ -135,20 +140,38 @@ class Engine:
 
     @torch.no_grad()
     def steps(self) -> Iterator[tuple[Job, Step]]:
-        """`step`, a text after the other. An error is that of the texts `in_hand`: the others are as they were before
-        or after their step, and may go on."""
+        """`step`, a text after the other. An error is that of the texts `in_hand`, to be removed: the others are as
+        they were before or after their step, and may go on. A pass that fails is made again in halves, down to the
+        text that fails alone; where several ranks share the model they cannot begin it again, and the error is that of
+        all its texts."""
+        self.in_hand = []
         self._admit()
         for job in self._in_work():
             self.in_hand = [job]
             if not self._has_block(job):
                 yield job, self._ended(job)
         for passed in self._passes():
-            self.in_hand = [job for job, _ in passed]
-            proposals = list(self._proposals(passed))
-            for (job, parts), found in zip(passed, proposals, strict=True):
-                self.in_hand = [job]
-                yield job, self._revealed(job, parts, *found)
+            yield from self._made(passed)
         self.in_hand = []
+
+    def _made(self, passed: _Pass) -> Iterator[tuple[Job, Step]]:
+        """The steps of a pass."""
+        self.in_hand = [job for job, _ in passed]
+        try:
+            proposals = list(self._proposals(passed))
+        except Exception as error:
+            if len(passed) == 1 or (isinstance(self.model, Divided) and self.model.ranks > 1):
+                raise
+            _log.warning("a pass of %d texts failed, and is made again in halves: %s", len(passed), error)
+            proposals = None  # behind `except` what the pass had in memory is free
+        if proposals is None:
+            half = len(passed) // 2
+            yield from self._made(passed[:half])
+            yield from self._made(passed[half:])
+            return
+        for (job, parts), found in zip(passed, proposals, strict=True):
+            self.in_hand = [job]
+            yield job, self._revealed(job, parts, *found)
 
     def run(self) -> Iterator[tuple[Job, Step]]:
         """All steps until nothing is in work."""
@@ -178,15 +201,17 @@ class Engine:
             kept += job.kept_tokens
             if kept > self.model.kept_tokens:
                 break
-            job.in_work = True
+            self.in_hand = [job]
             for _ in range(job.branches if job.kept_tokens else 0):
                 job.kept.append(self.model.keep(job.capacity))
+            job.in_work = True
 
-    def _passes(self) -> Iterator[list[tuple[Job, list[Part]]]]:
+    def _passes(self) -> Iterator[_Pass]:
         """What the texts in work need, in passes of at most `pass_tokens` and `pass_rows`."""
-        of_pass: list[tuple[Job, list[Part]]] = []
+        of_pass: _Pass = []
         tokens = rows = 0
         for job in self._in_work():
+            self.in_hand = [job]
             parts = self._parts(job)
             more_tokens = sum(part.tokens.numel() for part in parts)
             more_rows = sum(part.wanted.numel() for part in parts)
@@ -198,21 +223,24 @@ class Engine:
         if of_pass:
             yield of_pass
 
-    def _proposals(self, passed: Sequence[tuple[Job, list[Part]]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Candidates [m] int64 and confidence [m] of each text of a pass. They leave the device together: a GPU waits
-        once."""
+    def _proposals(self, passed: _Pass) -> Iterator[tuple[Tensor, Tensor, Credit]]:
+        """Candidates [m] int64, confidence [m] and the credit after it of each text of a pass. They leave the device
+        together: a GPU waits once."""
         every = [part for _, parts in passed for part in parts]
         rows = iter(self.model.logits(every).split([part.wanted.numel() for part in every]))
-        found = []
+        found, credits = [], []
         for job, parts in passed:
             logits = next(rows)
             if len(parts) == 2:
                 logits = guided(logits, next(rows), job.text.settings.guidance)
             if job.constraint is not None:
                 job.constraint.allow(logits, job.text)
-            found.append(propose(logits, job.text, self.words, job.credit))
-        for one in torch.cat(found, dim=1).cpu().split([one.shape[1] for one in found], dim=1):
-            yield one[0].to(torch.int64), one[1]
+            one, credit = propose(logits, job.text, self.words, job.credit)
+            found.append(one)
+            credits.append(credit)
+        on_cpu = torch.cat(found, dim=1).cpu().split([one.shape[1] for one in found], dim=1)
+        for one, credit in zip(on_cpu, credits, strict=True):
+            yield one[0].to(torch.int64), one[1], credit
 
     def _parts(self, job: Job) -> list[Part]:
         """Of the text, and with guidance of the text whose prompt is masked."""
@@ -231,10 +259,13 @@ class Engine:
             for tokens, one in zip(computed, kept, strict=True)
         ]
 
-    def _revealed(self, job: Job, parts: Sequence[Part], candidates: Tensor, confidence: Tensor) -> Step:
+    def _revealed(
+        self, job: Job, parts: Sequence[Part], candidates: Tensor, confidence: Tensor, credit: Credit
+    ) -> Step:
         text = job.text
-        if confidence.isnan().any():
+        if confidence.isnan().any() or (candidates >= self.model.vocab_size).any():
             raise ValueError(f"the model returned NaN, or no token is possible, at step {text.step}")
+        job.credit = credit
         rows = choose(text, candidates, confidence, self.words.eos)
         if job.constraint is not None:
             rows = job.constraint.settle(text, rows, candidates)
@@ -254,6 +285,6 @@ class Engine:
         text = job.text
         if text.block.numel():
             return None
-        if not text.infill and (end := end_of(text, self.words.eos, job.decode, job.search)) is not None:
+        if not text.infill and (end := end_of(text, self.words, job.decode, job.search)) is not None:
             return end
         return None if text.has_more() else End("length", text.tokens.numel())

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from illada_megatron.config import ConfigError, ModelConfig
 from illada_megatron.data.tokenizers.finding import find_tokenizer
-from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, unknown_ids
+from illada_megatron.data.tokenizers.spelling import bytes_of_tokens, decode_behind, unknown_ids
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from illada_megatron.generation.constraining import Automaton, Constraint, automaton, expression_of
+from illada_megatron.generation.constraining import Automaton, Constraint, automaton
 from illada_megatron.generation.ending import Decode, Finish
 from illada_megatron.generation.engine import Engine, Job, Step
+from illada_megatron.generation.indexing import edges_apart, edges_of
 from illada_megatron.generation.model import Divided, Model
 from illada_megatron.generation.proposing import Words
 from illada_megatron.generation.settings import Settings
@@ -39,7 +40,8 @@ class Result:
     appended: Tensor  # [s] int64: step before which each was appended; GIVEN where it was there from the start
     confidence: Tensor  # [s] float64
     text: str
-    """What was generated, without the end-of-text token and what stopped it; of an infilling the whole text."""
+    """What was generated, as it follows the prompt, without the end-of-text token and what stopped it; of an infilling
+    the whole text."""
     finish: Finish
     computed: int
     """Positions that went through the layers, over all steps."""
@@ -68,11 +70,14 @@ class Generator:
         self.tokenizer = tokenizer
         self.config = config
         self.pass_tokens = pass_tokens
+        special = tokenizer.special_ids()
+        thought = [special[END_OF_THINKING]] if END_OF_THINKING in special else tokenizer.encode(END_OF_THINKING)
         self.words = Words(
             config.mask_token_id,
             tokenizer.eos_id,
-            tuple(tokenizer.encode(END_OF_THINKING)),
+            tuple(thought),
             min(tokenizer.vocab_size, model.vocab_size),
+            special,
         )
 
     @classmethod
@@ -103,7 +108,8 @@ class Generator:
             file = find_tokenizer(name, "data.tokenizer_path" if tokenizer is None else "--tokenizer")
             words = load_tokenizer(file)
             _check_tokenizer(words, name, opened.config.model)
-            made = cls(LayerModel(opened.stage, opened.config, opened.run), words, opened.config.model)
+            model = LayerModel(opened.stage, opened.config, opened.run)
+            made = cls(model, words, opened.config.model, model.pass_tokens)
             made.tokenizer_path = file
             yield made
 
@@ -134,10 +140,13 @@ class Generator:
             engine.add(*self.text(prompt, settings))
             yield from engine.run()
 
-    def text(self, prompt: Prompt, settings: Settings) -> tuple[Text, Decode, Constraint | None]:
-        """A prompt as the engine takes it. Raises ValueError where it does not fit."""
-        ids = self.tokens(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
-        tokens = torch.tensor(ids, dtype=torch.int64)
+    def text(
+        self, prompt: Prompt, settings: Settings, follows: Automaton | None = None
+    ) -> tuple[Text, Decode, Constraint | None]:
+        """A prompt as the engine takes it. follows: of its settings' regex or json_schema, where it has been made.
+        Raises ValueError where it does not fit."""
+        ids = self.tokens(prompt) if isinstance(prompt, str) else prompt
+        tokens = torch.as_tensor(ids, dtype=torch.int64)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.vocab_size:
             raise ValueError(f"the prompt has ids outside of the model's {self.model.vocab_size}")
         infill = bool((tokens == self.config.mask_token_id).any())
@@ -148,19 +157,37 @@ class Generator:
                 f"{self.config.max_sequence_length}: shorten the prompt or gen_length"
             )
         text = Text(tokens, settings, self.config.mask_token_id, infill)
-        return text, self.tokenizer.decode, self._constraint(text)
+        constraint = self._constraint(text, follows)
+        return text, self._decode(text, constraint), constraint
 
-    def _constraint(self, text: Text) -> Constraint | None:
+    def _decode(self, text: Text, constraint: Constraint | None) -> Decode:
+        """Generated tokens -> their text: what stop strings are looked for in, and what is shown in the end."""
+        if constraint is not None:  # as the automaton has read it: a tokenizer's decoder may drop spaces
+            return lambda ids: constraint.joined(ids, self._spelled)
+        if text.infill or not self.tokenizer.decode(text.tokens[: text.given].tolist()):
+            return self.tokenizer.decode
+        return self._decode_behind
+
+    @cached_property
+    def _decode_behind(self) -> Decode:
+        return decode_behind(self.tokenizer)
+
+    def _constraint(self, text: Text, follows: Automaton | None) -> Constraint | None:
         regex, schema = text.settings.regex, text.settings.json_schema
         if regex is None and schema is None:
             return None
         if text.infill:
             raise ValueError("regex and json_schema describe what continues a prompt: an infilling takes none")
+        return Constraint(follows or self.automaton(regex, schema), text)
+
+    def automaton(self, regex: str | None, schema: str | None, apart: bool = False) -> Automaton:
+        """Of settings' regex or json_schema. Any thread may ask. apart: of a stranger's, in a process whose time and
+        memory have an end. Raises ValueError where there is none, or it is too large."""
         if self.tokenizer.eos_id is None:
             raise ValueError("regex and json_schema need a tokenizer with an end-of-text token")
-        return Constraint(self._automaton(regex if regex is not None else expression_of(schema or "")), text)
+        return self._automaton(regex if regex is not None else schema or "", regex is None, apart)
 
-    def _made_automaton(self, expression: str) -> Automaton:
+    def _made_automaton(self, expression: str, schema: bool, apart: bool) -> Automaton:
         """Over the tokenizer's words."""
         left_out = {self.words.mask, self.words.eos, *unknown_ids(self.tokenizer)}
         words: dict[bytes, list[int]] = {}
@@ -169,20 +196,21 @@ class Generator:
                 words.setdefault(word, []).append(token_id)
         before = b"".join(self._spelled[token_id] for token_id in self.tokenizer.encode("a"))
         assert self.words.eos is not None
-        return automaton(expression, words, self.words.eos, before == b" a")
+        edges = (edges_apart if apart else edges_of)(expression, words, schema)
+        return automaton(edges, words, self.words.eos, before == b" a")
 
     @cached_property
     def _spelled(self) -> list[bytes]:
         return bytes_of_tokens(self.tokenizer)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids, with N masks for each `<mask:N>`."""
+        """Token ids, with N masks for each `<mask:N>`. Raises ValueError at the gap that makes them too many."""
         ids: list[int] = []
+        most = self.config.max_sequence_length
         for index, part in enumerate(_GAP.split(text)):
-            if index % 2 and int(part) > self.config.max_sequence_length:
-                raise ValueError(
-                    f"<mask:{part}>: model.max_sequence_length is {self.config.max_sequence_length}: ask for fewer"
-                )
+            if index % 2 and len(ids) + int(part) > most:  # before a short text becomes a list that fills the memory
+                found = f"a text of {len(ids) + int(part)} tokens"
+                raise ValueError(f"<mask:{part}> makes {found}, model.max_sequence_length is {most}: ask for fewer")
             ids += [self.config.mask_token_id] * int(part) if index % 2 else self.tokenizer.encode(part)
         return ids
 
@@ -192,12 +220,9 @@ class Generator:
         if end is None:
             raise ValueError("the text is not finished")
         shown = text.tokens if text.infill else text.generated
-        if end.finish == "eos":
+        if end.by_token:
             shown = shown[:-1]
-        if job.constraint is None:
-            words = self.tokenizer.decode(shown.tolist())[: end.characters]
-        else:  # as the automaton has read it: a tokenizer's decoder may drop spaces
-            words = job.constraint.joined(shown.tolist(), self._spelled)
+        words = (job.decode or self.tokenizer.decode)(shown.tolist())[: end.characters]
         shown_parts = (text.tokens, text.order, text.appended, text.confidence)
         return Result(*shown_parts, words, end.finish, job.computed, text.given, text.steps)
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
-from torch.nn import functional
 
 from illada_megatron.config import RunConfig
 from illada_megatron.generation.model import WHOLE, Part
 from illada_megatron.model.kept_keys import KeptKeys, KeptPass, KeptText
 from illada_megatron.model.mask_predictor import MaskPredictor
 from illada_megatron.model.packing import Segments, pack
+from illada_megatron.ops import row_product
 from illada_megatron.runtime import Runtime
 
 
@@ -40,11 +41,15 @@ class LayerModel:
         self._group = _waiting_group() if run.world_size > 1 else None
         self._broken: str | None = None
         """What has ended a pass, or a message, in the middle: the ranks do not agree any more."""
-        self.row_multiple = _row_multiple(stage, self._group) if self._device.type == "cpu" else None
-        """See `_row_multiple`; None on a GPU, too."""
+        self.pass_tokens = 1 << 16 if self._device.type == "cuda" else 1 << 11
+        """What to give `Engine`: a CPU needs no more for its speed, and their results stay in memory."""
         self._kept = KeptKeys()
         self._next = 0
         self._dtype = next(stage.parameters()).dtype
+        self.rows_alone = row_product.missing(self._device, self._dtype)
+        """Why a row of logits may have other bits among others; None: it has not."""
+        if self.rows_alone is None:
+            _take_row_products(stage)
         of_token = 2 * config.model.num_layers * config.model.num_query_groups * config.model.head_dim
         of_all = (kept_bytes or _kept_bytes(self._device)) * run.layout.tensor * run.layout.pipeline
         self.kept_tokens = max(of_all // (of_token * self._dtype.itemsize), 2 * self.max_sequence_length)
@@ -63,11 +68,12 @@ class LayerModel:
         return found
 
     def keep(self, capacity: int) -> int:
-        """As `Model.keep`."""
+        """As `Model.keep`. Raises ValueError where texts of several engines are more than `kept_tokens` together."""
         self._next += 1
+        asked = self._next, capacity, self.kept_tokens
+        self._kept.keep(*asked)
         with self._in_step():
-            self._tell("keep", (self._next, capacity))
-        self._kept.keep(self._next, capacity)
+            self._tell("keep", asked)
         return self._next
 
     def forget(self, kept: int) -> None:
@@ -131,11 +137,11 @@ class LayerModel:
         if not self._run.is_last_stage:
             dist.send(hidden, self._run.rank + layout.tensor)
             if self._run.rank == 0:
-                found = torch.empty(work.count, self.vocab_size, dtype=self._dtype, device=self._device)
+                found = torch.empty(work.wanted.numel(), self.vocab_size, dtype=self._dtype, device=self._device)
                 dist.recv(found, (layout.pipeline - 1) * layout.tensor)
                 return found.float()
             return None
-        logits = self._stage.logits(hidden[work.wanted])[: work.count]
+        logits = self._stage.logits(hidden[work.wanted])
         if self._run.rank == 0:
             return logits.float()
         if self._run.rank == (layout.pipeline - 1) * layout.tensor:
@@ -158,20 +164,18 @@ class LayerModel:
     def _work(self, parts: Sequence[Part]) -> "_Work":
         """A pass as the layers take it. Its numbers go to the device in one transfer, and a second of the offsets."""
         in_order = sorted(range(len(parts)), key=lambda number: _place(parts[number]))
-        first_row, offset = [0] * len(parts), self._missing(sum(part.tokens.numel() for part in parts))
-        lengths = [offset] if offset else []
-        tokens = [torch.zeros(offset, dtype=torch.int64)]
+        first_row, offset = [0] * len(parts), 0
+        lengths, tokens = [], []
         for number in in_order:
             first_row[number] = offset
             offset += parts[number].tokens.numel()
             tokens.append(parts[number].tokens)
             lengths.append(parts[number].tokens.numel())
         wanted = torch.cat([part.wanted + first for part, first in zip(parts, first_row, strict=True)])
-        filled = torch.cat((wanted, wanted[:1].expand(self._missing(wanted.numel()))))
         kept = [parts[number] for number in in_order if parts[number].kept != WHOLE]
         positions = [torch.arange(len(one.tokens)) if one.positions is None else one.positions for one in kept]
         rows = [where + self._kept.start(part.kept) for part, where in zip(kept, positions, strict=True)]
-        numbers = [torch.cat(tokens), filled, *(torch.cat(one) for one in (positions, rows) if one)]
+        numbers = [torch.cat(tokens), wanted, *(torch.cat(one) for one in (positions, rows) if one)]
         sent = torch.cat(numbers).to(self._device).split([one.numel() for one in numbers])
         some = [part for part in kept if part.positions is not None]
         whole = lengths[: len(lengths) - len(some)]
@@ -180,11 +184,7 @@ class LayerModel:
         if kept:
             texts = [KeptText(part.tokens.numel(), part.length, self._kept.start(part.kept)) for part in some]
             segments.kept = KeptPass(self._packed(whole, longest), texts, self._kept, sent[2], sent[3])
-        return _Work(sent[0], sent[1], wanted.numel(), segments)
-
-    def _missing(self, rows: int) -> int:
-        """Rows that matrix products of `rows` are filled up with."""
-        return -rows % self.row_multiple if self.row_multiple else 0
+        return _Work(sent[0], sent[1], segments)
 
     def _packed(self, lengths: Sequence[int], longest: int) -> Segments:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(self._device, torch.int32)
@@ -193,11 +193,10 @@ class LayerModel:
 
 @dataclass(frozen=True)
 class _Work:
-    """A pass: what fills up its rows, then the texts in the order that `KeptPass` asks for."""
+    """A pass: the texts in the order that `KeptPass` asks for."""
 
     tokens: Tensor  # [t] int64, on the device
-    wanted: Tensor  # [m + rows that fill up] int64, on the device: of the t rows
-    count: int  # m
+    wanted: Tensor  # [m] int64, on the device: of the t rows
     segments: Segments
 
 
@@ -218,33 +217,14 @@ def _waiting_group() -> dist.ProcessGroup:
     return group
 
 
-_MULTIPLES = (4, 8, 16, 32, 64, 128)
-_PROBED_ROWS = 4096
+def _take_row_products(stage: MaskPredictor) -> None:
+    """Of all linear layers, the head among them, for good."""
+    for module in stage.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module._forward_impl = _linear  # megatron-core's name for what multiplies
 
 
-@torch.no_grad()
-def _row_multiple(stage: MaskPredictor, group: dist.ProcessGroup | None) -> int | None:
-    """The smallest multiple, on every rank of the group, to which rows are filled up so that each has the same bits in
-    a product of few as in one of many; None: there is none. Libraries divide a product over threads, and sum in another
-    order where few rows are left for one. Asked of the stage's own matrices (of large ones the first rows), on this
-    machine and its threads."""
-    weights = {tuple(one.shape): one[:_PROBED_ROWS] for one in stage.parameters() if one.dim() == 2}
-    for multiple in _MULTIPLES:
-        alike = torch.tensor(all(_rows_are_alike(weight, multiple) for weight in weights.values()), dtype=torch.int32)
-        if group is not None:
-            dist.all_reduce(alike, dist.ReduceOp.MIN, group)
-        if alike:
-            return multiple
-    return None
-
-
-def _rows_are_alike(weight: Tensor, multiple: int) -> bool:
-    source = torch.Generator().manual_seed(0)
-    rows = torch.randn(9 * multiple, weight.shape[1], generator=source).to(weight.dtype)
-    every = functional.linear(rows, weight)
-    for count in (1, 2, 3, 5, 6, 7, 8):
-        first = (9 - count) * multiple
-        some = functional.linear(rows[first : first + count * multiple], weight)
-        if not torch.equal(some, every[first : first + count * multiple]):
-            return False
-    return True
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
+    """Of megatron-core's other arguments none is for a rank's own product without a gradient."""
+    product = row_product.row_product(input, weight)
+    return product if bias is None else product + bias

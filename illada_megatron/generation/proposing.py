@@ -1,5 +1,6 @@
 """Who proposes: logits of a block's masks -> a candidate for each, and the confidence in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from illada_megatron.generation.settings import Settings
 from illada_megatron.generation.text import Text
 
 _GROUP = 64  # neighbouring tokens, of which a library finds the largest, or the sum, in one sweep
-_CACHED = 1 << 18  # logits, 1 MB
+_CACHED, _ON_GPU = 1 << 18, 1 << 23  # logits worked on at one time: 1 MB; 32 MB, and 64 in float64
 _CREDIT_DECAY, _CREDIT_POWER, _CREDIT_WEIGHT = 0.8, 0.2, 0.7  # dInfer (arXiv 2510.08666)
 
 
@@ -24,9 +25,16 @@ class Words:
     """What "</think>" is spelled in."""
     count: int | None = None
     """Ids that the tokenizer has words for; None: all that the model has."""
+    special: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens, which a decoder leaves out, by their names."""
+
+    def ends(self, settings: Settings) -> frozenset[int]:
+        """Ids before the first of which a text ends: end-of-text, and special tokens that `stop` names."""
+        named = {self.special[name] for name in settings.stop if name in self.special}
+        return frozenset(named | ({self.eos} if self.eos is not None and settings.eos != "never" else set()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Credit:
     """What tokens have gained at positions by having been the best there before: one entry for each pair."""
 
@@ -34,21 +42,21 @@ class Credit:
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     amounts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
-    def add(self, positions: Tensor, tokens: Tensor, probabilities: Tensor) -> None:
-        """A step's best token of each position that is masked, [m] each."""
+    def after(self, positions: Tensor, tokens: Tensor, probabilities: Tensor) -> "Credit":
+        """With a step's best token of each position that is masked, [m] each."""
         masked = torch.isin(self.positions, positions)
-        self.positions, self.tokens = self.positions[masked], self.tokens[masked]
-        self.amounts = self.amounts[masked] * _CREDIT_DECAY
-        key = torch.cat((self.positions, positions)) << 32 | torch.cat((self.tokens, tokens))
-        amounts = torch.cat((self.amounts, probabilities.to(torch.float64) ** _CREDIT_POWER))
+        key = torch.cat((self.positions[masked], positions)) << 32 | torch.cat((self.tokens[masked], tokens))
+        gained = probabilities.to(torch.float64) ** _CREDIT_POWER
+        amounts = torch.cat((self.amounts[masked] * _CREDIT_DECAY, gained))
         pairs, entry = key.unique(return_inverse=True)
-        self.positions, self.tokens = pairs >> 32, pairs & 0xFFFFFFFF
-        self.amounts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add(0, entry, amounts)
+        summed = torch.zeros(pairs.numel(), dtype=torch.float64).index_add(0, entry, amounts)
+        return Credit(pairs >> 32, pairs & 0xFFFFFFFF, summed)
 
 
-def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> Tensor:
+def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[Tensor, Credit]:
     """[2, m] float64, where the logits are: candidates, and the confidence in them, for the masks of `text.block`.
-    Confidence is NaN where the model returned NaN, or no token is possible.
+    Confidence is NaN where the model returned NaN, or no token is possible. And the credit that counts once the step
+    is made.
 
     logits: [m, v], guidance done; changed in place. A GPU is made to wait by `credit` alone.
     """
@@ -58,12 +66,12 @@ def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> Tensor:
     if settings.repetition_penalty != 1:
         _penalise(logits, text, words.mask, settings.repetition_penalty)
     if settings.credit:
-        _give_credit(logits, text, credit)
+        credit = _give_credit(logits, text, credit)
     best = _best(logits)
     candidates = best if settings.temperature == 0 else _sampled(logits, text)
     confidence = _confidence(logits, candidates, best, text)
     possible = _at(logits, best).isfinite()
-    return torch.stack((candidates.to(torch.float64), confidence.where(possible, torch.nan)))
+    return torch.stack((candidates.to(torch.float64), confidence.where(possible, torch.nan))), credit
 
 
 def _exclude(logits: Tensor, words: Words, settings: Settings) -> None:
@@ -96,13 +104,14 @@ def _penalise(logits: Tensor, text: Text, mask: int, penalty: float) -> None:
     logits[:, held] = torch.where(found > 0, found / penalty, found * penalty)
 
 
-def _give_credit(logits: Tensor, text: Text, credit: Credit) -> None:
+def _give_credit(logits: Tensor, text: Text, credit: Credit) -> Credit:
     """C <- 0.8 C, C of the best token += p ** 0.2; logits + 0.7 ln(C + 1)."""
     best = _best(logits)
-    credit.add(text.block, best.cpu(), _probability(logits, best, best).cpu())
+    credit = credit.after(text.block, best.cpu(), _probability(logits, best, best).cpu())
     rows = torch.searchsorted(text.block, credit.positions)
     gained = _CREDIT_WEIGHT * (credit.amounts + 1).log()
     logits.index_put_((rows.to(logits.device), credit.tokens.to(logits.device)), gained.to(logits), accumulate=True)
+    return credit
 
 
 def _confidence(logits: Tensor, candidates: Tensor, best: Tensor, text: Text) -> Tensor:
@@ -113,21 +122,32 @@ def _confidence(logits: Tensor, candidates: Tensor, best: Tensor, text: Text) ->
     if kind == "low_confidence":
         return _probability(logits, candidates, best)
     if kind == "margin":
-        first, second = logits.topk(2, dim=-1).values.to(torch.float64).unbind(-1)
+        largest = torch.cat([some.topk(2, dim=-1).values for some in logits.split(_rows(logits))])
+        first, second = largest.to(torch.float64).unbind(-1)
         return _probability(logits, best, best) * -torch.expm1(second - first)
+    return torch.cat([_exp_of_entropy(some) for some in logits.split(_rows(logits))])
+
+
+def _exp_of_entropy(logits: Tensor) -> Tensor:
+    """[m, v] -> [m] float64: exp(-H)."""
     log_p = logits.to(torch.float64).log_softmax(-1)
     return (log_p.exp() * log_p.clamp_min(torch.finfo(torch.float64).min)).sum(-1).exp()
+
+
+def _rows(logits: Tensor) -> int:
+    """Of [m, v], to be worked on at one time: what is made of them on the way is several times as large. On a CPU as
+    many as stay in its cache."""
+    return max(1, (_CACHED if logits.device.type == "cpu" else _ON_GPU) // logits.shape[1])
 
 
 def _probability(logits: Tensor, tokens: Tensor, best: Tensor) -> Tensor:
     """[m] float64, of softmax(logits) [m, v] at tokens [m]; best: of the largest logits [m].
 
     Exponentials are of the logits' precision, the largest is 1, and of the others few are added up in that precision:
-    1 - p is exact to some 1e-8 of itself, where a sum in fp32 would change which of two is surer. On a CPU as many
-    rows at a time as stay in its cache.
+    1 - p is exact to some 1e-8 of itself, where a sum in fp32 would change which of two is surer.
     """
     largest = _at(logits, best)
-    rows = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else 256
+    rows = _rows(logits)
     pieces = zip(logits.split(rows), largest.split(rows), best.split(rows), strict=True)
     others = torch.cat([_sum((one - most[:, None]).exp_().scatter_(1, at[:, None], 0.0)) for one, most, at in pieces])
     return (_at(logits, tokens) - largest).to(torch.float64).exp() / (1.0 + others)
@@ -160,15 +180,22 @@ def _at(logits: Tensor, tokens: Tensor) -> Tensor:
 def _sampled(logits: Tensor, text: Text) -> Tensor:
     """[m] a sample of softmax(logits / T) for each, in float64: low-precision sampling is known to lower the effective
     temperature (arXiv 2409.02908)."""
-    settings = text.settings
-    scaled = logits.to(torch.float64) / settings.temperature
+    noise = _position_noise("generation.candidate", text).to(logits.device)
+    pieces = zip(logits.split(_rows(logits)), noise.split(_rows(logits)), strict=True)
+    return torch.cat([_sampled_at(some, text.settings, u) for some, u in pieces])
+
+
+def _sampled_at(logits: Tensor, settings: Settings, u: Tensor) -> Tensor:
+    """u: [m], where in the distribution of each."""
+    scaled = logits.to(torch.float64)
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / settings.temperature  # what overflows is -inf, no more
     if settings.top_k and settings.top_k < scaled.shape[1]:
         least = scaled.topk(settings.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     probabilities = scaled.softmax(-1)
     if settings.top_p < 1:
         probabilities = _nucleus(probabilities, settings.top_p)
-    return sample(probabilities, _position_noise("generation.candidate", text).to(logits.device))
+    return sample(probabilities, u)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -182,12 +209,13 @@ def sample(probabilities: Tensor, u: Tensor) -> Tensor:
     """Invert the cumulative distribution of each row of `[m, v]` at `u` `[m]`.
 
     The distribution is that of LLaDA's Gumbel-max with one random number a position instead of v. Tokens of
-    probability 0 are never taken.
+    probability 0 are never taken. Of a row of NaN it is some token.
     """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1]
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cumulative, torch.minimum(u * total, below_total)[:, None], right=True).squeeze(1)
+    found = torch.searchsorted(cumulative, torch.minimum(u * total, below_total)[:, None], right=True).squeeze(1)
+    return found.clamp_max(probabilities.shape[1] - 1)  # an id that there is not would end a GPU's process
 
 
 def _position_noise(purpose: str, text: Text) -> Tensor:

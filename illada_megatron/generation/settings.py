@@ -12,6 +12,8 @@ Cache = Literal["none", "prefix", "dual", "vicinity", "delayed"]
 
 _KINDS: dict[str, type] = {"block_length": int, "stop_pattern": str, "regex": str, "json_schema": str}
 """Of fields that may be None."""
+_COLDEST = 1e-6
+"""Below it a sample is the most probable token, but for ties, and quotients overflow."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Settings:
 
     # which token a mask becomes
     temperature: float = 0.0
-    """0: the most probable token; above: a sample of softmax(logits / temperature)."""
+    """0: the most probable token; from 1e-6 up: a sample of softmax(logits / temperature)."""
     top_k: int = 0
     """Samples only of the k most probable tokens; 0: of all."""
     top_p: float = 1.0
@@ -127,6 +129,8 @@ class Settings:
         ):
             if not low <= getattr(self, name) < high:
                 raise ValueError(f"{name} must be a finite number from {low:g} up, found {getattr(self, name)}")
+        if 0 < self.temperature < _COLDEST:
+            raise ValueError(f"temperature must be 0 or from {_COLDEST:g} up, found {self.temperature}")
         for name in ("threshold", "low_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, found {getattr(self, name)}")

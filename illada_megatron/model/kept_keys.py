@@ -1,5 +1,6 @@
 """Attention of some of a text's tokens over all of it: keys and values of the others are those of an earlier pass."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 class KeptKeys:
     """Keys, turned by their positions, and values of texts, in every layer of this rank: one tensor a layer, in which
-    a text has rows of its own. It grows where they do not suffice, and is given back with the last text."""
+    a text has rows of its own. It grows where they do not suffice, up to a limit, before which texts move together; it
+    is given back with the last text."""
 
     def __init__(self) -> None:
         self._spans: dict[int, tuple[int, int]] = {}
@@ -28,18 +30,44 @@ class KeptKeys:
         """Texts that are kept."""
         return len(self._spans)
 
-    def keep(self, text: int, capacity: int) -> None:
-        """Rows for a text of up to `capacity` tokens: the first gap that is long enough."""
+    def keep(self, text: int, capacity: int, most_rows: int = sys.maxsize) -> None:
+        """Rows for a text of up to `capacity` tokens: the first gap that is long enough. Where that ends behind
+        `most_rows`, other texts move: ask for `start` again. Raises ValueError where all texts have more together."""
+        start = self._gap(capacity)
+        if start + capacity > most_rows:
+            used = sum(end - begin for begin, end in self._spans.values())
+            if used + capacity > most_rows:
+                raise ValueError(
+                    f"keys and values of {used} tokens are kept, of {most_rows} may be: no room for {capacity} more"
+                )
+            self._close_gaps()
+            start = used
+        self._spans[text] = start, start + capacity
+        if start + capacity > self._rows:
+            self._rows = min(max(start + capacity, self._rows * 5 // 4), most_rows)
+        for room in self._layers.values():
+            room[start : start + capacity] = 0  # what no pass has computed is another text's, otherwise
+
+    def _gap(self, capacity: int) -> int:
+        """First row of the first one that is long enough, the end of all among them."""
         start = 0
         for begin, end in sorted(self._spans.values()):
             if begin - start >= capacity:
                 break
             start = end
-        self._spans[text] = start, start + capacity
-        if start + capacity > self._rows:
-            self._rows = max(start + capacity, self._rows * 5 // 4)
-        for room in self._layers.values():
-            room[start : start + capacity] = 0  # what no pass has computed is another text's, otherwise
+        return start
+
+    def _close_gaps(self) -> None:
+        """Texts move to the front, in their order."""
+        start = 0
+        for text, (begin, end) in sorted(self._spans.items(), key=lambda one: one[1]):
+            stop = start + end - begin
+            for room in self._layers.values() if begin > start else ():
+                moved = room[begin:end].clone()  # of rows that it may overlap; a layer has those that a pass asked for
+                room[start : start + len(moved)] = moved
+                room[start + len(moved) : stop] = 0
+            self._spans[text] = start, stop
+            start = stop
 
     def forget(self, text: int) -> None:
         """Its rows are another's."""

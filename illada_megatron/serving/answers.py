@@ -66,6 +66,8 @@ class Answer:
     model: str
     seeds: Sequence[int]
     piece: Piece
+    usage_last: bool = False
+    """A stream ends with what it took; the pieces before say that they do not, as OpenAI's."""
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -101,7 +103,7 @@ class Answer:
         return {**self._envelope(self.form.part, []), "usage": usage(results, prompts)}
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return self._envelope(self.form.part, [choice])
+        return {**self._envelope(self.form.part, [choice]), **({"usage": None} if self.usage_last else {})}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

@@ -21,7 +21,6 @@ class Conversations:
         self._renderer = ChatRenderer(load_chat_template(tokenizer, template), self._names)
         self.turn_end = self._turn_end_name()
         """The special token that the template writes behind an answer, where it does."""
-        self._turn_end_id = self._words.encode(self.turn_end)[0] if self.turn_end else -1
 
     def tokens(self, messages: list[dict[str, Any]]) -> list[int]:
         """Of a conversation and the begin of the answer to it. Raises ValueError where it is none, the template refuses
@@ -33,12 +32,6 @@ class Conversations:
         except ValueError as error:
             raise ValueError(f"messages: the request {error}") from error
         return self._words.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """As the tokenizer does, but that the end of the turn has its name: it stops the answer."""
-        if self.turn_end is not None and (end := self._turn_end_id) in ids:
-            return self._words.decode(ids[: ids.index(end)]) + self.turn_end
-        return self._words.decode(ids)
 
     def _turn_end_name(self) -> str | None:
         turn = [{"role": "user", "content": _ANSWER}, {"role": "assistant", "content": _ANSWER}]

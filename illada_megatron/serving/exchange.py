@@ -70,7 +70,7 @@ class Exchange:
         return [found[work] for work in self.works]
 
     async def chunks(
-        self, answer: Answer, settled: Callable[[Work], Settled], firsts: Sequence[dict[str, Any]], usage: bool
+        self, answer: Answer, settled: Callable[[Work], Settled], firsts: Sequence[dict[str, Any]]
     ) -> AsyncIterator[bytes]:
         """Server-sent events, as OpenAI's: steps that happened since the client last read are one."""
         found: dict[Work, Result] = {}
@@ -92,7 +92,7 @@ class Exchange:
                     found[work] = ended
                 for chunk in made:
                     yield _event(chunk)
-        if usage:
+        if answer.usage_last:
             yield _event(answer.usage([found[work] for work in self.works], self.prompts))
         yield b"data: [DONE]\n\n"
 

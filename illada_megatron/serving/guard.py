@@ -47,7 +47,7 @@ class Guard:
         """paths: that are counted by their name."""
         self._app, self._options, self._metrics = app, options, metrics
         self._paths = frozenset(paths)
-        self._keys = [_digest(key) for key in options.keys]
+        self._keys = [_digest(key.encode("utf-8", "surrogateescape")) for key in options.keys]
         self._rate = Rate(options.per_minute) if options.per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +89,7 @@ class Guard:
 
     def _key(self, headers: Headers) -> bytes:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        found = _digest(given.strip())
+        found = _digest(given.strip().encode("latin-1"))  # the bytes of a header, as starlette reads them
         known = [hmac.compare_digest(found, one) for one in self._keys]
         if scheme.lower() != "bearer" or not any(known):
             message = "an API key of this server is needed: Authorization: Bearer KEY"
@@ -116,5 +116,5 @@ class Guard:
         return received
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

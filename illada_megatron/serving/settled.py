@@ -5,7 +5,7 @@ a stop string may have begun. So what is sent is always the beginning of what th
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from illada_megatron.data.tokenizers.tokenizer import Tokenizer
 from illada_megatron.generation.ending import Decode
@@ -18,11 +18,16 @@ class Settled:
     """Of one text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, decode: Decode, stop: Sequence[str] = (), eos: int | None = None, hold: bool = False
+        self,
+        tokenizer: Tokenizer,
+        decode: Decode,
+        stop: Sequence[str] = (),
+        ends: Collection[int] = (),
+        hold: bool = False,
     ) -> None:
-        """decode: in which stop strings are looked for. eos: id before the first of which the text ends. hold: nothing
-        is settled before the end, as with a pattern that may begin anywhere."""
-        self._tokenizer, self._decode, self._stop, self._eos, self._hold = tokenizer, decode, tuple(stop), eos, hold
+        """decode: in which stop strings are looked for. ends: ids before the first of which the text ends. hold:
+        nothing is settled before the end, as with a pattern that may begin anywhere."""
+        self._tokenizer, self._decode, self._stop, self._ends, self._hold = tokenizer, decode, tuple(stop), ends, hold
         self._tokens: list[int] = []
         self._ended = False
         self._sent = ""
@@ -31,13 +36,15 @@ class Settled:
     def more(self, tokens: Sequence[int]) -> str:
         """What can be sent, now that these have settled."""
         for token in tokens:
-            self._ended = self._ended or token == self._eos
+            self._ended = self._ended or token in self._ends
             if not self._ended:
                 self._tokens.append(token)
         if self._hold or not tokens:
             return ""
         text = self._text()
-        text = text[: min((_begin_of(one, text) for one in self._stop), default=len(text))]
+        # what was sent holds no stop string whole, and the begin of none
+        behind = len(self._sent)
+        text = text[: min((_begin_of(one, text, behind) for one in self._stop), default=len(text))]
         if not text.startswith(self._sent):
             return ""
         new = text[len(self._sent) :]
@@ -66,10 +73,10 @@ class Settled:
         return self._joins[token]
 
 
-def _begin_of(stop: str, text: str) -> int:
-    """Where `stop` begins in `text`, or may begin at its end."""
-    found = text.find(stop)
+def _begin_of(stop: str, text: str, behind: int) -> int:
+    """Where from `behind` on `stop` begins in `text`, or may begin at its end."""
+    found = text.find(stop, behind)
     if found >= 0:
         return found
-    longest = min(len(stop) - 1, len(text))
+    longest = min(len(stop) - 1, len(text) - behind)
     return len(text) - next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -6,6 +6,7 @@ The loop calls `submit` and `cancel`; nobody but the thread touches the engine, 
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from illada_megatron.generation import Engine, Generator, Job, Result, Step
+from illada_megatron.generation import Engine, Generator, Job, Result, Settings, Step
 from illada_megatron.generation.constraining import Constraint
 from illada_megatron.generation.ending import Decode, Search
 from illada_megatron.generation.text import Text
@@ -23,7 +24,9 @@ from illada_megatron.serving.metrics import Metrics
 
 _log = logging.getLogger("illada.serve")
 SICK = 3
-"""Steps that fail one after another before the server calls itself so."""
+"""Steps one after another in which nothing worked, before the server calls itself so."""
+_PROBE_SECONDS = 1.0
+"""After which an idle server that failed tries whether it still does: nobody may send it anything until then."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,6 @@ class Work:
     decode: Decode
     inbox: Inbox
     constraint: Constraint | None = None
-    """Of the operator's defaults."""
     search: Search | None = None
     """Of a stop pattern."""
     watched: bool = False
@@ -115,6 +117,7 @@ class Worker:
         """The server ends: nothing more is accepted."""
         self.steps = 0
         self.failed_in_a_row = 0
+        """Steps in which nothing worked: what fails beside others that work is its own request's fault."""
         metrics.watch(self.queued, self.running)
         self._thread.start()
 
@@ -130,6 +133,9 @@ class Worker:
             raise Refused(503, "the server is ending: ask another, or this one when it is back", code="stopping")
         with self._share.changed:
             waiting = len(self._share.queue)
+            if len(works) > self._most_queued:
+                message = f"{len(works):,} texts are asked for at once, this server lets {self._most_queued:,} wait"
+                raise Refused(400, message, "n")
             if waiting + len(works) > self._most_queued:
                 message = f"{waiting:,} texts wait, and at most {self._most_queued:,} may: try again later"
                 raise Refused(429, message, code="queue_full", retry_after=1 + waiting // self._most_running)
@@ -163,7 +169,10 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._gather():
-                self._step()
+                if self._share.running:
+                    self._step()
+                elif self.failed_in_a_row:
+                    self._probe()
         except BaseException:
             self.refusing, self.failed_in_a_row = True, SICK
             self._loop.call_soon_threadsafe(self.fail_rest, Refused(500, "the engine has ended: see the server's log"))
@@ -173,7 +182,7 @@ class Worker:
                 self._engine.remove(job)
 
     def _gather(self) -> bool:
-        """Let texts leave and join; wait where there is none. False: it is over."""
+        """Let texts leave and join; wait where there is none, but for long where the last failed. False: it is over."""
         share = self._share
         with share.changed:
             while True:
@@ -185,7 +194,8 @@ class Worker:
                     return False
                 if share.queue or share.running:
                     break
-                share.changed.wait()
+                if not share.changed.wait(_PROBE_SECONDS if self.failed_in_a_row else None):
+                    return True  # nothing has come
             joining = [
                 share.queue.popleft() for _ in range(min(len(share.queue), self._most_running - len(share.running)))
             ]
@@ -210,16 +220,32 @@ class Worker:
         try:
             for job, step in self._engine.steps():
                 told += self._events(of_job[job], job, step)
-            self.failed_in_a_row = 0
         except Exception as error:  # whatever it is, the others' texts go on
             failed = self._failed(error)
-            told += [(of_job[job], failed) for job in self._engine.in_hand]
+            told += [(of_job[job], failed) for job in self._engine.in_hand or of_job]
             self._engine.in_hand = []
+        if any(isinstance(event, Progress) for _, event in told):
+            self.failed_in_a_row = 0
         self.steps += 1
         self._metrics.stepped(
             time.perf_counter() - began, sum(e.step.computed for _, e in told if isinstance(e, Progress))
         )
         self._tell(told)
+
+    def _probe(self) -> None:
+        """A text of one token that nobody asked for."""
+        words = self._generator.words
+        begin = torch.tensor([0 if words.mask else 1])
+        job = self._engine.add(Text(begin, Settings(gen_length=1, block_length=1, steps=1), words.mask))
+        try:
+            self._engine.step()
+            self.failed_in_a_row = 0
+            _log.warning("a text of one token works again")
+        except Exception as error:
+            _log.debug("a text of one token fails too", exc_info=error)
+        finally:
+            self._engine.remove(job)
+            self._engine.in_hand = []
 
     def _events(self, work: Work, job: Job, step: Step) -> list[tuple[Work, Event]]:
         events: list[tuple[Work, Event]] = [
@@ -240,11 +266,14 @@ class Worker:
 
     def _failed(self, error: Exception) -> Failed:
         self.failed_in_a_row += 1
-        _log.error("a step failed", exc_info=error)
+        name = secrets.token_hex(4)
+        _log.error("a step failed (%s)", name, exc_info=error)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             return Failed(Refused(500, "the device is out of memory: ask for shorter texts, or fewer", code="memory"))
-        return Failed(Refused(500, f"the step failed: {error}", code="step_failed"))
+        # what went wrong inside is no stranger's to read
+        message = f"the step failed: whoever runs this server finds why in its log, as {name}"
+        return Failed(Refused(500, message, code="step_failed"))
 
     def _tell(self, told: Sequence[tuple[Work, Event]]) -> None:
         """In order, on the loop; those that end leave."""

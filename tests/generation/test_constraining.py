@@ -17,8 +17,9 @@ pytest.importorskip("outlines_core")
 
 from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, load_tokenizer
 from illada_megatron.generation import Generator, Settings
-from illada_megatron.generation.constraining import Constraint, automaton, expression_of
+from illada_megatron.generation.constraining import Constraint, automaton
 from illada_megatron.generation.engine import Engine
+from illada_megatron.generation.indexing import edges_of, expression_of
 from illada_megatron.generation.model import FunctionModel
 from illada_megatron.generation.proposing import Words
 from illada_megatron.generation.text import Text
@@ -52,7 +53,7 @@ def _matching(expression: str, known: Sequence[int], budget: int) -> set[tuple[i
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_what_is_possible_is_what_enumeration_finds(expression: str) -> None:
-    machine = automaton(expression, WORDS, EOS)
+    machine = automaton(edges_of(expression, WORDS), WORDS, EOS)
     generator = torch.Generator().manual_seed(len(expression))
     seen = 0
     for block, length in ((2, 3), (3, 3), (3, 4), (1, 3)):
@@ -106,7 +107,7 @@ RULES = (
 @pytest.mark.parametrize("settings", RULES, ids=lambda one: f"{one.reveal}-{one.remasking}")
 def test_what_comes_out_matches(expression: str, settings: Settings) -> None:
     """Tokens that a step reveals together too."""
-    machine = automaton(expression, WORDS, EOS)
+    machine = automaton(edges_of(expression, WORDS), WORDS, EOS)
     for seed in range(8):
         engine = Engine(_random_model(seed), Words(MASK, EOS))
         text = Text(torch.tensor([3, 2]), _with(settings, expression, seed), MASK)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from launch import Illada
 
+from illada_megatron.cli.generate_command import _texts
+
 SHORT = ("--gen-length", 8, "--block-length", 4, "--steps", 2)
 
 
@@ -73,3 +75,10 @@ def test_refused(arguments: list[str], message: str, options: tuple[Any, ...], t
     outcome = illada(*options, *[str(tmp_path / one) if one in contents else one for one in arguments])
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    """JSON lets a text hold the other signs that Python calls line ends."""
+    texts = ["a\u2028b", "c\x85d"]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in texts))
+    assert [text for text, _ in _texts(None, None, tmp_path / "texts.jsonl")] == texts

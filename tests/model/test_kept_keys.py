@@ -1,5 +1,8 @@
 """Where keys and values of texts are kept: no two texts share a row, what one has stays while others come and go."""
 
+import random
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,3 +55,29 @@ def test_with_the_last_text_the_memory_goes() -> None:
     assert len(keys) == 0
     keys.keep(2, 3)
     assert len(_written(keys, 2, 1.0, 3)) == 3
+
+
+def test_rows_never_exceed_the_limit_and_nobody_waits_who_has_room() -> None:
+    """Texts come and go, as the engine admits them: what each has written stays its own."""
+    source, most = random.Random(0), 4096
+    keys, live, used, moved = KeptKeys(), dict[int, int](), 0, 0
+    for number in range(3000):
+        capacity = source.choice([16, 33, 128, 700, 1500])
+        while used + capacity > most:
+            gone = source.choice(list(live))
+            keys.forget(gone)
+            used -= live.pop(gone)
+        before = {text: keys.start(text) for text in live}
+        keys.keep(number, capacity, most)
+        moved += any(keys.start(text) != start for text, start in before.items())
+        live[number] = capacity
+        used += capacity
+        room = _written(keys, number, float(number), capacity // 2)
+        assert len(room) <= most
+        for text, rows in live.items():
+            own = room[keys.start(text) : keys.start(text) + rows, 0, 0, 0]
+            assert (own[: rows // 2] == text).all()
+            assert (own[rows // 2 :] == 0).all()
+    assert moved > 100
+    with pytest.raises(ValueError, match=f"of 4096 may be: no room for {most}"):
+        keys.keep(-1, most, most)

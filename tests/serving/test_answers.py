@@ -89,6 +89,7 @@ def test_a_stream_has_every_step(served: Served, generator: Generator) -> None:
         model="tiny", prompt="def main(", max_tokens=20, stream=True, stream_options={"include_usage": True}
     )
     *chunks, usage = list(stream)
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks)
     assert (usage.choices, usage.usage.completion_tokens) == ([], 20)
     own = [chunk.choices[0].illada for chunk in chunks]
     assert own[0]["prompt_tokens"] == result.prompt_tokens
@@ -130,6 +131,31 @@ def test_chat_is_what_the_template_writes(served: Served, generator: Generator) 
     chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == result.text
+
+
+def test_a_second_turn(served: Served, generator: Generator) -> None:
+    """As OpenAI's client sends an answer back, and as it writes out what it lacks."""
+    client = served.client()
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8).choices[0].message
+    again = {"role": "user", "content": "more", "name": None}
+    contents = []
+    for sent_back in (answer, {**answer.to_dict(), "annotations": [], "tool_calls": None, "audio": None}):
+        done = client.chat.completions.create(model="tiny", messages=[*messages, sent_back, again], max_tokens=8)
+        contents.append(done.choices[0].message.content)
+    written = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{answer.content}<|im_end|>\n"
+    written += "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n"
+    ids = load_tokenizer(generator.tokenizer_path, special_tokens=True).encode(written)
+    (result,) = generator.generate([ids], Settings(**{**BASE, "gen_length": 8}))
+    assert contents == [result.text] * 2
+
+
+def test_what_clients_always_send(served: Served, generator: Generator) -> None:
+    """top_p and top_k where nothing is sampled; a block_length shorter than the steps that nobody gave."""
+    chosen = {"temperature": 0, "top_p": 0.9, "top_k": 40}
+    assert asked(served, "def", chosen, False)[0] == offline(generator, "def", {}).text
+    short = {"block_length": 4}
+    assert asked(served, "def", short, False)[0] == offline(generator, "def", {**short, "steps": 4}).text
 
 
 @pytest.mark.parametrize("stream", [False, True])

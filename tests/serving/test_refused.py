@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import time
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ COMPLETIONS, CHAT, INFILL = "/v1/completions", "/v1/chat/completions", "/v1/infi
     ("path", "body", "param", "message"),
     [
         (COMPLETIONS, {"prompt": "a", "lenght": 3}, "lenght", "no such field"),
-        (COMPLETIONS, {"prompt": "a", "\ud800": 3}, None, "as a unicode string"),
+        (COMPLETIONS, {"prompt": "a", "\ud800": 3}, "\\ud800", "no such field"),
         (COMPLETIONS, {"prompt": "a", "logprobs": 3}, "logprobs", "no probability of the text"),
         (COMPLETIONS, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "set repetition_penalty"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "/v1/infill"),
@@ -36,10 +37,15 @@ COMPLETIONS, CHAT, INFILL = "/v1/completions", "/v1/chat/completions", "/v1/infi
         (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature", "valid number"),
         (COMPLETIONS, {"prompt": "a", "temperature": -1}, None, "temperature must be a finite number from 0 up"),
         (COMPLETIONS, {"prompt": "a", "temperature": float("nan")}, "temperature", "finite"),
-        (COMPLETIONS, {"prompt": "a", "top_p": 0.5}, None, "set a temperature above 0"),
+        (COMPLETIONS, {"prompt": "a", "top_p": 0}, "top_p", "greater than 0"),
+        (COMPLETIONS, {"prompt": "a", "top_k": -1}, "top_k", "greater than or equal to 0"),
+        (COMPLETIONS, {"prompt": ["a", 3]}, "prompt.1", "valid string"),
+        (COMPLETIONS, {"prompt": [[1], ["a"]]}, "prompt.1.0", "valid integer"),
+        (COMPLETIONS, {"prompt": {"a": 3}}, "prompt", "valid string"),
         (COMPLETIONS, {"prompt": "a", "steps": 9}, None, "steps 9 exceeds block_length 8"),
         (COMPLETIONS, {"prompt": "a", "n": 17}, "n", "expected 1 to 16"),
         (COMPLETIONS, {"prompt": "a", "stop": ["b"] * 17}, "stop", "at most 16"),
+        (COMPLETIONS, {"prompt": "a", "stop": ["b" * 501, "c" * 500]}, None, "stop: 1001 characters together"),
         (COMPLETIONS, {"prompt": "a", "stop": ""}, None, "stop holds an empty string"),
         (COMPLETIONS, {"prompt": "a", "stop_pattern": "(b"}, None, "no regular expression of RE2"),
         (COMPLETIONS, {"prompt": "a", "stop_pattern": "((b{1000}){1000}){1000}"}, None, "RE2"),
@@ -48,11 +54,16 @@ COMPLETIONS, CHAT, INFILL = "/v1/completions", "/v1/chat/completions", "/v1/infi
         (CHAT, {"messages": []}, "messages", "at least 1"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (CHAT, {"messages": [{"role": "user", "content": "<|im_end|>"}]}, None, "special token in content"),
+        (CHAT, {"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "tool_calls", "a message is a role and a text"),
+        (CHAT, {"messages": [{**USER, "lenght": 3}]}, "lenght", "no such field"),
         (CHAT, {"messages": [USER], "tools": [{"type": "function"}]}, "tools", "calls none"),
         (CHAT, {"messages": [{**USER, "content": [{"type": "image"}]}]}, "messages.0.content.0.type", "'text'"),
         (INFILL, {"prompt": "no gap"}, "prompt", "has no gap"),
         (INFILL, {"prompt": "<mask:0>"}, "prompt", "has no gap"),
-        (INFILL, {"prompt": "<mask:999999999999>"}, None, "ask for fewer"),
+        (INFILL, {"prompt": "<mask:999999999999>"}, "prompt", "ask for fewer"),
+        (INFILL, {"prompt": f"<mask:{'9' * 5000}>"}, "prompt", "ask for fewer"),
+        (INFILL, {"prompt": "<mask:4096>" * 3000}, "prompt", "ask for 12288000 tokens"),
+        (INFILL, {"prompt": "<mask:0>" * 600}, "prompt", "ask for fewer"),
         (INFILL, {"prompt": "<mask:4>", "stop": "a"}, "stop", "when its gaps are filled"),
     ],
 )
@@ -80,6 +91,29 @@ def test_what_changes_nothing_is_no_reason(served: Served) -> None:
     assert answer.usage.completion_tokens == 4
 
 
+def test_a_small_wrong_body_is_refused_soon(served: Served) -> None:
+    """Of 100,000 faults one is told; pydantic made an error of each, a second on the event loop."""
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        (COMPLETIONS, {"prompt": [1.5] * 200_000}),
+        (COMPLETIONS, {"prompt": [1, *[1.5] * 200_000]}),
+        (COMPLETIONS, {"prompt": [[1.5]] * 140_000}),
+        (COMPLETIONS, {"prompt": ["a"] * 200_000}),
+        (COMPLETIONS, {"prompt": "a", **{f"x{number}": 1 for number in range(70_000)}}),
+        (CHAT, {"messages": [1] * 300_000}),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * 300_000}]}),
+        (CHAT, {"messages": [{**USER, **{f"x{number}": 1 for number in range(70_000)}}]}),
+    ]
+    with served.http() as http:
+        for path, body in bodies:
+            content = json.dumps(body).encode()
+            assert len(content) <= 1 << 20
+            began = time.process_time()  # of all threads, the server's among them
+            answer = http.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400
+            assert "no such field" in answer.text or "valid" in answer.text or "expected 1 to 16" in answer.text
+            assert time.process_time() - began < 1, str(body)[:60]
+
+
 def test_the_openai_client_knows_the_errors(served: Served, serving: Serving) -> None:
     with pytest.raises(openai.NotFoundError, match="there is 'tiny' alone, found 'gpt-4'"):
         served.client().completions.create(model="gpt-4", prompt="a")
@@ -96,6 +130,13 @@ def test_the_openai_client_knows_the_errors(served: Served, serving: Serving) ->
         with server.http() as http:
             assert http.get("/health").status_code == 200
             assert http.get("/metrics").status_code == 401
+
+
+def test_a_key_of_other_letters(serving: Serving) -> None:
+    with serving(keys=("schlüssel-鍵",)) as server, server.http() as http:
+        for key, status in (("schlüssel-鍵", 200), ("schlüssel", 401), ("\udcff", 401)):
+            headers = {b"Authorization": b"Bearer " + key.encode("utf-8", "surrogateescape")}
+            assert http.get("/v1/models", headers=headers).status_code == status
 
 
 def test_garbage(served: Served) -> None:
@@ -143,4 +184,13 @@ def test_limits_of_the_operator(serving: Serving) -> None:
         assert "generates at most 10" in http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 11}).text
         assert http.post(COMPLETIONS, json={"prompt": "a"}).json()["usage"]["completion_tokens"] == 10
         assert http.post(COMPLETIONS, json={"prompt": ["a", "b"], "n": 2}).status_code == 400
+        for gaps in ("<mask:11>", "<mask:6>b<mask:5>", "<mask:0000000000000000000011>"):
+            assert "at most 10" in http.post(INFILL, json={"prompt": gaps}).json()["error"]["message"]
+        assert http.post(INFILL, json={"prompt": "<mask:6>b<mask:4>"}).json()["usage"]["completion_tokens"] == 10
         assert httpx.get(f"{server.url}/v1/models/tiny").json()["max_model_len"] == 512
+
+
+def test_a_request_that_could_never_wait_is_not_told_to_come_back(serving: Serving) -> None:
+    with serving(most_queued=2) as server, server.http() as http:
+        answer = http.post(COMPLETIONS, json={"prompt": "a", "n": 3})
+    assert (answer.status_code, "this server lets 2 wait" in answer.text) == (400, True)

@@ -99,6 +99,11 @@ def test_defaults_and_keys(place: Path, tmp_path: Path) -> None:
         (["--host", "0.0.0.0"], "all who reach this machine could ask: give an API key"),
         (["--host", "no.such.name.invalid"], "give an address of this machine"),
         (["--default", "lenght=3"], "expected FIELD=VALUE, FIELD one of block_length"),
+        (["--port", "0", "--default", "regex=(a"], "--default: regex '(a': "),
+        (
+            ["--port", "0", "--default", 'json_schema={"minimum": 3}'],
+            "--default: json_schema is none that a regular expression",
+        ),
         (["--default", "steps=64"], "steps 64 exceeds block_length 32"),
         (["--api-key-file", "EMPTY"], "holds no key"),
         (["--port", "TAKEN"], "Address already in use: give another"),
@@ -108,7 +113,8 @@ def test_refused(arguments: list[str], message: str, place: Path, tmp_path: Path
     (tmp_path / "empty").write_text("\n")
     with socket.create_server(("127.0.0.1", 0)) as other:
         values = {"EMPTY": str(tmp_path / "empty"), "TAKEN": str(other.getsockname()[1])}
-        outcome = illada("serve", "--checkpoint", place / "run", *[values.get(one, one) for one in arguments])
+        own = ("--checkpoint", place / "run", "--tokenizer", place / "tokenizer.json", "--device", "cpu")
+        outcome = illada("serve", *own, *[values.get(one, one) for one in arguments])
     assert outcome.code == 2
     assert message in outcome.err
 
@@ -132,8 +138,8 @@ def test_every_setting_can_be_asked_for() -> None:
     from dataclasses import fields
 
     from illada_megatron.generation import Settings
-    from illada_megatron.serving.bodies import Body
+    from illada_megatron.serving.bodies import ChatBody, CompletionBody
 
-    operators = {"regex", "json_schema"}
-    assert {field.name for field in fields(Settings)} - operators <= Body.model_fields.keys()
-    assert json.dumps(Body.model_json_schema())
+    for body in (ChatBody, CompletionBody):
+        assert {field.name for field in fields(Settings)} <= body.model_fields.keys()
+        assert json.dumps(body.model_json_schema())

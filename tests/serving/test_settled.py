@@ -97,7 +97,7 @@ def test_pieces_put_together_are_the_text(words: Tokenizer) -> None:
 def test_nothing_is_sent_behind_the_end(words: Tokenizer) -> None:
     token = words.encode("the")[0]
     end = 0 if words.eos_id is None else words.eos_id
-    settled = Settled(words, words.decode, eos=end)
+    settled = Settled(words, words.decode, ends=[end])
     sent = settled.more([token, end, token, token]) + settled.more([token])
     assert words.decode([token]).startswith(sent)
 

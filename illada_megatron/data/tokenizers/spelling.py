@@ -1,7 +1,7 @@
 """The bytes of text behind each token of a vocabulary."""
 
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, Tokenizer
 
@@ -30,6 +30,13 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
         else:  # the sign itself, as a token of its own
             words.append(spelled.replace(SPACE_SIGN, " ").encode())
     return words
+
+
+def decode_behind(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """`decode` of tokens that follow others: with the space that some decoders leave out where a text begins."""
+    before = tokenizer.encode("a")[-1:]
+    first = len(tokenizer.decode(before))
+    return lambda ids: tokenizer.decode([*before, *ids])[first:]
 
 
 def unknown_ids(tokenizer: Tokenizer) -> list[int]:

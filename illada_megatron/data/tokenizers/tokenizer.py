@@ -40,6 +40,9 @@ class Tokenizer(Protocol):
     def special_names(self) -> list[str]:
         """The special tokens as they are spelled."""
 
+    def special_ids(self) -> dict[str, int]:
+        """Their ids by these names."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -123,7 +126,7 @@ class SentencePieceTokenizer:
         self._space_sign_ids: list[int] = [byte for byte in sign_bytes if byte is not None]
         self._special: dict[str, int] = {}
         if special_tokens:
-            self._special = {name: self._processor.piece_to_id(name) for name in self.special_names()}
+            self._special = self.special_ids()
 
     def _declared(self, token_id: int, names: Sequence[str]) -> int | None:
         """The id that the model file itself declares (-1: none), else the piece with one of the usual names."""
@@ -141,8 +144,11 @@ class SentencePieceTokenizer:
         return self.encode_batch([text])[0]
 
     def special_names(self) -> list[str]:
-        ids = range(self.vocab_size)
-        return [self._processor.id_to_piece(token_id) for token_id in ids if self._processor.is_control(token_id)]
+        return list(self.special_ids())
+
+    def special_ids(self) -> dict[str, int]:
+        controls = filter(self._processor.is_control, range(self.vocab_size))
+        return {self._processor.id_to_piece(token_id): token_id for token_id in controls}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._encode_with_special(texts) if self._special else self._encode_plain(texts)
@@ -239,11 +245,14 @@ class HuggingFaceTokenizer:
         self.mask_id = self._find(MASK_NAMES)
 
     def _find(self, names: Sequence[str]) -> int | None:
-        ids = {name: token_id for token_id, name in self._special.items()}
+        ids = self.special_ids()
         return next((ids[name] for name in names if name in ids), None)
 
     def special_names(self) -> list[str]:
         return list(self._special.values())
+
+    def special_ids(self) -> dict[str, int]:
+        return {name: token_id for token_id, name in self._special.items()}
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
