@@ -4,6 +4,7 @@ A stranger's is made in a process of its own, whose seconds and bytes have an en
 any machine has. So this file is a program too, which imports nothing else of the package.
 """
 
+import importlib
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -149,6 +151,8 @@ def _check_schema(schema: Any, above: tuple[str, ...], root: Any) -> None:
 
 def _main() -> None:
     expression, words, schema, seconds, most = pickle.load(sys.stdin.buffer)
+    with suppress(ImportError):  # said by edges_of; where memory ends in the midst of it, it would seem to be missing
+        importlib.import_module("outlines_core.json_schema")
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:

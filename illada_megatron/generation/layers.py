@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from illada_megatron.config import RunConfig
@@ -20,7 +19,7 @@ from illada_megatron.generation.model import WHOLE, Part
 from illada_megatron.model.kept_keys import KeptKeys, KeptPass, KeptText
 from illada_megatron.model.mask_predictor import MaskPredictor
 from illada_megatron.model.packing import Segments, pack
-from illada_megatron.ops import row_product
+from illada_megatron.model.row_products import take_row_products
 from illada_megatron.runtime import Runtime
 
 
@@ -46,10 +45,8 @@ class LayerModel:
         self._kept = KeptKeys()
         self._next = 0
         self._dtype = next(stage.parameters()).dtype
-        self.rows_alone = row_product.missing(self._device, self._dtype)
+        self.rows_alone = take_row_products(stage, self._device)
         """Why a row of logits may have other bits among others; None: it has not."""
-        if self.rows_alone is None:
-            _take_row_products(stage)
         of_token = 2 * config.model.num_layers * config.model.num_query_groups * config.model.head_dim
         of_all = (kept_bytes or _kept_bytes(self._device)) * run.layout.tensor * run.layout.pipeline
         self.kept_tokens = max(of_all // (of_token * self._dtype.itemsize), 2 * self.max_sequence_length)
@@ -215,16 +212,3 @@ def _waiting_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     assert group is not None
     return group
-
-
-def _take_row_products(stage: MaskPredictor) -> None:
-    """Of all linear layers, the head among them, for good."""
-    for module in stage.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            module._forward_impl = _linear  # megatron-core's name for what multiplies
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
-    """Of megatron-core's other arguments none is for a rank's own product without a gradient."""
-    product = row_product.row_product(input, weight)
-    return product if bias is None else product + bias

@@ -3,7 +3,6 @@ streamed, by tokenizers of two kinds."""
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -144,10 +143,8 @@ def test_an_automaton_that_would_never_be_made(served: Served, monkeypatch: pyte
     bodies = ({"regex": "(a|b)*a(a|b){40}"}, {"json_schema": {"$defs": doubling, "$ref": "#/$defs/a29"}})
     with served.http() as http:
         for body in bodies:
-            began = time.monotonic()
             answer = http.post("/v1/completions", json={"prompt": "a", **body})
             assert (answer.status_code, "takes more than 2 seconds" in answer.text) == (400, True)
-            assert time.monotonic() - began < 30
 
 
 def test_memory_of_an_automaton_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,4 +152,4 @@ def test_memory_of_an_automaton_has_an_end(monkeypatch: pytest.MonkeyPatch) -> N
     assert indexing.edges_apart("[a-c]*", words).states == indexing.edges_of("[a-c]*", words).states
     monkeypatch.setattr(indexing, "_BYTES", 1 << 26)
     with pytest.raises(ValueError, match="GiB to make"):
-        indexing.edges_apart("[a-c]*", words)
+        indexing.edges_apart("(a|b)*a(a|b){15}", words)
