@@ -1,5 +1,6 @@
 """How fast generation is on a CPU: ours, with and without caches, one prompt and many; the authors' loop over
-transformers with the same weights; and the matrix products of the same steps alone.
+transformers with the same weights; the matrix products of the same steps alone; and llama.cpp, where its Python
+package is installed.
 
     python -m benchmarks.generation.speed
 
@@ -27,12 +28,13 @@ from benchmarks.generation.speed_worker import (
     BARE,
     BARE_DUAL,
     DUAL,
+    LLAMA,
     MANY,
     ONE,
     PREFIX,
-    VARIANTS,
     Found,
     measure,
+    variants,
     write,
 )
 from benchmarks.measuring.bars import at_least, at_most, show_bars, time_ratio, verdict
@@ -84,7 +86,7 @@ def _measure_in_turns(console: Console, shape: Shape, rounds: int, threads: int)
     """Set all up at once, then a block each a round, beginning with another each time."""
     with tempfile.TemporaryDirectory(prefix="illada-bench-") as folder:
         MeasuringProcess("weights", write, shape, Path(folder)).receive()
-        processes = [MeasuringProcess(who, measure, who, shape, Path(folder), threads) for who in VARIANTS]
+        processes = [MeasuringProcess(who, measure, who, shape, Path(folder), threads) for who in variants()]
         for process in processes:
             process.receive()
         for number in range(rounds):
@@ -99,7 +101,7 @@ def _measure_in_turns(console: Console, shape: Shape, rounds: int, threads: int)
 def _equal_tokens(found: dict[str, Found], shape: Shape) -> dict[str, float]:
     """Share of the generated tokens that are those of the authors' loop."""
     (expected,) = found[AUTHORS].texts
-    of = {who: found[who].texts[0] for who in (ONE, PREFIX, DUAL)}
+    of = {who: found[who].texts[0] for who in (ONE, PREFIX, DUAL, LLAMA) if who in found}
     of[MANY] = found[MANY].texts[shape.prompts.index(shape.prompt)]
     generated = slice(shape.prompt, shape.prompt + len(found[AUTHORS].blocks) * shape.block_length)
     return {who: _share(expected[generated], tokens[generated]) for who, tokens in of.items()}

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,13 @@ from benchmarks.measuring.processes import Timing, timed
 AUTHORS, ONE, MANY = "the authors' loop", "ours, one prompt", "ours, all prompts"
 PREFIX, DUAL = "ours, prefix cache", "ours, dual cache"
 BARE, BARE_DUAL = "bare products", "bare products, dual cache"
+LLAMA = "llama.cpp"
 VARIANTS = (AUTHORS, ONE, MANY, PREFIX, DUAL, BARE, BARE_DUAL)
+
+
+def variants() -> tuple[str, ...]:
+    """With llama.cpp where its Python package is installed."""
+    return (*VARIANTS, LLAMA) if find_spec("llama_cpp") else VARIANTS
 
 
 class Subject(Protocol):
@@ -65,6 +72,10 @@ def write(connection: Connection, shape: Shape, folder: Path) -> None:
     from benchmarks.generation.authors_loop import write_model
 
     write_model(folder, shape)
+    if LLAMA in variants():
+        from benchmarks.generation.llama_loop import write_gguf
+
+        write_gguf(folder)
     connection.send("written")
 
 
@@ -92,6 +103,10 @@ def _subject(who: str, shape: Shape, folder: Path, threads: int) -> Iterator[Sub
         from benchmarks.generation.authors_loop import AuthorsLoop
 
         yield AuthorsLoop(folder, shape)
+    elif who == LLAMA:
+        from benchmarks.generation.llama_loop import LlamaLoop
+
+        yield LlamaLoop(folder, shape, threads)
     elif who in (BARE, BARE_DUAL):
         from benchmarks.generation.bare_products import BareProducts
 
