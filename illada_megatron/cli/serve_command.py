@@ -6,16 +6,12 @@ import os
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from illada_megatron.config import ConfigError
 from illada_megatron.system.terminal import say
-
-if TYPE_CHECKING:
-    from illada_megatron.generation import Generator
-    from illada_megatron.serving.conversations import Conversations
 
 _KEY = "ILLADA_API_KEY"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "re2")
@@ -86,6 +82,7 @@ def serve(
     if (ranks := world_size_from_environment()) > 1:
         raise ConfigError(f"illada serve is of one rank, found {ranks}: start one for each device (docs/serving.md)")
     from illada_megatron.generation import Generator
+    from illada_megatron.serving.conversations import conversations_or_why
     from illada_megatron.serving.options import Options
     from illada_megatron.serving.server import listening
     from illada_megatron.serving.server import serve as serve_until_told
@@ -116,7 +113,7 @@ def serve(
             serve_until_told(
                 generator,
                 options,
-                _conversations(generator, chat_template),
+                conversations_or_why(generator, chat_template),
                 listener,
                 lambda _end: say(f"illada: {name} at http://{shown}:{bound}"),
             )
@@ -150,17 +147,3 @@ def _defaults(given: list[str]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--default: {error}") from error
     return values
-
-
-def _conversations(generator: "Generator", template: Path | None) -> "Conversations | str":
-    """Where the tokenizer's own template is none, why."""
-    from illada_megatron.data.errors import DataError
-    from illada_megatron.serving.conversations import Conversations
-
-    assert generator.tokenizer_path is not None
-    try:
-        return Conversations(generator.tokenizer_path, template)
-    except DataError as error:
-        if template is not None:
-            raise
-        return str(error)

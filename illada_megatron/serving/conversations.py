@@ -4,9 +4,11 @@ preprocess --chat`."""
 from pathlib import Path
 from typing import Any
 
+from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.chat import ChatRenderer
 from illada_megatron.data.preprocessing.chat_template import BadConversation, load_chat_template
 from illada_megatron.data.tokenizers.tokenizer import load_tokenizer
+from illada_megatron.generation import Generator
 
 _ANSWER = "illada"
 
@@ -41,3 +43,14 @@ class Conversations:
             return None  # a template that wants more than two turns says so to whoever sends them
         behind = text.rpartition(_ANSWER)[2].lstrip()
         return next((name for name in self._names if name and behind.startswith(name)), None)
+
+
+def conversations_or_why(generator: Generator, template: Path | None) -> Conversations | str:
+    """Where the tokenizer's own template is none, why. Raises DataError where `template` is none."""
+    assert generator.tokenizer_path is not None
+    try:
+        return Conversations(generator.tokenizer_path, template)
+    except DataError as error:
+        if template is not None:
+            raise
+        return str(error)
