@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.generation.shapes import INITIALIZER_RANGE, MODEL_SEED, Shape, prompt_tokens
+from benchmarks.generation.fixed_loop import FixedLoop
+from benchmarks.generation.shapes import INITIALIZER_RANGE, MODEL_SEED, Shape
 from benchmarks.step.workloads import MASK_TOKEN_ID
 from illada_megatron.checkpoint.hugging_face.configuration_illada import ILLaDAConfig
 from illada_megatron.checkpoint.hugging_face.modeling_illada import ILLaDAForCausalLM
@@ -30,29 +31,12 @@ def write_model(folder: Path, shape: Shape) -> None:
     ILLaDAForCausalLM(config).save_pretrained(folder)
 
 
-class AuthorsLoop:
+class AuthorsLoop(FixedLoop):
     """Of the one prompt."""
 
     def __init__(self, folder: Path, shape: Shape) -> None:
         self._model = ILLaDAForCausalLM.from_pretrained(folder).eval()
-        self._shape = shape
-        self._begin()
-
-    def _begin(self) -> None:
-        prompt = prompt_tokens(self._shape, self._shape.prompt)
-        self._tokens = torch.tensor([prompt + [MASK_TOKEN_ID] * self._shape.gen_length])
-        self._blocks = 0
-
-    def warm_up(self) -> None:
-        """A step, of which nothing is left."""
-        self._step(1)
-        self._begin()
-
-    def block(self) -> None:
-        """All steps of the next block."""
-        for _ in range(self._shape.steps):
-            self._step(self._shape.block_length // self._shape.steps)
-        self._blocks += 1
+        super().__init__(shape)
 
     @torch.no_grad()
     def _step(self, reveals: int) -> None:
@@ -66,7 +50,3 @@ class AuthorsLoop:
         confidence = confidence.where(tokens == MASK_TOKEN_ID, -torch.inf)
         _, chosen = confidence[0].topk(reveals)
         tokens[0, chosen] = candidates[0, chosen]
-
-    def texts(self) -> list[list[int]]:
-        """[1][s], as far as they are."""
-        return self._tokens.tolist()

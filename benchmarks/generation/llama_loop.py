@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.generation.shapes import Shape, prompt_tokens
+from benchmarks.generation.fixed_loop import FixedLoop
+from benchmarks.generation.shapes import Shape
 from benchmarks.step.workloads import MASK_TOKEN_ID
 
 GGUF = "model.gguf"
@@ -104,41 +105,19 @@ def write_gguf(folder: Path) -> None:
         export_gguf(find_checkpoint(between), folder / GGUF, "fp32")
 
 
-class LlamaLoop:
+class LlamaLoop(FixedLoop):
     """Of the one prompt."""
 
     def __init__(self, folder: Path, shape: Shape, threads: int) -> None:
         """folder: with what `write_gguf` has written."""
         self._model = LlamaModel(folder / GGUF, shape.tokens, threads)
-        self._shape = shape
-        self._begin()
-
-    def _begin(self) -> None:
-        prompt = prompt_tokens(self._shape, self._shape.prompt)
-        self._tokens = prompt + [MASK_TOKEN_ID] * self._shape.gen_length
-        self._blocks = 0
-
-    def warm_up(self) -> None:
-        """A step, of which nothing is left."""
-        self._step(1)
-        self._begin()
-
-    def block(self) -> None:
-        """All steps of the next block."""
-        for _ in range(self._shape.steps):
-            self._step(self._shape.block_length // self._shape.steps)
-        self._blocks += 1
+        super().__init__(shape)
 
     def _step(self, reveals: int) -> None:
-        begin = self._shape.prompt + self._blocks * self._shape.block_length
-        end = begin + self._shape.block_length
-        masks = [position for position in range(begin, end) if self._tokens[position] == MASK_TOKEN_ID]
-        logits = self._model.logits(self._tokens)[masks]
+        tokens, begin = self._tokens[0], self._shape.prompt + self._blocks * self._shape.block_length
+        masks = begin + (tokens[begin : begin + self._shape.block_length] == MASK_TOKEN_ID).nonzero().flatten()
+        logits = self._model.logits(tokens.tolist())[masks]
         logits[:, MASK_TOKEN_ID] = -torch.inf  # as in the authors' loop
         confidence, candidates = logits.softmax(-1).max(-1)
-        for row in confidence.topk(reveals).indices.tolist():
-            self._tokens[masks[row]] = int(candidates[row])
-
-    def texts(self) -> list[list[int]]:
-        """[1][s], as far as they are."""
-        return [list(self._tokens)]
+        rows = confidence.topk(reveals).indices
+        tokens[masks[rows]] = candidates[rows]

@@ -1,5 +1,5 @@
-"""pytest puts the folder of a conftest.py on the path: source_tokenizers is found by it. A folder named gguf would be
-found as the package of that name, through the conftest.py above."""
+"""pytest puts the folder of a conftest.py on the path. A folder named gguf would be found as the package of that name,
+through the conftest.py above."""
 
 from pathlib import Path
 

@@ -1,6 +1,5 @@
 """AutoTokenizer on an exported directory gives the ids that the run was trained on."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from launch import Illada
 from random_weights import random_checkpoint, small_config
+from source_tokenizers import SOURCES, trained_sentencepiece
 from transformers import AutoTokenizer
 
 from illada_megatron.checkpoint.hugging_face.exporting import export
@@ -18,7 +18,6 @@ from illada_megatron.data.errors import DataError
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from illada_megatron.data.tokenizers.tokenizer import SPACE_SIGN, load_tokenizer
 
-SOURCES = sorted((Path(__file__).parents[3] / "illada_megatron" / "data").rglob("*.py"))
 HARD = [
     "",
     " ",
@@ -33,18 +32,6 @@ HARD = [
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in SOURCES))
-    return path
-
-
-def _sentencepiece(path: Path, **settings: object) -> Path:
-    import sentencepiece
-
-    model = io.BytesIO()
-    lines = "\n".join(source.read_text() for source in SOURCES).splitlines()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=600, minloglevel=2, **settings
-    )
-    path.write_bytes(model.getvalue())
     return path
 
 
@@ -66,7 +53,7 @@ def _tokenizer(kind: str, corpus: Path, folder: Path) -> Path:
     settings: dict[str, object] = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True}
     if kind == "pieces of the user":
         settings["user_defined_symbols"] = ["<|im_start|>", "==="]
-    return _sentencepiece(folder / "t.model", remove_extra_whitespaces=kind != "as Llama's", **settings)
+    return trained_sentencepiece(folder / "t.model", remove_extra_whitespaces=kind != "as Llama's", **settings)
 
 
 @pytest.mark.parametrize("kind", ["ours", "tokenizer.json", "as Llama's", "pieces of the user"])
@@ -119,8 +106,8 @@ def test_special_tokens_and_the_chat_template(corpus: Path, tmp_path: Path) -> N
 def test_what_would_give_other_ids_is_refused(
     corpus: Path, tmp_path: Path, illada: Illada, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unigram = _sentencepiece(tmp_path / "u.model", model_type="unigram", normalization_rule_name="identity")
-    normalising = _sentencepiece(tmp_path / "n.model", model_type="bpe")
+    unigram = trained_sentencepiece(tmp_path / "u.model", model_type="unigram", normalization_rule_name="identity")
+    normalising = trained_sentencepiece(tmp_path / "n.model", model_type="bpe")
     for path in (unigram, normalising):
         with pytest.raises(DataError, match="the same ids only for a SentencePiece model of BPE"):
             tokenizer_files(path, 64, 5)

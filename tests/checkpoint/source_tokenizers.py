@@ -6,7 +6,7 @@ from pathlib import Path
 
 from illada_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 
-SOURCES = sorted((Path(__file__).parents[3] / "illada_megatron" / "data").rglob("*.py"))
+SOURCES = sorted((Path(__file__).parents[2] / "illada_megatron" / "data").rglob("*.py"))
 HARD = [
     "",
     " ",
