@@ -83,6 +83,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             extension.extra_objects += [made for found in pool.map(compiled, jobs) for made in found]
         extension.sources = [source for source in extension.sources if source not in plain]
+        extension.depends = made_of  # else it would not be linked again where one of these alone has changed
         super().build_extension(extension)
 
 
