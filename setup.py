@@ -111,7 +111,7 @@ def kernels(without_cuda: str) -> Extension:
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     vectorised = _sources("csrc/*/cpu_kernels*.cpp")
-    folders = ("cpu", "layer_kernels", "masked_cross_entropy")
+    folders = ("cpu", "generation", "layer_kernels", "masked_cross_entropy")
     sources = {source for folder in folders for source in _sources(f"csrc/{folder}/*.cpp")} - {*vectorised}
     cuda = {*_sources("csrc/*/cuda_*.cpp"), *_sources("csrc/*/cuda_*.cu")}
     # -fopenmp only compiles: the one OpenMP runtime of the process is that of torch's libraries. GCC 12 takes its own

@@ -140,7 +140,7 @@ class Engine:
 
     @torch.no_grad()
     def steps(self) -> Iterator[tuple[Job, Step]]:
-        """`step`, a text after the other. An error is that of the texts `in_hand`, to be removed: the others are as
+        """`step`, a text after the other; until the last, texts are neither added nor removed. An error is that of the texts `in_hand`, to be removed: the others are as
         they were before or after their step, and may go on. A pass that fails is made again in halves, down to the
         text that fails alone; where several ranks share the model they cannot begin it again, and the error is that of
         all its texts."""
@@ -226,21 +226,29 @@ class Engine:
     def _proposals(self, passed: _Pass) -> Iterator[tuple[Tensor, Tensor, Credit]]:
         """Candidates [m] int64, confidence [m] and the credit after it of each text of a pass. They leave the device
         together: a GPU waits once."""
-        every = [part for _, parts in passed for part in parts]
-        rows = iter(self.model.logits(every).split([part.wanted.numel() for part in every]))
-        found, credits = [], []
-        for job, parts in passed:
-            logits = next(rows)
-            if len(parts) == 2:
-                logits = guided(logits, next(rows), job.text.settings.guidance)
+        texts = [job.text for job, _ in passed]
+        rows = [text.block.numel() for text in texts]
+        logits = self._logits(passed)
+        for (job, _), some in zip(passed, logits.split(rows), strict=True):
             if job.constraint is not None:
-                job.constraint.allow(logits, job.text)
-            one, credit = propose(logits, job.text, self.words, job.credit)
-            found.append(one)
-            credits.append(credit)
-        on_cpu = torch.cat(found, dim=1).cpu().split([one.shape[1] for one in found], dim=1)
-        for one, credit in zip(on_cpu, credits, strict=True):
+                job.constraint.allow(some, job.text)
+        found, credits = propose(logits, texts, self.words, [job.credit for job, _ in passed])
+        for one, credit in zip(found.cpu().split(rows, dim=1), credits, strict=True):
             yield one[0].to(torch.int64), one[1], credit
+
+    def _logits(self, passed: _Pass) -> Tensor:
+        """[m, v] of the texts' blocks, one after the other, guidance done. What it needs of texts without their prompts
+        comes behind all others, so that no row is copied."""
+        conditional = [parts[0] for _, parts in passed]
+        rows = [part.wanted.numel() for part in conditional]
+        unconditional = [part for _, parts in passed for part in parts[1:]]
+        every = self.model.logits([*conditional, *unconditional])
+        logits = every[: sum(rows)]
+        others = iter(every[sum(rows) :].split([part.wanted.numel() for part in unconditional]))
+        for (job, parts), some in zip(passed, logits.split(rows), strict=True):
+            if len(parts) == 2:
+                some.copy_(guided(some, next(others), job.text.settings.guidance))
+        return logits
 
     def _parts(self, job: Job) -> list[Part]:
         """Of the text, and with guidance of the text whose prompt is masked."""

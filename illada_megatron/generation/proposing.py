@@ -1,6 +1,6 @@
 """Who proposes: logits of a block's masks -> a candidate for each, and the confidence in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +9,8 @@ from torch import Tensor
 from illada_megatron.diffusion.noise import uniforms
 from illada_megatron.generation.settings import Settings
 from illada_megatron.generation.text import Text
+from illada_megatron.ops.largest import largest, rows_at_once
 
-_GROUP = 64  # neighbouring tokens, of which a library finds the largest, or the sum, in one sweep
-_CACHED, _ON_GPU = 1 << 18, 1 << 23  # logits worked on at one time: 1 MB; 32 MB, and 64 in float64
 _CREDIT_DECAY, _CREDIT_POWER, _CREDIT_WEIGHT = 0.8, 0.2, 0.7  # dInfer (arXiv 2510.08666)
 
 
@@ -53,34 +52,65 @@ class Credit:
         return Credit(pairs >> 32, pairs & 0xFFFFFFFF, summed)
 
 
-def propose(logits: Tensor, text: Text, words: Words, credit: Credit) -> tuple[Tensor, Credit]:
-    """[2, m] float64, where the logits are: candidates, and the confidence in them, for the masks of `text.block`.
-    Confidence is NaN where the model returned NaN, or no token is possible. And the credit that counts once the step
-    is made.
+def propose(
+    logits: Tensor, texts: Sequence[Text], words: Words, credits: Sequence[Credit]
+) -> tuple[Tensor, list[Credit]]:
+    """[2, m] float64, where the logits are: candidates, and the confidence in them, for the masks of each text's block,
+    one text after the other. Confidence is NaN where the model returned NaN, or no token is possible. And the credits
+    that count once the step is made.
 
     logits: [m, v], guidance done; changed in place. A GPU is made to wait by `credit` alone.
     """
-    settings = text.settings
-    _exclude(logits, words, settings)
-    _boost_end_of_thinking(logits, text, words)
-    if settings.repetition_penalty != 1:
-        _penalise(logits, text, words.mask, settings.repetition_penalty)
-    if settings.credit:
-        credit = _give_credit(logits, text, credit)
-    best = _best(logits)
-    candidates = best if settings.temperature == 0 else _sampled(logits, text)
-    confidence = _confidence(logits, candidates, best, text)
-    possible = _at(logits, best).isfinite()
-    return torch.stack((candidates.to(torch.float64), confidence.where(possible, torch.nan))), credit
+    _exclude(logits, words)
+    rows = [text.block.numel() for text in texts]
+    given = zip(logits.split(rows), texts, credits, strict=True)
+    after = [_edited(some, text, words, credit) for some, text, credit in given]
+    best, rest = largest(logits)
+    found = torch.stack((best.to(torch.float64), (1.0 + rest).reciprocal()))
+    columns = zip(found.split(rows, dim=1), logits.split(rows), best.split(rows), texts, rest.split(rows), strict=True)
+    for (candidates, confidence), some, best_of_text, text, others in columns:
+        _choose_otherwise(candidates, confidence, some, best_of_text, others, text)
+    found[1].masked_fill_(~_at(logits, best).isfinite(), torch.nan)
+    return found, after
 
 
-def _exclude(logits: Tensor, words: Words, settings: Settings) -> None:
+def _exclude(logits: Tensor, words: Words) -> None:
     """A mask is never an answer, nor an id without a word."""
     logits[:, words.mask] = -torch.inf
     if words.count is not None:
         logits[:, words.count :] = -torch.inf
-    if settings.eos == "never" and words.eos is not None:
+
+
+def _edited(logits: Tensor, text: Text, words: Words, credit: Credit) -> Credit:
+    """What a text's settings make of its rows, in place. Returns its credit after the step."""
+    if text.settings.eos == "never" and words.eos is not None:
         logits[:, words.eos] = -torch.inf
+    _boost_end_of_thinking(logits, text, words)
+    if text.settings.repetition_penalty != 1:
+        _penalise(logits, text, words.mask, text.settings.repetition_penalty)
+    return _give_credit(logits, text, credit) if text.settings.credit else credit
+
+
+def _choose_otherwise(
+    candidates: Tensor, confidence: Tensor, logits: Tensor, best: Tensor, rest: Tensor, text: Text
+) -> None:
+    """In place, where a text does not take the most probable tokens, or does not count on their probability: so far
+    `candidates` [m] are `best` [m], and `confidence` [m] is its probability. rest: [m] as of `largest`."""
+    settings = text.settings
+    if settings.temperature != 0:
+        sampled = _sampled(logits, text)
+        candidates.copy_(sampled)
+        if settings.remasking == "low_confidence":
+            gap = (_at(logits, sampled) - _at(logits, best)).to(torch.float64)
+            confidence.copy_(gap.exp() / (1.0 + rest))
+    if settings.remasking == "random":
+        confidence.copy_(_position_noise("generation.confidence", text))
+    elif settings.remasking == "margin":
+        two = torch.cat([some.topk(2, dim=-1).values for some in logits.split(rows_at_once(logits))])
+        first, second = two.to(torch.float64).unbind(-1)
+        confidence.mul_(-torch.expm1(second - first))
+    elif settings.remasking == "entropy":
+        confidence.copy_(torch.cat([_exp_of_entropy(some) for some in logits.split(rows_at_once(logits))]))
 
 
 def _boost_end_of_thinking(logits: Tensor, text: Text, words: Words) -> None:
@@ -106,70 +136,18 @@ def _penalise(logits: Tensor, text: Text, mask: int, penalty: float) -> None:
 
 def _give_credit(logits: Tensor, text: Text, credit: Credit) -> Credit:
     """C <- 0.8 C, C of the best token += p ** 0.2; logits + 0.7 ln(C + 1)."""
-    best = _best(logits)
-    credit = credit.after(text.block, best.cpu(), _probability(logits, best, best).cpu())
+    best, rest = largest(logits)
+    credit = credit.after(text.block, best.cpu(), (1.0 + rest).reciprocal().cpu())
     rows = torch.searchsorted(text.block, credit.positions)
     gained = _CREDIT_WEIGHT * (credit.amounts + 1).log()
     logits.index_put_((rows.to(logits.device), credit.tokens.to(logits.device)), gained.to(logits), accumulate=True)
     return credit
 
 
-def _confidence(logits: Tensor, candidates: Tensor, best: Tensor, text: Text) -> Tensor:
-    """[m] float64, without the noise of sampling. best: [m], tokens of the largest logits [m, v]."""
-    kind = text.settings.remasking
-    if kind == "random":
-        return _position_noise("generation.confidence", text).to(logits.device)
-    if kind == "low_confidence":
-        return _probability(logits, candidates, best)
-    if kind == "margin":
-        largest = torch.cat([some.topk(2, dim=-1).values for some in logits.split(_rows(logits))])
-        first, second = largest.to(torch.float64).unbind(-1)
-        return _probability(logits, best, best) * -torch.expm1(second - first)
-    return torch.cat([_exp_of_entropy(some) for some in logits.split(_rows(logits))])
-
-
 def _exp_of_entropy(logits: Tensor) -> Tensor:
     """[m, v] -> [m] float64: exp(-H)."""
     log_p = logits.to(torch.float64).log_softmax(-1)
     return (log_p.exp() * log_p.clamp_min(torch.finfo(torch.float64).min)).sum(-1).exp()
-
-
-def _rows(logits: Tensor) -> int:
-    """Of [m, v], to be worked on at one time: what is made of them on the way is several times as large. On a CPU as
-    many as stay in its cache."""
-    return max(1, (_CACHED if logits.device.type == "cpu" else _ON_GPU) // logits.shape[1])
-
-
-def _probability(logits: Tensor, tokens: Tensor, best: Tensor) -> Tensor:
-    """[m] float64, of softmax(logits) [m, v] at tokens [m]; best: of the largest logits [m].
-
-    Exponentials are of the logits' precision, the largest is 1, and of the others few are added up in that precision:
-    1 - p is exact to some 1e-8 of itself, where a sum in fp32 would change which of two is surer.
-    """
-    largest = _at(logits, best)
-    rows = _rows(logits)
-    pieces = zip(logits.split(rows), largest.split(rows), best.split(rows), strict=True)
-    others = torch.cat([_sum((one - most[:, None]).exp_().scatter_(1, at[:, None], 0.0)) for one, most, at in pieces])
-    return (_at(logits, tokens) - largest).to(torch.float64).exp() / (1.0 + others)
-
-
-def _sum(values: Tensor) -> Tensor:
-    """[m, v] -> [m] float64: of each group in the values' precision, then of the groups; what is left in float64."""
-    whole = values.shape[1] // _GROUP * _GROUP
-    groups = values[:, :whole].unflatten(1, (-1, _GROUP)).sum(-1)
-    return groups.sum(-1, dtype=torch.float64) + values[:, whole:].sum(-1, dtype=torch.float64)
-
-
-def _best(logits: Tensor) -> Tensor:
-    """[m, v] -> [m]: the token of the largest logit, of equals the first; NaN is larger than all. As argmax, which is
-    slow on a CPU: the group with the largest is found first."""
-    whole = logits.shape[1] // _GROUP * _GROUP
-    groups = [logits[:, :whole].unflatten(1, (-1, _GROUP)).amax(-1)]
-    if whole < logits.shape[1]:
-        groups.append(logits[:, whole:].amax(-1, keepdim=True))
-    first = torch.cat(groups, dim=1).argmax(-1, keepdim=True) * _GROUP
-    tokens = (first + torch.arange(_GROUP, device=logits.device)).clamp_max(logits.shape[1] - 1)
-    return (first + logits.gather(1, tokens).argmax(-1, keepdim=True)).squeeze(1)
 
 
 def _at(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -181,7 +159,7 @@ def _sampled(logits: Tensor, text: Text) -> Tensor:
     """[m] a sample of softmax(logits / T) for each, in float64: low-precision sampling is known to lower the effective
     temperature (arXiv 2409.02908)."""
     noise = _position_noise("generation.candidate", text).to(logits.device)
-    pieces = zip(logits.split(_rows(logits)), noise.split(_rows(logits)), strict=True)
+    pieces = zip(logits.split(rows_at_once(logits)), noise.split(rows_at_once(logits)), strict=True)
     return torch.cat([_sampled_at(some, text.settings, u) for some, u in pieces])
 
 

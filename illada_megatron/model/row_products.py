@@ -13,10 +13,12 @@ def take_row_products(model: torch.nn.Module, device: torch.device) -> str | Non
     """All linear layers of `model` on `device`, the head among them, for good: they have no gradient then. Returns why
     they do not; None: they do."""
     reason = missing(device, next(model.parameters()).dtype)
+    layers = [module for module in model.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
+    if reason is None and any(layer.sequence_parallel for layer in layers):
+        reason = "its layers are sequence parallel: of their input a rank has some rows"
     if reason is None:
-        for module in model.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module._forward_impl = _multiplied  # megatron-core's name for what multiplies
+        for layer in layers:
+            layer._forward_impl = _multiplied  # megatron-core's name for what multiplies
     return reason
 
 
