@@ -140,10 +140,10 @@ class Engine:
 
     @torch.no_grad()
     def steps(self) -> Iterator[tuple[Job, Step]]:
-        """`step`, a text after the other; until the last, texts are neither added nor removed. An error is that of the texts `in_hand`, to be removed: the others are as
-        they were before or after their step, and may go on. A pass that fails is made again in halves, down to the
-        text that fails alone; where several ranks share the model they cannot begin it again, and the error is that of
-        all its texts."""
+        """`step`, a text after the other; until the last, texts are neither added nor removed. An error is that of the
+        texts `in_hand`, to be removed: the others are as they were before or after their step, and may go on. A pass
+        that fails is made again in halves, down to the text that fails alone; where several ranks share the model they
+        cannot begin it again, and the error is that of all its texts."""
         self.in_hand = []
         self._admit()
         for job in self._in_work():

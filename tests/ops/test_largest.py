@@ -1,5 +1,5 @@
-"""The largest of each row and the rest of its softmax: against float64, in any company, on any threads; what is compiled
-and what is of torch."""
+"""The largest of each row and the rest of its softmax: against float64, in any company, on any threads; compiled
+and of torch."""
 
 from collections.abc import Callable, Iterator
 
