@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from illada_megatron.generation import Engine, FunctionModel, Job, Part, Settings, Text, Words, proposing
+from illada_megatron.generation import Engine, FunctionModel, Job, Part, Settings, Text, Words
 from illada_megatron.generation.proposing import Credit, propose
+from illada_megatron.ops import largest
 
 VOCABULARY, MASK, EOS, BAD = 70, 5, 2, 9
 _LOGITS = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
@@ -143,7 +144,7 @@ def test_no_id_is_out_of_range(value: float) -> None:
     text.next_block()
     logits = torch.zeros(4, VOCABULARY)
     logits[1] = value
-    (candidates, confidence), _ = propose(logits, text, Words(MASK), Credit())
+    (candidates, confidence), _ = propose(logits, [text], Words(MASK), [Credit()])
     assert (candidates < VOCABULARY).all()
     assert confidence.isnan().tolist() == [False, True, False, False]
 
@@ -165,9 +166,9 @@ def test_proposals_are_made_a_few_rows_at_a_time(kind: dict[str, Any], monkeypat
             return found
 
     with Sizes():
-        few, _ = propose(logits.clone(), text, Words(MASK), Credit())
+        few, _ = propose(logits.clone(), [text], Words(MASK), [Credit()])
     assert max(sizes) <= 1 << 18
-    monkeypatch.setattr(proposing, "_CACHED", 1 << 40)
-    many, _ = propose(logits, text, Words(MASK), Credit())
+    monkeypatch.setattr(largest, "_CACHED", 1 << 40)
+    many, _ = propose(logits, [text], Words(MASK), [Credit()])
     assert torch.equal(few[0], many[0])
     torch.testing.assert_close(few[1], many[1], rtol=1e-12, atol=0)
