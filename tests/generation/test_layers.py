@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from ranks import run_ranks
 
 from illada_megatron.generation import Generator, Settings, engine
+from illada_megatron.generation.layers import LayerModel
 from illada_megatron.generation.model import Part
+from illada_megatron.model.row_products import take_row_products
 
 VOCABULARY = 1200
 SETTINGS = (
@@ -200,3 +203,16 @@ def _out_of_memory(*_: Any) -> None:
 
 def test_an_error_on_one_rank_reaches_the_others(place: Path) -> None:
     run_ranks(_failing_rank, 2, str(place))
+
+
+def test_sequence_parallel_layers_keep_their_own_product(generator: Generator) -> None:
+    """Of their input a rank has some rows, which megatron-core gathers in the product that would be replaced."""
+    assert isinstance(generator.model, LayerModel)
+    stage = generator.model._stage
+    layers = [module for module in stage.modules() if isinstance(module, ColumnParallelLinear)]
+    own = object()
+    for layer in layers:
+        layer._forward_impl = own
+    layers[-1].sequence_parallel = True
+    assert "sequence parallel" in (take_row_products(stage, torch.device("cpu")) or "")
+    assert all(layer._forward_impl is own for layer in layers)

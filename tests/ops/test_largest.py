@@ -1,7 +1,7 @@
 """The largest of each row and the rest of its softmax: against float64, in any company, on any threads; compiled
 and of torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,14 +18,6 @@ COLUMNS = (1, 3, 16, 63, 64, 129, 1024, 1500, 5000, 155_136)
 
 Way = Callable[[Tensor], tuple[Tensor, Tensor]]
 each_way = pytest.mark.parametrize("way", WAYS, ids=["torch", "compiled"][: len(WAYS)])
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def _logits(m: int, v: int, spread: float = 3.0) -> Tensor:

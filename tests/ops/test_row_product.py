@@ -1,7 +1,5 @@
 """The product whose rows do not depend on each other: against float64, bit for bit in any company, on any threads."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,14 +15,6 @@ SHAPES = ((1, 1, 1), (3, 7, 5), (8, 64, 128), (17, 1000, 300), (33, 97, 129), (7
 
 if (reason := kernels.missing_in_layers("row_product", CPU, torch.float32)) is not None:
     pytest.skip(reason, allow_module_level=True)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def _operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
