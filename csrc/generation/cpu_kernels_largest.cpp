@@ -46,7 +46,7 @@ int64_t index_of_largest(const float* x, int64_t n) {
   return found - x;
 }
 
-// e^x for x <= 0, to 1e-7; 0 below -87. NaN stays NaN.
+// e^x for x <= 0, to 1e-7; 0 below -87.7. NaN stays NaN.
 Floats exp_of_negative(const Floats& x) {
   const Floats bounded = at::vec::clamp_min(x, Floats(-88.0f));
   const Floats whole = (bounded * Floats(1.44269504f)).round();  // -127 at the least, of which the power below is 0

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+_OLDER = "it is an older build (pip install --no-build-isolation -e . builds it anew)"
+
 
 @cache
 def load_error() -> str | None:
@@ -21,6 +23,8 @@ def missing(operator: str, device: torch.device) -> str | None:
     """Why `torch.ops.illada.<operator>` cannot run on tensors of `device`; None: it can."""
     if (error := load_error()) is not None:
         return error
+    if not hasattr(torch.ops.illada, operator):
+        return f"illada_megatron.ops._kernels has no {operator}: {_OLDER}"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"illada::{operator}", key):
         reason = f": {without_cuda()}" if key == "CUDA" and without_cuda() else ""
@@ -57,7 +61,7 @@ def no_image(architectures: str, capability: tuple[int, int]) -> str | None:
 def _built(name: str) -> str:
     """A constant of the compiled module; an older build has fewer of them."""
     module = importlib.import_module("illada_megatron.ops._kernels")
-    return getattr(module, name, "it is an older build (pip install --no-build-isolation -e . builds it anew)")
+    return getattr(module, name, _OLDER)
 
 
 @cache

@@ -27,6 +27,7 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_torch(logits: Tensor) -> tuple[Tensor, Tensor]:
     """As `largest`."""
+    logits = logits.contiguous()  # the order of sums is that of memory
     index = _index(logits)
     most = logits.gather(1, index[:, None])
     rows = rows_at_once(logits)

@@ -1,8 +1,9 @@
 """What the compiled operators run on."""
 
 import pytest
+import torch
 
-from illada_megatron.ops.kernels import no_image
+from illada_megatron.ops.kernels import load_error, missing, no_image
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,9 @@ def test_code_of_an_architecture_runs_on(
         reason = no_image(architectures, (major, minor))
         assert reason is not None
         assert f"built for {architectures}, this GPU has {major}.{minor}" in reason
+
+
+@pytest.mark.skipif(load_error() is not None, reason="the operators are not built")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_operator_of_a_later_build_is_missing(device: str) -> None:
+    assert "has no of_tomorrow: it is an older build" in (missing("of_tomorrow", torch.device(device)) or "")

@@ -2,6 +2,7 @@
 and of torch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -111,9 +112,32 @@ def test_other_precisions_and_strides() -> None:
     logits = _logits(4, 333)
     wide = largest(logits.double())
     torch.testing.assert_close(wide[1], _expected(logits.double())[1], rtol=1e-14, atol=0)
-    turned = largest(logits.t().contiguous().t())
-    assert torch.equal(turned[0], wide[0])
-    assert torch.equal(turned[1], largest(logits)[1])
+    for way in WAYS:
+        for found, wanted in zip(way(logits.t().contiguous().t()), way(logits), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_few_rows_are_worked_on_at_a_time() -> None:
+    """Of 32 rows of the published vocabulary torch's operators would make 20 MB more at each step on the way."""
+    sizes: list[int] = []
+
+    class Sizes(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and found.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
+                sizes.append(found.numel())
+            return found
+
+    logits = _logits(32, 155_136)
+    with Sizes():
+        by_torch(logits)
+    assert max(sizes) <= 1 << 18
+
+
+@pytest.mark.skipif(len(WAYS) == 1, reason="the operator is not built")
+def test_the_operator_is_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("illada_megatron.ops.largest.by_torch", None)
+    assert largest(_logits(3, 100))[0].shape == (3,)
 
 
 @pytest.mark.skipif(len(WAYS) == 1, reason="the operator is not built")
